@@ -1,0 +1,107 @@
+"""Every bound of the system in one table: sizes in bytes, times in seconds or milliseconds, counts bare."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# --- the turn (performance.md rule 1)
+INBOX_TURN_MAX: Final = 512
+INBOX_MAX: Final = 20_000
+GATHER_MS: Final = 50
+GATHER_ABOVE_TASKS: Final = 8
+
+# --- wire
+BATCH_ENVELOPES_MAX: Final = 64
+BATCH_BYTES_MAX: Final = 1 * MIB
+ENVELOPE_BYTES_MAX: Final = 900 * KIB
+HELLO_BYTES_MAX: Final = 64 * KIB
+MESSAGE_AGE_MS: Final = 300_000
+TEXT_CHARS_MAX: Final = 4_096
+NAME_CHARS_MAX: Final = 63
+LIST_ITEMS_MAX: Final = 256
+REPLAY_WINDOW_MAX: Final = 65_536
+JOIN_BYTES_MAX: Final = 64 * KIB
+JOIN_TIMEOUT_S: Final = 30.0
+
+# --- connections
+HANDSHAKE_TIMEOUT_S: Final = 15.0
+STREAM_NEGOTIATION_TIMEOUT_S: Final = 10.0
+STREAMS_PER_CONNECTION_MAX: Final = 256
+STREAM_WINDOW_BYTES: Final = 256 * KIB
+STREAM_WINDOW_BYTES_MAX: Final = 16 * MIB
+STREAM_BACKLOG_MAX: Final = 64
+PENDING_HANDSHAKES_MAX: Final = 64
+CONNECTION_IDLE_S: Final = 60.0
+KEEPALIVE_S: Final = 15.0
+RECONNECT_MIN_S: Final = 0.5
+RECONNECT_MAX_S: Final = 60.0
+SEND_QUEUE_BYTES_MAX: Final = 8 * MIB
+PENDING_JOINS_PER_ADDRESS_PER_MINUTE: Final = 10
+DIAL_ADDRESSES_MAX: Final = 16
+
+# --- messages a peer may send per second (bucket depth = 4 x)
+RATE_CONTROL_PER_S: Final = 2_000
+RATE_OUTPUT_BYTES_PER_S: Final = 64 * MIB
+
+# --- market
+TASK_DOCUMENT_BYTES_MAX: Final = 256 * KIB
+PAYLOAD_INLINE_BYTES_MAX: Final = 128 * KIB
+CANDIDATES_MAX: Final = 16
+EXPLORE_CANDIDATES: Final = 3
+OPEN_TASKS_MAX: Final = 20_000
+QUEUED_OFFERS_MAX: Final = 4_096
+INPUTS_MAX: Final = 64
+INPUT_BYTES_MAX: Final = 64 * MIB
+RESULT_BYTES_MAX: Final = 64 * MIB
+RESULT_INLINE_BYTES_MAX: Final = 512 * KIB
+RESULT_JSON_BYTES_MAX: Final = 1 * MIB
+OUTPUT_CHUNK_BYTES_MAX: Final = 64 * KIB
+OUTPUT_KEPT_BYTES_MAX: Final = 64 * MIB
+ATTEMPTS_MAX: Final = 16
+ACCEPT_TIMEOUT_MS: Final = 15_000
+LEASE_S: Final = 30
+TASK_RETENTION_MS: Final = 30 * 86_400_000
+RESULT_RETENTION_MS: Final = 7 * 86_400_000
+OUTBOX_RESEND_MIN_MS: Final = 2_000
+OUTBOX_RESEND_MAX_MS: Final = 60_000
+
+# --- ledger (LEDGER.md sections 2, 8, 10)
+ENTRY_BYTES_MAX: Final = 64 * KIB
+LOCK_LINES_MAX: Final = 256
+ENTRY_ITEMS_MAX: Final = 256
+OPEN_LINES_MAX: Final = 1_024
+PARTS_MAX: Final = 65_535
+LOCK_MAX_MS: Final = 24 * 3_600_000
+MARGIN_MS: Final = 300_000
+CLOCK_AHEAD_MS: Final = 300_000
+CLOCK_STOP_MS: Final = 60_000
+CHECKPOINT_EVERY: Final = 1_000
+AUDIT_ENTRIES_MAX: Final = 20_000
+SEGMENT_BYTES_MAX: Final = 256 * KIB
+HEADS_MAX: Final = 256
+HEADS_EVERY_MS: Final = 60_000
+KEEPERS: Final = 3
+START_CHECK_MS: Final = 10_000
+NOT_YET_ENTRIES_MAX: Final = 4_096
+ACCOUNTS_MAX: Final = 100_000
+
+# --- blobs
+BLOB_CHUNK_BYTES: Final = 256 * KIB
+BLOB_STREAMS_PER_PEER_MAX: Final = 8
+
+# --- local socket
+RPC_LINE_BYTES_MAX: Final = 4 * MIB
+RPC_CLIENTS_MAX: Final = 1_024
+RPC_QUEUE_BYTES_MAX: Final = 8 * MIB
+RPC_CALLS_PER_CLIENT_MAX: Final = 4_096
+
+# --- execution
+RUN_WALL_S_MAX: Final = 24 * 3_600
+RUN_OUTPUT_BYTES_MAX: Final = 64 * MIB
+ARGV_BYTES_MAX: Final = 128 * KIB
+ENV_BYTES_MAX: Final = 32 * KIB
+TREE_FILES_MAX: Final = 100_000
+KILL_GRACE_S: Final = 2.0

@@ -1,0 +1,347 @@
+"""What the node can be told (Stimulus) and what it can ask for (Effect). Frozen data; no behaviour.
+
+`now_ms` comes beside every stimulus. Effects of one turn are performed in this order: Append rows in one transaction,
+then everything else in the order emitted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, Message
+
+
+class Stimulus(Struct, frozen=True, gc=False):
+    """Base of all that the runtime feeds to Node.step."""
+
+
+class MessageIn(Stimulus, frozen=True, gc=False):
+    """One authenticated, decoded envelope from a connected peer (or from this node itself: peer == own id)."""
+
+    peer: str
+    id: bytes
+    message: Message
+    reply_to: bytes | None = None
+    obligation: bytes | None = None
+
+
+class PeerUp(Stimulus, frozen=True, gc=False):
+    """The control stream to `peer` is open; `hello` was verified and admitted. `inbound` tells who dialled."""
+
+    peer: str
+    hello: Hello
+    address: str
+    transport: str
+    inbound: bool
+
+
+class PeerDown(Stimulus, frozen=True, gc=False):
+    """The control stream to `peer` is gone."""
+
+    peer: str
+    reason: str
+
+
+class RpcCall(Stimulus, frozen=True, gc=False):
+    """A local client's request; answered by Reply (once) after any number of Notify with the same call id."""
+
+    call: int
+    method: str
+    params: dict[str, Any]
+    client: int = 0
+
+
+class CallGone(Stimulus, frozen=True, gc=False):
+    """The client of `call` went away before the answer."""
+
+    call: int
+
+
+class TimerFired(Stimulus, frozen=True, gc=False):
+    """A Wake came due (`key` is the Wake's)."""
+
+    key: tuple[Any, ...]
+
+
+class TaskOutput(Stimulus, frozen=True, gc=False):
+    """Bytes a running job wrote: stream 1 is stdout, 2 is stderr; `offset` its place in that stream."""
+
+    job: bytes
+    stream: int
+    offset: int
+    data: bytes
+
+
+class TaskExited(Stimulus, frozen=True, gc=False):
+    """A job ended; its bundle is packed and, with a seal key given in Run, sealed.
+
+    `ended` is "exit" (the command ran; see exit_code and signal), or why there is no result: "cancelled",
+    "wall_limit", "memory_limit", "output_limit", "failed" (`reason` says it). `inline` holds the bundle up to
+    RESULT_INLINE_BYTES_MAX, else it is the stored blob `blob`. `plain_hash` is SHA-256 of the unsealed bundle.
+    """
+
+    job: bytes
+    ended: str
+    reason: str
+    exit_code: int | None
+    signal: int | None
+    inline: bytes
+    blob: bytes
+    blob_bytes: int
+    plain_hash: bytes
+    output_bytes: int
+    duration_s: float
+    cpu_s: float
+    memory_bytes_max: int
+
+
+class InputsReady(Stimulus, frozen=True, gc=False):
+    """The files named in PackInputs are stored as blobs (or `error` says what, where and what to do)."""
+
+    request: bytes
+    inputs: tuple[dict[str, Any], ...]
+    error: dict[str, Any] | None = None
+
+
+class BlobReady(Stimulus, frozen=True, gc=False):
+    """A Fetch ended: all its blobs are stored and verified, or `reason` says why not."""
+
+    request: bytes
+    reason: str = ""
+    inline: bytes = b""
+
+
+class Opened(Stimulus, frozen=True, gc=False):
+    """An Open ended: `bundle` is the result's summary (see execution/bundle.py), or `reason` says why it does not open."""
+
+    request: bytes
+    reason: str
+    bundle: Any = None
+
+
+class Loaded(Stimulus, frozen=True, gc=False):
+    """Rows asked for by Load, in order."""
+
+    request: tuple[Any, ...]
+    rows: tuple[Any, ...]
+
+
+class JoinAsked(Stimulus, frozen=True, gc=False):
+    """Somebody redeems an invite of ours over the join stream; answered by JoinReply with the same call."""
+
+    call: int
+    peer: str
+    address: str
+    ask: JoinAsk
+
+
+class JoinAnswered(Stimulus, frozen=True, gc=False):
+    """The inviter answered our JoinSend (or it could not be reached: `error`)."""
+
+    call: int
+    answer: JoinAnswer | None
+    error: str = ""
+    inviter: str = ""
+
+
+class DialEnded(Stimulus, frozen=True, gc=False):
+    """A Dial asked for by a command ended; `reason` empty when the peer is connected (or already was)."""
+
+    call: int
+    peer: str
+    reason: str = ""
+
+
+class CapacityChanged(Stimulus, frozen=True, gc=False):
+    """What the execution adapters can do now: capability words, shell policy by ring, slots, hardware."""
+
+    capabilities: tuple[str, ...]
+    shell_rings: tuple[str, ...]
+    cpu: int
+    memory_bytes: int
+    gpu: int
+    models: tuple[str, ...] = ()
+
+
+class Drain(Stimulus, frozen=True, gc=False):
+    """SIGTERM or `daemon stop`: no new bids or tasks; finish or hand back what runs."""
+
+
+class Effect(Struct, frozen=True, gc=False):
+    """Base of all that Node.step may ask for."""
+
+
+class Put(Effect, frozen=True, gc=False):
+    """Append: insert or replace one row (storage/schema.py names the columns; the key columns come first)."""
+
+    table: str
+    row: tuple[Any, ...]
+
+
+class Delete(Effect, frozen=True, gc=False):
+    """Append: delete the row with this key."""
+
+    table: str
+    key: tuple[Any, ...]
+
+
+class Durable(Effect, frozen=True, gc=False):
+    """This turn's transaction must reach the disk (synchronous=FULL) before anything leaves: it holds an own entry."""
+
+
+class Send(Effect, frozen=True, gc=False):
+    """One message to one peer, in this turn's batch; dropped when the peer is not connected."""
+
+    peer: str
+    message: Message
+    reply_to: bytes | None = None
+    obligation: bytes | None = None
+
+
+class Reply(Effect, frozen=True, gc=False):
+    """The final answer to a local call: a JSON-able value, or `error` (ClawnetError.as_dict)."""
+
+    call: int
+    value: Any = None
+    error: dict[str, Any] | None = None
+
+
+class Notify(Effect, frozen=True, gc=False):
+    """A streamed part of the answer to a local call."""
+
+    call: int
+    method: str
+    value: Any
+
+
+class Wake(Effect, frozen=True, gc=False):
+    """TimerFired(key) at `at_ms` (Unix milliseconds). A later Wake with the same key replaces the earlier one."""
+
+    key: tuple[Any, ...]
+    at_ms: int
+
+
+class Run(Effect, frozen=True, gc=False):
+    """Start a job: `spec` is an execution.spec.JobSpec."""
+
+    job: bytes
+    spec: Any
+
+
+class StopRun(Effect, frozen=True, gc=False):
+    """Kill a job's process group; TaskExited(ended="cancelled") follows, unless it had already ended."""
+
+    job: bytes
+
+
+class PackInputs(Effect, frozen=True, gc=False):
+    """Read these local files or directories into the blob store: (name, path) pairs; answered by InputsReady."""
+
+    request: bytes
+    paths: tuple[tuple[str, str], ...]
+
+
+class Fetch(Effect, frozen=True, gc=False):
+    """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: return a small one inline."""
+
+    request: bytes
+    peer: str
+    task_id: bytes
+    blobs: tuple[tuple[bytes, int], ...]
+    inline_max: int = 0
+
+
+class GrantBlob(Effect, frozen=True, gc=False):
+    """From now on `peer` may fetch `blob` by naming `task_id`."""
+
+    task_id: bytes
+    peer: str
+    blob: bytes
+
+
+class RevokeBlobs(Effect, frozen=True, gc=False):
+    """Nobody may fetch the blobs of `task_id` any longer; unshared ones are deleted."""
+
+    task_id: bytes
+
+
+class Open(Effect, frozen=True, gc=False):
+    """Unseal a result (key None: it is not sealed) held inline or as a blob; answered by Opened."""
+
+    request: bytes
+    key: bytes | None
+    inline: bytes
+    blob: bytes
+    blob_bytes: int
+
+
+class Load(Effect, frozen=True, gc=False):
+    """Read rows on a read-only connection: `query` names one of storage/queries.py; answered by Loaded."""
+
+    request: tuple[Any, ...]
+    query: str
+    args: tuple[Any, ...]
+
+
+class Dial(Effect, frozen=True, gc=False):
+    """Connect to a peer at these multiaddrs; call 0: keep trying with backoff, else answer with DialEnded."""
+
+    call: int
+    peer: str
+    addresses: tuple[str, ...]
+
+
+class Hangup(Effect, frozen=True, gc=False):
+    """Close the link to a peer and do not redial; `reason` is told to it."""
+
+    peer: str
+    reason: str
+
+
+class JoinSend(Effect, frozen=True, gc=False):
+    """Redeem an invite at the inviter's addresses; answered by JoinAnswered."""
+
+    call: int
+    inviter: str
+    addresses: tuple[str, ...]
+    ask: JoinAsk
+
+
+class JoinReply(Effect, frozen=True, gc=False):
+    """The answer to JoinAsked."""
+
+    call: int
+    answer: JoinAnswer
+
+
+class Adopt(Effect, frozen=True, gc=False):
+    """This node has joined another mesh: write the membership, archive the database, rebuild the node.
+
+    The reply to `call` is sent once the new node runs.
+    """
+
+    call: int
+    answer: JoinAnswer
+    value: Any
+
+
+class Drained(Effect, frozen=True, gc=False):
+    """Nothing runs any longer; the daemon may exit."""
+
+
+class Log(Effect, frozen=True, gc=False):
+    """A log event with fields; level is debug, info, warn, error or security."""
+
+    level: str
+    event: str
+    fields: dict[str, Any]
+
+
+class Count(Effect, frozen=True, gc=False):
+    """A counter of docs/OPERATIONS.md goes up by `by`."""
+
+    name: str
+    label: str = ""
+    by: int = 1

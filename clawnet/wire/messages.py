@@ -1,0 +1,445 @@
+"""Every control message: its number, its fields, who sends it. Formats are final; docs/PROTOCOL.md is generated from here.
+
+Payloads are MessagePack arrays in field order, decoded strictly: a wrong type, a missing field or a value out of its
+bound is a WireError. Amounts are micro-credits, `_ms` fields Unix milliseconds, `_s` fields seconds.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+from clawnet import limits
+
+U64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Ucr = Annotated[int, Meta(ge=0, le=10**15)]
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
+Name = Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
+Text = Annotated[str, Meta(max_length=limits.TEXT_CHARS_MAX)]
+Word = Annotated[str, Meta(max_length=64)]
+Address = Annotated[str, Meta(max_length=256)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Statement = Annotated[bytes, Meta(max_length=4 * limits.KIB)]
+EntryBytes = Annotated[bytes, Meta(min_length=64, max_length=limits.ENTRY_BYTES_MAX + 64)]
+Entries = Annotated[list[EntryBytes], Meta(max_length=4_096)]
+Words = Annotated[list[Word], Meta(max_length=limits.LIST_ITEMS_MAX)]
+
+
+class Kind(IntEnum):
+    """Message numbers; those of the original protocol are kept."""
+
+    PING = 0
+    PONG = 1
+    PEER_INFO = 2
+    DISCONNECT = 3
+    HELLO = 4
+    ACK = 5
+    MEMBERSHIP = 6
+    ERROR = 7
+    TASK_SUBMIT = 10
+    TASK_ACCEPT = 11
+    TASK_REJECT = 12
+    TASK_RESULT = 13
+    TASK_CANCEL = 14
+    TASK_DECLINE = 15
+    TASK_PROGRESS = 16
+    TASK_OUTPUT = 17
+    TASK_WAIVER = 18
+    MEM_SYNC_REQ = 20
+    MEM_SYNC_RESP = 21
+    MEM_UPDATE = 22
+    MEM_DELETE = 23
+    MARKET_TASK_ANNOUNCE = 30
+    MARKET_BID = 31
+    MARKET_WINNER = 32
+    MARKET_ESCROW_LOCK = 33
+    MARKET_SETTLEMENT = 34
+    MARKET_DISPUTE = 35
+    MARKET_REPUTATION_UPDATE = 36
+    LEDGER_PULL = 37
+    LEDGER_PUSH = 38
+    LEDGER_COUNTERSIGN = 39
+    SWARM_FORM = 40
+    SWARM_JOIN = 41
+    SWARM_LEAVE = 42
+    SWARM_COORDINATE = 43
+    SWARM_RESULT = 44
+    OPENCLAW_PROMPT = 50
+    OPENCLAW_RESPONSE = 51
+    OPENCLAW_STREAM = 52
+
+
+class Message(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
+    """Base of all payloads."""
+
+
+# --- link
+
+
+class Ping(Message):
+    """Liveness and round trip over the control stream; answered by Pong with the same nonce."""
+
+    nonce: U64
+    time_ms: U64
+
+
+class Pong(Message):
+    """Answer to Ping; `time_ms` is the answerer's clock (skew is estimated from it)."""
+
+    nonce: U64
+    time_ms: U64
+
+
+class PeerInfo(Message):
+    """What a node says of itself: `body` is an encoded PeerCard, signed by the node key (tag clawnet/peer-info/1)."""
+
+    body: Annotated[bytes, Meta(max_length=32 * limits.KIB)]
+    signature: Bytes64
+
+
+class PeerCard(Message):
+    """The signed content of PeerInfo. Of two cards of one peer the higher `serial` wins."""
+
+    peer: Address
+    serial: U64
+    name: Name
+    version: Word
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+    capabilities: Words
+    labels: Words
+    os: Word
+    cpu: U32
+    memory_bytes: U64
+    gpu: U32
+    models: Words
+    slots: U32
+    running: U32
+    queued: U32
+    shell_rings: Words
+
+
+class Disconnect(Message):
+    """The sender closes the link and says why."""
+
+    reason: Text
+
+
+class Hello(Message):
+    """First message on a control stream, from both sides; signed as a whole (wire/session.py).
+
+    `certificates` is the chain from the mesh's founder to this node key; `remote` is whom the sender believes it talks to.
+    """
+
+    version: Annotated[list[U32], Meta(min_length=2, max_length=2)]
+    agent: Word
+    peer: Address
+    remote: Address
+    mesh: Bytes32
+    nonce: Bytes32
+    time_ms: U64
+    name: Name
+    certificates: Annotated[list[Statement], Meta(max_length=4)]
+    rotations: Annotated[list[EntryBytes], Meta(max_length=16)]
+
+
+class Ack(Message):
+    """The obligation named was durably taken (or had been before)."""
+
+    obligation: Bytes16
+
+
+class Membership(Message):
+    """Certificates, revocations, successions and sealed mesh keys, each carrying its author's own signature."""
+
+    statements: Annotated[list[Statement], Meta(max_length=64)]
+
+
+class Error(Message):
+    """A message was not acted on; `code` is one of the protocol's error numbers, `about` the message id."""
+
+    code: U32
+    text: Text
+    about: Annotated[bytes, Meta(max_length=32)] = b""
+
+
+# --- market
+
+
+class Requirements(Message):
+    """What a task needs; zero and empty mean "does not matter". `os` is a family: linux, darwin, windows."""
+
+    capabilities: Words = []
+    min_reputation: Share = 0.0
+    cpu: U32 = 0
+    memory_bytes: U64 = 0
+    gpu: U32 = 0
+    model: Word = ""
+    labels: Words = []
+    os: Word = ""
+
+
+class Offer(Message):
+    """MARKET_TASK_ANNOUNCE: all that anyone but the winner ever sees of a task.
+
+    `task` is the salted hash of the task document; `round` counts the auctions of one task; `close_ms` is the outer
+    bound for bids; `input_bytes` and `payload_bytes` are sizes only.
+    """
+
+    task_id: Bytes16
+    round: U32
+    kind: Word
+    task: Bytes32
+    payload_bytes: U64
+    input_bytes: U64
+    max_budget_ucr: Ucr
+    deadline_ms: U64
+    close_ms: U64
+    lease_s: U32
+    requirements: Requirements
+    retries: U32 = 0
+
+
+class Bid(Message):
+    """MARKET_BID, sealed to the requester: a fixed price for the whole task.
+
+    `estimated_s` is run time, `queue_wait_s` what stands before it; `known_seq` and `known_hash` are the head the
+    bidder holds of the requester's chain (known_seq -1 and 32 zero bytes: none); `energy_cost` is in credits.
+    """
+
+    task_id: Bytes16
+    round: U32
+    price_ucr: Ucr
+    estimated_s: Seconds
+    queue_wait_s: Seconds
+    confidence: Share
+    capability_hash: Bytes32
+    load: Share
+    energy_cost: Seconds
+    nonce: Bytes16
+    known_seq: Annotated[int, Meta(ge=-1, le=2**63 - 1)]
+    known_hash: Bytes32
+
+
+class Decline(Message):
+    """TASK_DECLINE: no bid, and why (one of the reasons in docs/PROTOCOL.md)."""
+
+    task_id: Bytes16
+    round: U32
+    reason: Word
+
+
+class Winner(Message):
+    """MARKET_WINNER: the task document, to the winner alone. Ring own: price 0 and no lock follows."""
+
+    task_id: Bytes16
+    attempt: U32
+    document: Annotated[bytes, Meta(max_length=limits.TASK_DOCUMENT_BYTES_MAX)]
+    price_ucr: Ucr
+    deadline_ms: U64
+    deliver_by_ms: U64
+    stream_output: bool
+    locked: bool
+    description: Text = ""
+
+
+class EscrowLock(Message):
+    """MARKET_ESCROW_LOCK: where this attempt's line is, and the requester's entries after the head the bidder named."""
+
+    task_id: Bytes16
+    attempt: U32
+    lock_seq: U64
+    lock_hash: Bytes32
+    line: U32
+    entries: Entries
+
+
+class Accept(Message):
+    """TASK_ACCEPT: durably taken; the executor agrees to the lease."""
+
+    task_id: Bytes16
+    attempt: U32
+
+
+class Reject(Message):
+    """TASK_REJECT: durably not started, with the waiver that frees the line (empty where there was no lock)."""
+
+    task_id: Bytes16
+    attempt: U32
+    reason: Word
+    text: Text
+    waiver: Statement
+
+
+class Cancel(Message):
+    """TASK_CANCEL, from the requester."""
+
+    task_id: Bytes16
+    attempt: U32
+    reason: Text
+
+
+class Result(Message):
+    """TASK_RESULT: the note (a signed statement, LEDGER.md section 3; empty in ring own) and the sealed bundle.
+
+    The bundle is inline, or empty and then fetched as the blob `blob` of `blob_bytes` from the sender. A non-empty
+    `waiver` gives back what the note does not ask. `cpu_s` and `memory_bytes_max` are the run's cost record.
+    """
+
+    task_id: Bytes16
+    attempt: U32
+    note: Statement
+    waiver: Statement
+    inline: Annotated[bytes, Meta(max_length=limits.RESULT_INLINE_BYTES_MAX + 64 * limits.KIB)]
+    blob: Bytes32
+    blob_bytes: U64
+    output_bytes: U64
+    duration_s: Seconds
+    cpu_s: Seconds
+    memory_bytes_max: U64
+
+
+class Progress(Message):
+    """TASK_PROGRESS, at least every lease_s / 3: the attempt lives."""
+
+    task_id: Bytes16
+    attempt: U32
+    state: Word
+    elapsed_s: Seconds
+
+
+class Output(Message):
+    """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream."""
+
+    task_id: Bytes16
+    attempt: U32
+    stream: Annotated[int, Meta(ge=1, le=2)]
+    offset: U64
+    data: Annotated[bytes, Meta(max_length=limits.OUTPUT_CHUNK_BYTES_MAX)]
+
+
+class Waiver(Message):
+    """TASK_WAIVER: the attempt ends without a result; `waiver` frees the line, `report` says what happened."""
+
+    task_id: Bytes16
+    attempt: U32
+    waiver: Statement
+    reason: Word
+    report: Annotated[bytes, Meta(max_length=64 * limits.KIB)]
+
+
+class Settlement(Message):
+    """MARKET_SETTLEMENT: entries of `account` up to the release (from the payer) or the claim (from the payee)."""
+
+    account: Bytes32
+    entries: Entries
+    tasks: Annotated[list[Bytes16], Meta(max_length=limits.ENTRY_ITEMS_MAX)]
+
+
+# --- ledger
+
+
+class Head(Message):
+    """The newest entry of an account that the sender holds."""
+
+    account: Bytes32
+    seq: U64
+    hash: Bytes32
+
+
+class LedgerPull(Message):
+    """Asks for entries of `account` from `from_seq` on (inclusive), up to `to_seq`; answered by LedgerPush."""
+
+    account: Bytes32
+    from_seq: U64
+    to_seq: U64
+
+
+class LedgerPush(Message):
+    """Entries of one account, heads of several, fork proofs. `end` tells that the sender has no later entry."""
+
+    account: Bytes32
+    entries: Entries
+    heads: Annotated[list[Head], Meta(max_length=limits.HEADS_MAX)] = []
+    proofs: Annotated[list[Annotated[bytes, Meta(max_length=256 * limits.KIB)]], Meta(max_length=8)] = []
+    end: bool = True
+
+
+class Countersign(Message):
+    """LEDGER_COUNTERSIGN: a request (statement empty) names account, seq and hash; the answer holds the statement."""
+
+    account: Bytes32
+    seq: U64
+    hash: Bytes32
+    statement: Statement
+    state: Annotated[bytes, Meta(max_length=512 * limits.KIB)] = b""
+
+
+# --- joining (its own stream, not in batches)
+
+
+class JoinAsk(Message):
+    """Redeems an invite: the token's secret and the joiner's keys. `proof` signs the rest with the joiner's owner key."""
+
+    mesh: Bytes32
+    secret: Bytes16
+    node_key: Bytes32
+    owner_key: Bytes32
+    name: Name
+    time_ms: U64
+    node_proof: Bytes64
+    owner_proof: Bytes64
+
+
+class JoinPeer(Message):
+    """A member to connect to."""
+
+    peer: Address
+    name: Name
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+
+
+class JoinAnswer(Message):
+    """Admission or the reason for refusal (`refusal` non-empty: everything else is empty)."""
+
+    refusal: Text
+    ring: Word = ""
+    charter: Statement = b""
+    certificates: Annotated[list[Statement], Meta(max_length=4)] = []
+    mesh_key: Annotated[bytes, Meta(max_length=32)] = b""
+    inviter: Address = ""
+    peers: Annotated[list[JoinPeer], Meta(max_length=64)] = []
+
+
+PAYLOADS: Final[dict[Kind, type[Message]]] = {
+    Kind.PING: Ping,
+    Kind.PONG: Pong,
+    Kind.PEER_INFO: PeerInfo,
+    Kind.DISCONNECT: Disconnect,
+    Kind.HELLO: Hello,
+    Kind.ACK: Ack,
+    Kind.MEMBERSHIP: Membership,
+    Kind.ERROR: Error,
+    Kind.TASK_ACCEPT: Accept,
+    Kind.TASK_REJECT: Reject,
+    Kind.TASK_RESULT: Result,
+    Kind.TASK_CANCEL: Cancel,
+    Kind.TASK_DECLINE: Decline,
+    Kind.TASK_PROGRESS: Progress,
+    Kind.TASK_OUTPUT: Output,
+    Kind.TASK_WAIVER: Waiver,
+    Kind.MARKET_TASK_ANNOUNCE: Offer,
+    Kind.MARKET_BID: Bid,
+    Kind.MARKET_WINNER: Winner,
+    Kind.MARKET_ESCROW_LOCK: EscrowLock,
+    Kind.MARKET_SETTLEMENT: Settlement,
+    Kind.LEDGER_PULL: LedgerPull,
+    Kind.LEDGER_PUSH: LedgerPush,
+    Kind.LEDGER_COUNTERSIGN: Countersign,
+}
+KIND_OF: Final[dict[type[Message], Kind]] = {payload: kind for kind, payload in PAYLOADS.items()}
