@@ -1,0 +1,226 @@
+"""From a submission (JSON of CLI.md) to a normalised task specification, or a clear error. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from clawnet import limits
+from clawnet.config import Config
+from clawnet.errors import DataError, NotPermittedError, UsageError
+from clawnet.money import parse_credits
+
+KINDS: Final = {"shell": "shell_task", "compute": "compute", "prompt": "openclaw_prompt"}
+ALIASES: Final = {"shell_task": "shell", "openclaw_prompt": "prompt", "swarm_ai": "swarm"}
+LATER: Final = {"storage": "storage tasks", "swarm": "swarm tasks"}
+OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
+OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
+RINGS: Final = ("own", "member")
+
+_FIELDS: Final = frozenset(
+    (
+        "type description argv script op op_args inputs stdin_b64 env budget_ucr budget deadline_s bid_timeout_s "
+        "min_reputation require cpu memory_bytes gpu model labels os peer exclude ring prefer retries priority "
+        "idempotency_key stream wait cwd"
+    ).split()
+)
+
+
+def _bad(field: str, value: Any, allowed: str) -> DataError:
+    return DataError(f"task field {field!r} is {value!r}", hint=f"allowed: {allowed}", field=field)
+
+
+def _text(spec: dict[str, Any], field: str, chars_max: int, default: str = "") -> str:
+    value = spec.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, str) or len(value) > chars_max or "\0" in value:
+        raise _bad(field, str(value)[:60], f"text of at most {chars_max} characters")
+    return value
+
+
+def _words(spec: dict[str, Any], field: str, chars_max: int = 64) -> list[str]:
+    value = spec.get(field) or []
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or len(value) > limits.LIST_ITEMS_MAX:
+        raise _bad(field, value, f"a list of at most {limits.LIST_ITEMS_MAX} words")
+    for word in value:
+        if not isinstance(word, str) or not word or len(word) > chars_max:
+            raise _bad(field, word, f"words of 1 to {chars_max} characters")
+    return list(value)
+
+
+def _number(spec: dict[str, Any], field: str, low: float, high: float, default: float) -> float:
+    value = spec.get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise _bad(field, value, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _argv(spec: dict[str, Any]) -> tuple[list[str] | None, str | None]:
+    argv, script = spec.get("argv"), spec.get("script")
+    if argv is not None:
+        if not isinstance(argv, list) or not argv or not all(isinstance(a, str) and "\0" not in a for a in argv):
+            raise _bad("argv", argv, "a list of at least one text")
+        if sum(len(a.encode("utf-8", "surrogateescape")) + 1 for a in argv) > limits.ARGV_BYTES_MAX:
+            raise _bad("argv", "…", f"at most {limits.ARGV_BYTES_MAX} bytes")
+        return list(argv), None
+    text = script if script is not None else spec.get("description")
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError("a shell task needs a command", hint="clawnet run -- CMD ARG..., or --type shell 'script'")
+    if len(text.encode("utf-8", "surrogateescape")) > limits.ARGV_BYTES_MAX or "\0" in text:
+        raise _bad("script", "…", f"at most {limits.ARGV_BYTES_MAX} bytes and no NUL")
+    return None, text
+
+
+def _environment(spec: dict[str, Any]) -> dict[str, str]:
+    env = spec.get("env") or {}
+    if not isinstance(env, dict) or len(env) > limits.LIST_ITEMS_MAX:
+        raise _bad("env", env, "an object of texts")
+    size = 0
+    for name, value in env.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
+            raise _bad("env", name, "NAME=value with a name that is not empty")
+        size += len(name) + len(value) + 2
+    if size > limits.ENV_BYTES_MAX:
+        raise _bad("env", "…", f"at most {limits.ENV_BYTES_MAX} bytes")
+    return dict(env)
+
+
+def _inputs(spec: dict[str, Any]) -> list[dict[str, str]]:
+    inputs = spec.get("inputs") or []
+    if not isinstance(inputs, list) or len(inputs) > limits.INPUTS_MAX:
+        raise _bad("inputs", "…", f"a list of at most {limits.INPUTS_MAX} inputs")
+    seen: set[str] = set()
+    for item in inputs:
+        if not isinstance(item, dict) or not isinstance(item.get("path"), str) or not isinstance(item.get("name"), str):
+            raise _bad("inputs", item, "objects with name and path")
+        if item["name"] in seen:
+            raise _bad("inputs", item["name"], "each name once")
+        seen.add(item["name"])
+    return [{"name": item["name"], "path": item["path"]} for item in inputs]
+
+
+def kind_of(spec: dict[str, Any]) -> str:
+    """The canonical kind of a submission; raises UsageError for one that does not exist (yet)."""
+    kind = spec.get("type") or "prompt"
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind in LATER:
+        raise UsageError(f"{LATER[kind]} come with a later version", hint="use --type shell, compute or prompt")
+    if kind not in KINDS:
+        raise _bad("type", kind, "prompt, shell, compute")
+    return str(kind)
+
+
+def _operation(spec: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+    op, args = spec.get("op"), spec.get("op_args") or {}
+    if kind != "compute":
+        if op:
+            raise UsageError("--op goes with --type compute")
+        return "", {}
+    if not op:
+        raise UsageError("a compute task needs an operation", hint="--op " + "|".join(OPERATIONS))
+    if op not in OPERATIONS:
+        raise _bad("op", op, ", ".join(OPERATIONS))
+    if not isinstance(args, dict) or len(args) > 16:
+        raise _bad("op_args", args, "an object")
+    return str(op), dict(args)
+
+
+def _requirements(spec: dict[str, Any], kind: str, op: str, family: str) -> dict[str, Any]:
+    capability = {"shell": "shell-execution", "compute": "compute", "prompt": "ai-inference"}[kind]
+    wanted = [capability, *([f"op:{op}"] if op else []), *_words(spec, "require")]
+    system = _text(spec, "os", 16)
+    if system and system not in OS_FAMILIES:
+        raise _bad("os", system, ", ".join(OS_FAMILIES))
+    return {
+        "capabilities": sorted(set(wanted)),
+        "min_reputation": _number(spec, "min_reputation", 0, 1, 0.0),
+        "cpu": int(_number(spec, "cpu", 0, 4096, 0)),
+        "memory_bytes": int(_number(spec, "memory_bytes", 0, 2**50, 0)),
+        "gpu": int(_number(spec, "gpu", 0, 64, 0)),
+        "model": _text(spec, "model", 64),
+        "labels": _words(spec, "labels"),
+        "os": ("" if system == "any" else system or (family if kind == "shell" else "")),
+    }
+
+
+def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str, Any]:
+    """Checks a submission and fills in the defaults of the configuration.
+
+    `family` is this machine's OS family (shell tasks require the requester's own unless `os` says otherwise).
+    Raises UsageError (64), DataError (65) or NotPermittedError (77).
+    """
+    if not isinstance(spec, dict):
+        raise DataError("a task must be a JSON object", hint="see docs/CLI.md, 'A task as JSON'")
+    for name in spec:
+        if name not in _FIELDS:
+            raise DataError(f"unknown task field {name!r}", hint="known: " + ", ".join(sorted(_FIELDS)))
+    kind = kind_of(spec)
+    argv, script = _argv(spec) if kind == "shell" else (None, None)
+    op, op_args = _operation(spec, kind)
+    ring = spec.get("ring") or config.text(f"market.send_to.{kind}")
+    if ring not in RINGS:
+        raise _bad("ring", ring, "own, member")
+    prefer = spec.get("prefer") or ""
+    if prefer not in ("", "market"):
+        raise _bad("prefer", prefer, "market")
+    if prefer == "market" and ring == "own":
+        raise NotPermittedError(
+            "--prefer market asks members, but this task may be seen by own machines only",
+            hint="add --ring member, or set market.send_to for this kind of task",
+        )
+    budget = spec.get("budget_ucr")
+    if budget is None and spec.get("budget") is not None:
+        budget = parse_credits(str(spec["budget"]), what="budget")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget <= 10**15):
+        raise _bad("budget_ucr", budget, "micro-credits from 0 to 10^15")
+    retries = spec.get("retries")
+    default_deadline_s = config.seconds("market.task_timeout")
+    return {
+        "type": kind,
+        "description": _text(spec, "description", limits.PAYLOAD_INLINE_BYTES_MAX),
+        "argv": argv,
+        "script": script,
+        "op": op,
+        "op_args": op_args,
+        "inputs": _inputs(spec),
+        "stdin_b64": _text(spec, "stdin_b64", 2 * limits.PAYLOAD_INLINE_BYTES_MAX),
+        "env": _environment(spec),
+        "cwd": _text(spec, "cwd", 255),
+        "budget_ucr": budget if budget is not None else config.amount_ucr("market.default_budget"),
+        "budget_given": budget is not None,
+        "deadline_s": _number(spec, "deadline_s", 0.1, 30 * 86_400, default_deadline_s),
+        "bid_timeout_s": _number(spec, "bid_timeout_s", 0.05, 3_600, config.seconds("market.bid_timeout")),
+        "requirements": _requirements(spec, kind, op, family),
+        "peer": _words(spec, "peer", 128),
+        "exclude": _words(spec, "exclude", 128),
+        "ring": ring,
+        "prefer": prefer,
+        "retries": int(_number(spec, "retries", 0, limits.ATTEMPTS_MAX, 0 if kind == "shell" else 2))
+        if retries is not None
+        else (0 if kind == "shell" else 2),
+        "priority": int(_number(spec, "priority", -100, 100, 0)),
+        "idempotency_key": _text(spec, "idempotency_key", 256),
+        "stream": bool(spec.get("stream", True)),
+    }
+
+
+def stages(spec: dict[str, Any], config: Config) -> list[str]:
+    """In which order the rings are asked: own machines, this node ("self"), members (DESIGN, section 5)."""
+    own_self = config.text("market.self")
+    inner = {"fallback": ["own", "self"], "prefer": ["self", "own"], "never": ["own"]}[own_self]
+    if spec["ring"] == "own":
+        return inner
+    return ["member", *inner] if spec["prefer"] == "market" else [*inner, "member"]
+
+
+def seconds_to_ms(value_s: float) -> int:
+    """Whole milliseconds of a duration, at least 1."""
+    return max(1, round(value_s * 1000))
+
+
+Resolver = Callable[[str], str]
