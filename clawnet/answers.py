@@ -1,0 +1,430 @@
+"""Every answer of the node as a struct: what `--json` prints and what docs/schema/ is generated from.
+
+Amounts are decimal strings of credits, times RFC 3339 in UTC, durations seconds as numbers, sizes bytes. Keys are
+stable; fields may be added. A field that does not apply is null; a key ending in `_b64` replaces its namesake (which is
+then null) where the bytes are no UTF-8. Nothing here may be imported at the top of a command: it loads msgspec.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from clawnet.answers_market import (
+    Answer as Answer,
+)
+from clawnet.answers_market import (
+    Attempt as Attempt,
+)
+from clawnet.answers_market import (
+    Bid as Bid,
+)
+from clawnet.answers_market import (
+    BidList as BidList,
+)
+from clawnet.answers_market import (
+    CancelAnswer as CancelAnswer,
+)
+from clawnet.answers_market import (
+    EscrowRef as EscrowRef,
+)
+from clawnet.answers_market import (
+    EscrowState as EscrowState,
+)
+from clawnet.answers_market import (
+    OutputChunk as OutputChunk,
+)
+from clawnet.answers_market import (
+    OutputFile as OutputFile,
+)
+from clawnet.answers_market import (
+    Party as Party,
+)
+from clawnet.answers_market import (
+    ReadAnswer as ReadAnswer,
+)
+from clawnet.answers_market import (
+    Result as Result,
+)
+from clawnet.answers_market import (
+    Ring as Ring,
+)
+from clawnet.answers_market import (
+    StateChange as StateChange,
+)
+from clawnet.answers_market import (
+    StreamLine as StreamLine,
+)
+from clawnet.answers_market import (
+    Submitted as Submitted,
+)
+from clawnet.answers_market import (
+    Task as Task,
+)
+from clawnet.answers_market import (
+    TaskError as TaskError,
+)
+from clawnet.answers_market import (
+    TaskItems as TaskItems,
+)
+from clawnet.answers_market import (
+    TaskList as TaskList,
+)
+from clawnet.answers_market import (
+    TaskSummary as TaskSummary,
+)
+from clawnet.answers_market import (
+    Terms as Terms,
+)
+from clawnet.answers_market import (
+    Transition as Transition,
+)
+from clawnet.answers_market import (
+    Usage as Usage,
+)
+from clawnet.answers_market import (
+    Why as Why,
+)
+from clawnet.answers_market import (
+    WhyPeer as WhyPeer,
+)
+from clawnet.answers_market import (
+    WhyRound as WhyRound,
+)
+from clawnet.answers_market import (
+    time_text as time_text,
+)
+
+Level = Literal["ok", "warn", "error"]
+
+
+# --- errors
+
+
+class Failure(Answer):
+    """An error: `code` is stable, `exit_code` is what the command exits with. Further keys depend on the code."""
+
+    code: str
+    message: str
+    hint: str
+    exit_code: int
+
+
+class ErrorAnswer(Answer):
+    """What `--json` prints on stderr instead of an answer."""
+
+    error: Failure
+
+
+# --- peers
+
+
+class Peer(Answer):
+    """A peer this node knows. `state` is connected, connecting, known or banned."""
+
+    peer_id: str
+    name: str
+    ring: Ring
+    state: str
+    address: str | None
+    transport: str | None
+    rtt_s: float | None
+    reputation: float
+    last_seen: str | None
+    inbound: bool = False
+    connected_at: str | None = None
+    addresses: list[str] = []
+    capabilities: list[str] = []
+    models: list[str] = []
+    labels: list[str] = []
+    os: str = ""
+    cpu: int = 0
+    memory_bytes: int = 0
+    gpu: int = 0
+    load: float = 0.0
+    account: str = ""
+    owner: str = ""
+    inviter: str = ""
+    version: str = ""
+    notes: list[str] = []
+
+
+class PeerList(Answer):
+    """Own machines first, then members."""
+
+    items: list[Peer]
+    next: str | None = None
+
+
+class PingAnswer(Answer):
+    """Round trips over the open connection."""
+
+    peer: Party
+    sent: int
+    received: int
+    rtts_s: list[float]
+
+
+class Invite(Answer):
+    """A token to hand over secretly; whoever holds it may join in ring `ring`, `uses` times."""
+
+    token: str
+    ring: Ring
+    expires_at: str
+    uses: int
+    credits: str
+    mesh: str
+
+
+class Joined(Answer):
+    """The mesh this node is a member of now."""
+
+    mesh: str
+    ring: Ring
+    inviter: Party
+    peers: int
+    granted: str = "0"
+
+
+class PeerChanged(Answer):
+    """What connect, disconnect, ban and unban did; `changed` is false where it was so before."""
+
+    peer: Party
+    state: str
+    changed: bool
+
+
+class Factors(Answer):
+    """Decayed averages in 0..1 with a prior of 0.5."""
+
+    completion: float
+    on_time: float
+    accuracy: float
+    dispute_ratio: float
+    swarm: float
+
+
+class Reputation(Answer):
+    """This node's own view of a peer; `evidence` is the decayed number of tasks that it rests on."""
+
+    peer: Party
+    score: float
+    factors: Factors
+    evidence: float
+    confidence_discount: float
+    notes: list[str] = []
+
+
+class ReputationList(Answer):
+    """Best score first."""
+
+    items: list[Reputation]
+    next: str | None = None
+
+
+# --- wallet
+
+
+class Balance(Answer):
+    """`available` may be spent; `locked` lies in open escrow lines; `incoming` is claimable and not yet claimed."""
+
+    available: str
+    locked: str
+    incoming: str
+    account: str
+    mesh: str
+    open_lines: int
+    read_only: str | None = None
+
+
+class HistoryEntry(Answer):
+    """One entry of the own chain; `amount` is signed: what it did to `available`."""
+
+    seq: int
+    kind: str
+    at: str
+    amount: str
+    balance: str
+    counterparty: Party | None
+    task_id: str | None
+    hash: str
+
+
+class History(Answer):
+    """Newest first."""
+
+    items: list[HistoryEntry]
+    next: str | None = None
+
+
+class Escrow(Answer):
+    """A line of a lock of ours (`role` payer) or to us (payee)."""
+
+    id: str
+    role: Literal["payer", "payee"]
+    state: EscrowState
+    amount: str
+    counterparty: Party
+    task_id: str | None
+    locked_at: str
+    deliver_by: str
+    expires_at: str
+
+
+class EscrowList(Answer):
+    """Open lines, oldest first."""
+
+    items: list[Escrow]
+    next: str | None = None
+
+
+class Sent(Answer):
+    """Credits sent: the entry is durable; the payee claims it when it hears of it."""
+
+    to: Party
+    amount: str
+    seq: int
+    hash: str
+
+
+class AuditedAccount(Answer):
+    """One chain, verified from its first entry; `problem` is empty when it is valid."""
+
+    account: str
+    peer: Party
+    entries: int
+    head: str
+    available: str
+    locked: str
+    ok: bool
+    problem: str
+
+
+class AuditReport(Answer):
+    """All chains that this node holds. `granted` = available + locked + unclaimed where `complete`."""
+
+    ok: bool
+    complete: bool
+    accounts: list[AuditedAccount]
+    granted: str
+    available: str
+    locked: str
+    unclaimed: str
+    forks: list[str] = []
+
+
+# --- the node
+
+
+class DaemonStatus(Answer):
+    """The daemon as a process and as a node. Only `running` and `home` are set when none runs."""
+
+    running: bool
+    home: str
+    pid: int | None = None
+    version: str | None = None
+    protocol: str | None = None
+    rpc_version: int | None = None
+    peer_id: str | None = None
+    name: str | None = None
+    mesh: str | None = None
+    account: str | None = None
+    started_at: str | None = None
+    uptime_s: float | None = None
+    draining: bool = False
+    listen: list[str] = []
+    peers_connected: int = 0
+    peers_known: int = 0
+    tasks: dict[str, int] = {}
+    runs: int = 0
+    slots: int = 0
+    capabilities: list[str] = []
+    shell: dict[str, str] = {}
+    balance: str | None = None
+    memory_rss_bytes: int = 0
+    storage_bytes: int = 0
+    warnings: list[str] = []
+
+
+class Stopped(Answer):
+    """The daemon goes: `pid` is watched by the command until it is gone."""
+
+    pid: int
+    draining: bool
+
+
+class Reloaded(Answer):
+    """Keys that changed at once, and those that wait for a restart."""
+
+    applied: list[str]
+    restart: list[str]
+
+
+class Finding(Answer):
+    """One check of `doctor`."""
+
+    check: str
+    level: Level
+    message: str
+    remedy: str
+
+
+class DoctorReport(Answer):
+    """`ok` is false when a finding has level error."""
+
+    ok: bool
+    findings: list[Finding]
+
+
+class VersionAnswer(Answer):
+    """`clawnet version`."""
+
+    version: str
+    protocol: str
+    python: str
+    platform: str
+
+
+class Hello(Answer):
+    """The daemon's half of the handshake on the local socket."""
+
+    rpc_version: int
+    version: str
+    pid: int
+
+
+ANSWERS: Final[dict[str, Any]] = {
+    "daemon start": DaemonStatus,
+    "daemon status": DaemonStatus,
+    "daemon stop": Stopped,
+    "daemon restart": DaemonStatus,
+    "doctor": DoctorReport,
+    "market bids": BidList,
+    "market cancel": CancelAnswer,
+    "market history": TaskList,
+    "market list": TaskList,
+    "market result": Task,
+    "market show": Task,
+    "market status": Task,
+    "market submit": Submitted,
+    "market wait": TaskItems,
+    "market why": Why,
+    "peer ban": PeerChanged,
+    "peer connect": PeerChanged,
+    "peer disconnect": PeerChanged,
+    "peer invite": Invite,
+    "peer join": Joined,
+    "peer list": PeerList,
+    "peer ping": PingAnswer,
+    "peer reputation": ReputationList,
+    "peer show": Peer,
+    "peer unban": PeerChanged,
+    "run": Task,
+    "version": VersionAnswer,
+    "wallet audit": AuditReport,
+    "wallet balance": Balance,
+    "wallet escrows": EscrowList,
+    "wallet history": History,
+    "wallet send": Sent,
+    "error": ErrorAnswer,
+    "stream": StreamLine,
+}

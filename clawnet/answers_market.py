@@ -1,0 +1,276 @@
+"""The answers about tasks, bids and auctions; clawnet/answers.py holds the rest and the rules that bind all."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+Ring = Literal["own", "member", "stranger"]
+EscrowState = Literal["none", "locked", "released", "claimed", "refunded"]
+
+
+class Answer(Struct, kw_only=True):
+    """Base of all answers."""
+
+
+def time_text(at_ms: int) -> str:
+    """RFC 3339 in UTC with milliseconds, of Unix milliseconds."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Submitted(Answer):
+    """The task is durably accepted by the local node. `created` is false when an idempotency key found it."""
+
+    task_id: str
+    created: bool
+
+
+class Party(Answer):
+    """A peer as seen from this node; `name` is empty for one never admitted."""
+
+    peer_id: str
+    name: str
+    ring: Ring
+
+
+class Usage(Answer):
+    """The cost record of a run."""
+
+    duration_s: float
+    cpu_s: float
+    memory_bytes_max: int
+    output_bytes: int = 0
+
+
+class OutputFile(Answer):
+    """A file that the task wrote and that was asked for."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Result(Answer):
+    """What a task left. Streams over 1 MiB are not inlined: they are null here, and `market result` streams them.
+
+    `text` is the answer of a prompt or of a compute operation. `sha256` is of the whole result before sealing.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    stdout: str | None
+    stderr: str | None
+    text: str | None
+    outputs: list[OutputFile]
+    sha256: str
+    duration_s: float
+    usage: Usage
+    stdout_b64: str | UnsetType = UNSET
+    stderr_b64: str | UnsetType = UNSET
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    blob: str | None = None
+
+
+class TaskError(Answer):
+    """Why a task has no good result; `code` and `exit_code` are those of the error a waiting command ends with."""
+
+    code: str
+    message: str
+    hint: str = ""
+    exit_code: int = 70
+
+
+class EscrowRef(Answer):
+    """The escrow of the paying attempt: `id` is lock hash and line ("none" state: ring own, nothing was locked)."""
+
+    id: str | None
+    state: EscrowState
+    amount: str
+
+
+class Attempt(Answer):
+    """One executor's try at the task; `state` is awarded, accepted, executing, delivered, rejected, lost, waived ..."""
+
+    attempt: int
+    executor: Party
+    state: str
+    price: str
+    started_at: str
+    ended_at: str | None
+    reason: str
+    escrow: EscrowRef
+
+
+class Transition(Answer):
+    """The task entered `state` at `at`, because of `reason`."""
+
+    state: str
+    at: str
+    reason: str
+
+
+class Task(Answer):
+    """A task as JSON. `price` is null until awarded; `bids` counts them; `final` tells that nothing will change."""
+
+    task_id: str
+    state: str
+    type: str
+    description: str
+    created_at: str
+    deadline: str
+    max_budget: str
+    price: str | None
+    ring: Ring | None
+    executor: Party | None
+    attempts: list[Attempt]
+    bids: int
+    escrow: EscrowRef
+    result: Result | None
+    error: TaskError | None
+    idempotency_key: str | None
+    final: bool = False
+    ended_at: str | None = None
+    transitions: list[Transition] = []
+
+
+class TaskSummary(Answer):
+    """A task in a list."""
+
+    task_id: str
+    state: str
+    type: str
+    description: str
+    created_at: str
+    ended_at: str | None
+    max_budget: str
+    price: str | None
+    executor: Party | None
+    exit_code: int | None
+    error: TaskError | None
+
+
+class TaskList(Answer):
+    """Newest first; `next` continues the list."""
+
+    items: list[TaskSummary]
+    next: str | None = None
+
+
+class TaskItems(Answer):
+    """Several whole tasks, in the order asked for (`market wait A B`)."""
+
+    items: list[Task]
+    next: str | None = None
+
+
+class OutputChunk(Answer):
+    """A streamed piece of a running task; `offset` is its place in that stream."""
+
+    stream: Literal["stdout", "stderr"]
+    offset: int
+    data: str | UnsetType = UNSET
+    data_b64: str | UnsetType = UNSET
+
+
+class StreamLine(Answer):
+    """One line of `run --stream --json`, before the task object."""
+
+    stream: Literal["stdout", "stderr"]
+    data: str | UnsetType = UNSET
+    data_b64: str | UnsetType = UNSET
+
+
+class StateChange(Answer):
+    """A followed task entered a state."""
+
+    task_id: str
+    state: str
+    reason: str
+    at: str
+
+
+class ReadAnswer(Answer):
+    """A piece of a stored stream; `size` is the whole stream's."""
+
+    data_b64: str
+    size: int
+    eof: bool
+
+
+class CancelAnswer(Answer):
+    """The state after the request; a task that runs elsewhere ends when its executor answers."""
+
+    task_id: str
+    state: str
+
+
+class Terms(Answer):
+    """The four weighted terms of a bid's score."""
+
+    price: float
+    reputation: float
+    latency: float
+    confidence: float
+
+
+class Bid(Answer):
+    """A bid as the requester judged it; `score` is the sum of `terms`."""
+
+    round: int
+    bidder: Party
+    price: str
+    estimated_s: float
+    queue_wait_s: float
+    confidence: float
+    reputation: float
+    load: float
+    energy_cost: float
+    score: float
+    terms: Terms
+    at: str
+    won: bool
+
+
+class BidList(Answer):
+    """Best score first."""
+
+    items: list[Bid]
+    next: str | None = None
+
+
+class WhyPeer(Answer):
+    """What one peer that was asked answered: bid, declined (with `reason`) or silent; `excluded` was not asked."""
+
+    peer: Party
+    answer: Literal["bid", "declined", "silent", "excluded"]
+    reason: str
+    bid: Bid | None = None
+
+
+class WhyRound(Answer):
+    """One auction. `closed_by` says what ended it: all_answered, soft_close, bid_timeout, nobody, inner_ring."""
+
+    round: int
+    opened_at: str
+    closed_at: str | None
+    closed_by: str
+    ring: str
+    asked: int
+    declined: dict[str, int]
+    peers: list[WhyPeer]
+    winner: Party | None
+    reason: str
+
+
+class Why(Answer):
+    """Who was asked, who declined and why, how each bid scored, why the winner won; `hint` widens the choice."""
+
+    task_id: str
+    state: str
+    summary: str
+    hint: str
+    rounds: list[WhyRound]
+    transitions: list[Transition] = []
