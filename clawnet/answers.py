@@ -9,89 +9,22 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
+from msgspec import field
+
+from clawnet.answers_market import *  # noqa: F403 - one vocabulary in two files
 from clawnet.answers_market import (
-    Answer as Answer,
-)
-from clawnet.answers_market import (
-    Attempt as Attempt,
-)
-from clawnet.answers_market import (
-    Bid as Bid,
-)
-from clawnet.answers_market import (
-    BidList as BidList,
-)
-from clawnet.answers_market import (
-    CancelAnswer as CancelAnswer,
-)
-from clawnet.answers_market import (
-    EscrowRef as EscrowRef,
-)
-from clawnet.answers_market import (
-    EscrowState as EscrowState,
-)
-from clawnet.answers_market import (
-    OutputChunk as OutputChunk,
-)
-from clawnet.answers_market import (
-    OutputFile as OutputFile,
-)
-from clawnet.answers_market import (
-    Party as Party,
-)
-from clawnet.answers_market import (
-    ReadAnswer as ReadAnswer,
-)
-from clawnet.answers_market import (
-    Result as Result,
-)
-from clawnet.answers_market import (
-    Ring as Ring,
-)
-from clawnet.answers_market import (
-    StateChange as StateChange,
-)
-from clawnet.answers_market import (
-    StreamLine as StreamLine,
-)
-from clawnet.answers_market import (
-    Submitted as Submitted,
-)
-from clawnet.answers_market import (
-    Task as Task,
-)
-from clawnet.answers_market import (
-    TaskError as TaskError,
-)
-from clawnet.answers_market import (
-    TaskItems as TaskItems,
-)
-from clawnet.answers_market import (
-    TaskList as TaskList,
-)
-from clawnet.answers_market import (
-    TaskSummary as TaskSummary,
-)
-from clawnet.answers_market import (
-    Terms as Terms,
-)
-from clawnet.answers_market import (
-    Transition as Transition,
-)
-from clawnet.answers_market import (
-    Usage as Usage,
-)
-from clawnet.answers_market import (
-    Why as Why,
-)
-from clawnet.answers_market import (
-    WhyPeer as WhyPeer,
-)
-from clawnet.answers_market import (
-    WhyRound as WhyRound,
-)
-from clawnet.answers_market import (
-    time_text as time_text,
+    Answer,
+    BidList,
+    CancelAnswer,
+    EscrowState,
+    Party,
+    Ring,
+    StreamLine,
+    Submitted,
+    Task,
+    TaskItems,
+    TaskList,
+    Why,
 )
 
 Level = Literal["ok", "warn", "error"]
@@ -132,10 +65,10 @@ class Peer(Answer):
     last_seen: str | None
     inbound: bool = False
     connected_at: str | None = None
-    addresses: list[str] = []
-    capabilities: list[str] = []
-    models: list[str] = []
-    labels: list[str] = []
+    addresses: list[str] = field(default_factory=list)
+    capabilities: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     os: str = ""
     cpu: int = 0
     memory_bytes: int = 0
@@ -145,7 +78,7 @@ class Peer(Answer):
     owner: str = ""
     inviter: str = ""
     version: str = ""
-    notes: list[str] = []
+    notes: list[str] = field(default_factory=list)
 
 
 class PeerList(Answer):
@@ -211,7 +144,7 @@ class Reputation(Answer):
     factors: Factors
     evidence: float
     confidence_discount: float
-    notes: list[str] = []
+    notes: list[str] = field(default_factory=list)
 
 
 class ReputationList(Answer):
@@ -309,7 +242,7 @@ class AuditReport(Answer):
     available: str
     locked: str
     unclaimed: str
-    forks: list[str] = []
+    forks: list[str] = field(default_factory=list)
 
 
 # --- the node
@@ -331,18 +264,18 @@ class DaemonStatus(Answer):
     started_at: str | None = None
     uptime_s: float | None = None
     draining: bool = False
-    listen: list[str] = []
+    listen: list[str] = field(default_factory=list)
     peers_connected: int = 0
     peers_known: int = 0
-    tasks: dict[str, int] = {}
+    tasks: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     slots: int = 0
-    capabilities: list[str] = []
-    shell: dict[str, str] = {}
+    capabilities: list[str] = field(default_factory=list)
+    shell: dict[str, str] = field(default_factory=dict)
     balance: str | None = None
     memory_rss_bytes: int = 0
     storage_bytes: int = 0
-    warnings: list[str] = []
+    warnings: list[str] = field(default_factory=list)
 
 
 class Stopped(Answer):

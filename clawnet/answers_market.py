@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 Ring = Literal["own", "member", "stranger"]
 EscrowState = Literal["none", "locked", "released", "claimed", "refunded"]
@@ -133,7 +133,7 @@ class Task(Answer):
     idempotency_key: str | None
     final: bool = False
     ended_at: str | None = None
-    transitions: list[Transition] = []
+    transitions: list[Transition] = field(default_factory=list)
 
 
 class TaskSummary(Answer):
@@ -273,4 +273,4 @@ class Why(Answer):
     summary: str
     hint: str
     rounds: list[WhyRound]
-    transitions: list[Transition] = []
+    transitions: list[Transition] = field(default_factory=list)
