@@ -114,7 +114,7 @@ class BlobReady(Stimulus, frozen=True, gc=False):
 
 
 class Opened(Stimulus, frozen=True, gc=False):
-    """An Open ended: `bundle` is the result's summary (see execution/bundle.py), or `reason` says why it does not open."""
+    """An Open ended: `bundle` is the result's summary (execution/bundle.py), or `reason` says why it does not open."""
 
     request: bytes
     reason: str
@@ -244,7 +244,7 @@ class PackInputs(Effect, frozen=True, gc=False):
 
 
 class Fetch(Effect, frozen=True, gc=False):
-    """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: return a small one inline."""
+    """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: a small one comes inline."""
 
     request: bytes
     peer: str

@@ -1,4 +1,4 @@
-"""Every control message: its number, its fields, who sends it. Formats are final; docs/PROTOCOL.md is generated from here.
+"""Every control message: its number, its fields, who sends it. Formats are final; docs/PROTOCOL.md comes from here.
 
 Payloads are MessagePack arrays in field order, decoded strictly: a wrong type, a missing field or a value out of its
 bound is a WireError. Amounts are micro-credits, `_ms` fields Unix milliseconds, `_s` fields seconds.
@@ -82,28 +82,28 @@ class Message(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fie
 # --- link
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     """Liveness and round trip over the control stream; answered by Pong with the same nonce."""
 
     nonce: U64
     time_ms: U64
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     """Answer to Ping; `time_ms` is the answerer's clock (skew is estimated from it)."""
 
     nonce: U64
     time_ms: U64
 
 
-class PeerInfo(Message):
+class PeerInfo(Message, frozen=True):
     """What a node says of itself: `body` is an encoded PeerCard, signed by the node key (tag clawnet/peer-info/1)."""
 
     body: Annotated[bytes, Meta(max_length=32 * limits.KIB)]
     signature: Bytes64
 
 
-class PeerCard(Message):
+class PeerCard(Message, frozen=True):
     """The signed content of PeerInfo. Of two cards of one peer the higher `serial` wins."""
 
     peer: Address
@@ -124,16 +124,17 @@ class PeerCard(Message):
     shell_rings: Words
 
 
-class Disconnect(Message):
+class Disconnect(Message, frozen=True):
     """The sender closes the link and says why."""
 
     reason: Text
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message on a control stream, from both sides; signed as a whole (wire/session.py).
 
-    `certificates` is the chain from the mesh's founder to this node key; `remote` is whom the sender believes it talks to.
+    `certificates` is the chain from the mesh's founder to this node key; `remote` is whom the sender believes to be
+    the other end.
     """
 
     version: Annotated[list[U32], Meta(min_length=2, max_length=2)]
@@ -148,19 +149,19 @@ class Hello(Message):
     rotations: Annotated[list[EntryBytes], Meta(max_length=16)]
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """The obligation named was durably taken (or had been before)."""
 
     obligation: Bytes16
 
 
-class Membership(Message):
+class Membership(Message, frozen=True):
     """Certificates, revocations, successions and sealed mesh keys, each carrying its author's own signature."""
 
     statements: Annotated[list[Statement], Meta(max_length=64)]
 
 
-class Error(Message):
+class Error(Message, frozen=True):
     """A message was not acted on; `code` is one of the protocol's error numbers, `about` the message id."""
 
     code: U32
@@ -171,7 +172,7 @@ class Error(Message):
 # --- market
 
 
-class Requirements(Message):
+class Requirements(Message, frozen=True):
     """What a task needs; zero and empty mean "does not matter". `os` is a family: linux, darwin, windows."""
 
     capabilities: Words = []
@@ -184,7 +185,7 @@ class Requirements(Message):
     os: Word = ""
 
 
-class Offer(Message):
+class Offer(Message, frozen=True):
     """MARKET_TASK_ANNOUNCE: all that anyone but the winner ever sees of a task.
 
     `task` is the salted hash of the task document; `round` counts the auctions of one task; `close_ms` is the outer
@@ -205,7 +206,7 @@ class Offer(Message):
     retries: U32 = 0
 
 
-class Bid(Message):
+class Bid(Message, frozen=True):
     """MARKET_BID, sealed to the requester: a fixed price for the whole task.
 
     `estimated_s` is run time, `queue_wait_s` what stands before it; `known_seq` and `known_hash` are the head the
@@ -226,7 +227,7 @@ class Bid(Message):
     known_hash: Bytes32
 
 
-class Decline(Message):
+class Decline(Message, frozen=True):
     """TASK_DECLINE: no bid, and why (one of the reasons in docs/PROTOCOL.md)."""
 
     task_id: Bytes16
@@ -234,7 +235,7 @@ class Decline(Message):
     reason: Word
 
 
-class Winner(Message):
+class Winner(Message, frozen=True):
     """MARKET_WINNER: the task document, to the winner alone. Ring own: price 0 and no lock follows."""
 
     task_id: Bytes16
@@ -248,7 +249,7 @@ class Winner(Message):
     description: Text = ""
 
 
-class EscrowLock(Message):
+class EscrowLock(Message, frozen=True):
     """MARKET_ESCROW_LOCK: where this attempt's line is, and the requester's entries after the head the bidder named."""
 
     task_id: Bytes16
@@ -259,14 +260,14 @@ class EscrowLock(Message):
     entries: Entries
 
 
-class Accept(Message):
+class Accept(Message, frozen=True):
     """TASK_ACCEPT: durably taken; the executor agrees to the lease."""
 
     task_id: Bytes16
     attempt: U32
 
 
-class Reject(Message):
+class Reject(Message, frozen=True):
     """TASK_REJECT: durably not started, with the waiver that frees the line (empty where there was no lock)."""
 
     task_id: Bytes16
@@ -276,7 +277,7 @@ class Reject(Message):
     waiver: Statement
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """TASK_CANCEL, from the requester."""
 
     task_id: Bytes16
@@ -284,7 +285,7 @@ class Cancel(Message):
     reason: Text
 
 
-class Result(Message):
+class Result(Message, frozen=True):
     """TASK_RESULT: the note (a signed statement, LEDGER.md section 3; empty in ring own) and the sealed bundle.
 
     The bundle is inline, or empty and then fetched as the blob `blob` of `blob_bytes` from the sender. A non-empty
@@ -304,7 +305,7 @@ class Result(Message):
     memory_bytes_max: U64
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """TASK_PROGRESS, at least every lease_s / 3: the attempt lives."""
 
     task_id: Bytes16
@@ -313,7 +314,7 @@ class Progress(Message):
     elapsed_s: Seconds
 
 
-class Output(Message):
+class Output(Message, frozen=True):
     """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream."""
 
     task_id: Bytes16
@@ -323,7 +324,7 @@ class Output(Message):
     data: Annotated[bytes, Meta(max_length=limits.OUTPUT_CHUNK_BYTES_MAX)]
 
 
-class Waiver(Message):
+class Waiver(Message, frozen=True):
     """TASK_WAIVER: the attempt ends without a result; `waiver` frees the line, `report` says what happened."""
 
     task_id: Bytes16
@@ -333,7 +334,7 @@ class Waiver(Message):
     report: Annotated[bytes, Meta(max_length=64 * limits.KIB)]
 
 
-class Settlement(Message):
+class Settlement(Message, frozen=True):
     """MARKET_SETTLEMENT: entries of `account` up to the release (from the payer) or the claim (from the payee)."""
 
     account: Bytes32
@@ -344,7 +345,7 @@ class Settlement(Message):
 # --- ledger
 
 
-class Head(Message):
+class Head(Message, frozen=True):
     """The newest entry of an account that the sender holds."""
 
     account: Bytes32
@@ -352,7 +353,7 @@ class Head(Message):
     hash: Bytes32
 
 
-class LedgerPull(Message):
+class LedgerPull(Message, frozen=True):
     """Asks for entries of `account` from `from_seq` on (inclusive), up to `to_seq`; answered by LedgerPush."""
 
     account: Bytes32
@@ -360,7 +361,7 @@ class LedgerPull(Message):
     to_seq: U64
 
 
-class LedgerPush(Message):
+class LedgerPush(Message, frozen=True):
     """Entries of one account, heads of several, fork proofs. `end` tells that the sender has no later entry."""
 
     account: Bytes32
@@ -370,7 +371,7 @@ class LedgerPush(Message):
     end: bool = True
 
 
-class Countersign(Message):
+class Countersign(Message, frozen=True):
     """LEDGER_COUNTERSIGN: a request (statement empty) names account, seq and hash; the answer holds the statement."""
 
     account: Bytes32
@@ -383,8 +384,8 @@ class Countersign(Message):
 # --- joining (its own stream, not in batches)
 
 
-class JoinAsk(Message):
-    """Redeems an invite: the token's secret and the joiner's keys. `proof` signs the rest with the joiner's owner key."""
+class JoinAsk(Message, frozen=True):
+    """Redeems an invite: the token's secret and the joiner's keys. The proofs sign the rest."""
 
     mesh: Bytes32
     secret: Bytes16
@@ -396,7 +397,7 @@ class JoinAsk(Message):
     owner_proof: Bytes64
 
 
-class JoinPeer(Message):
+class JoinPeer(Message, frozen=True):
     """A member to connect to."""
 
     peer: Address
@@ -404,7 +405,7 @@ class JoinPeer(Message):
     addresses: Annotated[list[Address], Meta(max_length=16)]
 
 
-class JoinAnswer(Message):
+class JoinAnswer(Message, frozen=True):
     """Admission or the reason for refusal (`refusal` non-empty: everything else is empty)."""
 
     refusal: Text

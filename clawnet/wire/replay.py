@@ -1,0 +1,83 @@
+"""The window against replay of relayed statements (gossip, peer info): what was seen is known until it is too old.
+
+Batches need none of this: a session and a sequence number place each of them. A relayed statement carries its author's
+own id and time, so it is refused when seen before, older than MESSAGE_AGE_MS, or older than what a full window forgot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from heapq import heapify, heappop, heappush
+
+from clawnet import limits
+from clawnet.errors import MessageTooOld, RateLimited
+
+Seen = tuple[int, str, bytes]
+"""Time (ms), author, id: one row of the window as it is stored."""
+
+
+class ReplayWindow:
+    """Takes each (author, statement id) once. One author fills a share of it at most, and flushes out no other."""
+
+    def __init__(self, ids_max: int = limits.REPLAY_WINDOW_MAX, author_share: int = 16) -> None:
+        self._ids_max = ids_max
+        self._author_max = max(1, ids_max // author_share)
+        self._heap: list[Seen] = []
+        self._known: set[tuple[str, bytes]] = set()
+        self._per_author: dict[str, int] = {}
+        self.floor_ms = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def admit(self, author: str, statement: bytes, time_ms: int, now_ms: int) -> bool:
+        """True the first time, False for a repetition (normal in gossip).
+
+        MessageTooOld outside the window of time; RateLimited when `author` has filled its share.
+        """
+        if (author, statement) in self._known:
+            return False
+        if time_ms <= self.floor_ms or abs(time_ms - now_ms) > limits.MESSAGE_AGE_MS:
+            raise MessageTooOld(f"a statement of {author} is {abs(now_ms - time_ms) // 1000} s off this node's clock")
+        self._forget_before(now_ms - limits.MESSAGE_AGE_MS)
+        if self._per_author.get(author, 0) >= self._author_max:
+            raise RateLimited(f"{author} sent {self._author_max} statements within {limits.MESSAGE_AGE_MS // 1000} s")
+        self._add((time_ms, author, statement))
+        if len(self._heap) > self._ids_max:
+            self._forget_oldest()
+        return True
+
+    def rows(self) -> Iterator[Seen]:
+        """The window, to be stored."""
+        return iter(self._heap)
+
+    def restore(self, rows: Iterable[Seen], floor_ms: int) -> None:
+        """The window as stored. `floor_ms` is that of the stored window."""
+        self._heap.clear()
+        self._known.clear()
+        self._per_author.clear()
+        self.floor_ms = floor_ms
+        for row in rows:
+            self._add(row)
+        heapify(self._heap)
+        while len(self._heap) > self._ids_max:
+            self._forget_oldest()
+
+    def _add(self, row: Seen) -> None:
+        heappush(self._heap, row)
+        self._known.add((row[1], row[2]))
+        self._per_author[row[1]] = self._per_author.get(row[1], 0) + 1
+
+    def _forget_before(self, time_ms: int) -> None:
+        while self._heap and self._heap[0][0] < time_ms:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        time_ms, author, statement = heappop(self._heap)
+        self._known.discard((author, statement))
+        self.floor_ms = max(self.floor_ms, time_ms)
+        left = self._per_author[author] - 1
+        if left:
+            self._per_author[author] = left
+        else:
+            del self._per_author[author]
