@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from clawnet import limits
+from clawnet.errors import LinkError
 
 if TYPE_CHECKING:
     from clawnet.identity.multiaddr import Multiaddr
@@ -176,3 +177,16 @@ class Transport(Protocol):
         A stream handler set inside `on_connection` misses nothing. Raises LinkError (`details["errno"]`) when the
         address cannot be bound.
         """
+
+
+def expected_peer(address: Multiaddr, peer: str | None, own_peer: str) -> str | None:
+    """Whom a dial must find: `peer`, or the peer id in the address; None takes anybody.
+
+    Raises LinkError when the two differ or name this very node.
+    """
+    if peer is not None and address.peer is not None and peer != address.peer:
+        raise LinkError(f"{address} is not an address of {peer}", address=str(address))
+    expected = peer or address.peer
+    if expected == own_peer:
+        raise LinkError(f"{address} is this node itself", address=str(address))
+    return expected
