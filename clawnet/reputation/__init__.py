@@ -1,0 +1,1 @@
+"""Whom this node trusts with work, from what it saw itself. Pure."""
