@@ -183,16 +183,8 @@ def _widen(table: Mapping[S, frozenset[S]]) -> dict[StrEnum, frozenset[StrEnum]]
 
 
 FINAL: Final = _ends(TASK_TRANSITIONS, TaskState)
-ATTEMPT_def _widen(table: Mapping[S, frozenset[S]]) -> dict[StrEnum, frozenset[StrEnum]]:
-    return {state: frozenset[StrEnum](targets) for state, targets in table.items()}
-
-
-FINAL: Final = _ends(ATTEMPT_TRANSITIONS, AttemptState)
-JOB_def _widen(table: Mapping[S, frozenset[S]]) -> dict[StrEnum, frozenset[StrEnum]]:
-    return {state: frozenset[StrEnum](targets) for state, targets in table.items()}
-
-
-FINAL: Final = _ends(JOB_TRANSITIONS, JobState)
+ATTEMPT_FINAL: Final = _ends(ATTEMPT_TRANSITIONS, AttemptState)
+JOB_FINAL: Final = _ends(JOB_TRANSITIONS, JobState)
 MACHINES: Final[dict[str, Mapping[StrEnum, frozenset[StrEnum]]]] = {
     "task": _widen(TASK_TRANSITIONS),
     "attempt": _widen(ATTEMPT_TRANSITIONS),
