@@ -124,7 +124,14 @@ class TimedOutError(ClawnetError):
     exit_code = 124
 
 
-class StorageFullError(ClawnetError):
+class StorageError(ClawnetError):
+    """The database or the blob directory does not work; what was accepted before is still there."""
+
+    code = "storage"
+    exit_code = 70
+
+
+class StorageFullError(StorageError):
     """The disk or the configured storage limit is full; nothing was accepted and nothing was lost."""
 
     code = "storage_full"
