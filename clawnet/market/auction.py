@@ -11,7 +11,6 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.config import Config
-from clawnet.errors import ConfigError
 from clawnet.market.reasons import Reason, count_reasons, reason_of
 from clawnet.money import UCR_PER_CREDIT, format_credits
 from clawnet.wire.messages import Bid
@@ -40,20 +39,13 @@ class Score(Struct, frozen=True, gc=False, array_like=True):
 
 
 def weights_from(config: Config) -> Weights:
-    """The weights of `market.weights.*`; raises ConfigError unless none is negative and they sum to 1."""
-    weights = Weights(
+    """The weights of `market.weights.*` (the configuration refuses ones that do not sum to 1)."""
+    return Weights(
         price=config.number("market.weights.price"),
         reputation=config.number("market.weights.reputation"),
         latency=config.number("market.weights.latency"),
         confidence=config.number("market.weights.confidence"),
     )
-    values = (weights.price, weights.reputation, weights.latency, weights.confidence)
-    if min(values) < 0 or not math.isclose(sum(values), 1.0, abs_tol=1e-6):
-        raise ConfigError(
-            f"market.weights are {', '.join(f'{value:g}' for value in values)}, which sum to {sum(values):g}",
-            hint="price, reputation, latency and confidence must be 0 or more and sum to 1",
-        )
-    return weights
 
 
 def score(price_ucr: int, latency_s: float, reputation: float, confidence: float, weights: Weights) -> Score:
