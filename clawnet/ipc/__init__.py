@@ -1,0 +1,1 @@
+"""The daemon's local socket (a named pipe on Windows): calls in, answers and notifications out."""
