@@ -85,6 +85,8 @@ class Task(Struct, array_like=True):
     transitions: int = 0
     shown_lost: bool = False
     backoff_ms: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
+    content: str = ""
 
     @property
     def paying(self) -> Attempt | None:

@@ -1,0 +1,1 @@
+"""Who belongs to the mesh: peers and their rings, names, invites. Pure."""

@@ -1,0 +1,256 @@
+"""Rounds of asking for bids: whom, in which ring first, until when, and what follows from the answers."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from clawnet import limits
+from clawnet.errors import NoBidError, TimedOutError
+from clawnet.market import taskspec
+from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record, weights_from
+from clawnet.market.records import FINAL_STATES, Task
+from clawnet.node.context import Context
+from clawnet.wire.messages import Bid, Decline, Offer
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+TRANSIENT = frozenset(("full", "rate", "busy_audit", "cannot_audit", "storage_full"))
+BACKOFF_MIN_MS = 100
+BACKOFF_MAX_MS = 5_000
+
+
+class Auctions:
+    """Live auctions by task, the queue of tasks that wait for one, and who was awarded how long ago."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.live: dict[bytes, Auction] = {}
+        self._waiting: deque[bytes] = deque()
+        self._order = AwardOrder()
+        self._missed: dict[str, None] = {}
+        self._weights = weights_from(ctx.config)
+        self._live_max = ctx.config.integer("market.max_concurrent_auctions")
+        self._soft_close_ms = ctx.config.millis("market.soft_close")
+
+    # --- opening
+
+    def queue(self, task: Task) -> None:
+        """Holds an auction for the task, now or when one of the running ones has ended."""
+        task.stage = 0
+        self._waiting.append(task.task_id)
+        self._rooms.tasks.touch(task)
+
+    def pump(self) -> None:
+        """At the end of a turn: opens waiting auctions while there is room."""
+        while self._waiting and len(self.live) < self._live_max:
+            task = self._rooms.tasks.open.get(self._waiting.popleft())
+            if task is not None and task.state in ("announced", "bidding", "reassigned") and task.task_id not in self.live:
+                self._open_stage(task)
+
+    def drop(self, task: Task) -> None:
+        """The task is final: its auction, if any, is over."""
+        auction = self.live.pop(task.task_id, None)
+        if auction is not None:
+            self._keep(task, auction, closed_by=task.state)
+
+    def _open_stage(self, task: Task) -> None:
+        """Asks the next ring that has anybody to ask; none left: the task ends without a bid."""
+        while task.stage < len(task.stages):
+            ring = task.stages[task.stage]
+            candidates = self._candidates(task, ring)
+            if candidates:
+                self._announce(task, ring, candidates)
+                return
+            task.stage += 1
+        self._no_bid(task)
+
+    def _candidates(self, task: Task, ring: str) -> list[str]:
+        ctx, members = self._ctx, self._rooms.members
+        named = task.spec["peer"]
+        excluded = [*task.spec["exclude"], *task.refused]
+        if ring == "self":
+            return [ctx.me] if ctx.me not in excluded and (not named or ctx.me in named) else []
+        return members.index.candidates(
+            task.kind,
+            task.requirements,
+            ring,
+            score_hint=lambda peer: members.reputation.score(peer, ctx.now).total,
+            pick=members.pick,
+            among=ctx.links,
+            only=named,
+            exclude=excluded,
+            usable=members.usable,
+        )
+
+    def budget_left(self, task: Task) -> int:
+        """What may still be promised: attempts that may yet be paid count against the budget."""
+        bound = sum(a.released_ucr or a.price_ucr for a in task.attempts if a.paying or a.released_seq >= 0)
+        return max(0, task.max_budget_ucr - bound)
+
+    def _announce(self, task: Task, ring: str, candidates: list[str]) -> None:
+        ctx = self._ctx
+        task.round += 1
+        close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
+        budget = self.budget_left(task)
+        if ring == "member":
+            budget = min(budget, max(0, self._rooms.books.available()))
+        auction = Auction(
+            task.task_id,
+            task.round,
+            {peer: Candidate(self._rooms.members.rtt_ms(peer), peer in self._missed) for peer in candidates},
+            opened_ms=ctx.now,
+            close_ms=close_ms,
+            soft_close_ms=self._soft_close_ms,
+            max_budget_ucr=budget,
+            min_reputation=task.requirements.min_reputation if ring == "member" else 0.0,
+            weights=self._weights,
+            ring=ring,
+        )
+        self.live[task.task_id] = auction
+        if task.state != "bidding":
+            self._rooms.tasks.move(task, "bidding", f"{len(candidates)} asked in ring {ring}")
+        offer = Offer(
+            task_id=task.task_id,
+            round=task.round,
+            kind=task.kind,
+            task=task.task_hash,
+            payload_bytes=task.document_bytes,
+            input_bytes=task.input_bytes,
+            max_budget_ucr=budget,
+            deadline_ms=task.deadline_ms,
+            close_ms=close_ms,
+            lease_s=limits.LEASE_S,
+            requirements=task.requirements,
+            retries=task.spec["retries"],
+        )
+        for peer in candidates:
+            ctx.send(peer, offer)
+        self._arm(auction)
+
+    def _arm(self, auction: Auction) -> None:
+        self._ctx.wake(("auction", auction.task_id), auction.closes_at(self._ctx.now))
+
+    # --- answers
+
+    def bid(self, peer: str, bid: Bid) -> None:
+        """A sealed bid."""
+        auction = self.live.get(bid.task_id)
+        if auction is None:
+            return
+        members = self._rooms.members
+        auction.add_bid(
+            peer,
+            bid,
+            self._ctx.now,
+            reputation=members.reputation.score(peer, self._ctx.now).total,
+            confidence=members.reputation.confidence(peer, bid.confidence),
+        )
+        members.known_heads[peer] = (bid.known_seq, bid.known_hash)
+        self._answered(peer, auction)
+
+    def decline(self, peer: str, decline: Decline) -> None:
+        """A refusal to bid, with its reason."""
+        auction = self.live.get(decline.task_id)
+        if auction is not None and auction.add_decline(peer, decline.round, decline.reason, self._ctx.now):
+            self._answered(peer, auction)
+
+    def _answered(self, peer: str, auction: Auction) -> None:
+        self._missed.pop(peer, None)
+        if auction.is_closed(self._ctx.now):
+            self._close(auction)
+        else:
+            self._arm(auction)
+
+    def peer_down(self, peer: str) -> None:
+        """Nobody waits for the answer of a peer that is gone."""
+        for auction in list(self.live.values()):
+            auction.peer_gone(peer, self._ctx.now)
+            if auction.is_closed(self._ctx.now):
+                self._close(auction)
+
+    def timer(self, task_id: bytes) -> None:
+        """A close may be due, or the pause after a round in which everybody was full."""
+        auction = self.live.get(task_id)
+        if auction is not None:
+            if auction.is_closed(self._ctx.now):
+                self._close(auction)
+            else:
+                self._arm(auction)
+            return
+        task = self._rooms.tasks.open.get(task_id)
+        if task is not None and task.state == "bidding":
+            self.queue(task)
+
+    # --- closing
+
+    def _keep(self, task: Task, auction: Auction, *, winner: str = "", closed_by: str = "") -> None:
+        record = auction.record(
+            self._ctx.now, last_award=self._order.of, winner=winner, closed_by=closed_by
+        )
+        task.bids += len(record.bids)
+        self._ctx.put("bids", task.task_id, task.round, "", encode_record(record))
+        self._rooms.tasks.touch(task)
+
+    def _close(self, auction: Auction) -> None:
+        del self.live[auction.task_id]
+        task = self._rooms.tasks.open.get(auction.task_id)
+        if task is None or task.state in FINAL_STATES:
+            return
+        for peer in auction.silent:
+            self._missed[peer] = None
+        ranking = auction.ranking(self._order.of)
+        self._keep(task, auction)
+        if ranking:
+            best = ranking[0][0]
+            self._order.note(best.peer)
+            self._rooms.awards.award(task, best)
+            return
+        refusals = auction.refusals()
+        task.refusals.update(refusals)
+        if task.stage + 1 < len(task.stages):
+            task.stage += 1
+            self._open_stage(task)
+        elif TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
+            self._pause(task)
+        else:
+            self._no_bid(task)
+
+    def _pause(self, task: Task) -> None:
+        """Everybody who could is full: ask again a little later, until the deadline."""
+        task.backoff_ms = min(max(BACKOFF_MIN_MS, task.backoff_ms * 2), BACKOFF_MAX_MS)
+        task.refusals.clear()
+        spread = self._rooms.members.pick(task.backoff_ms)
+        self._ctx.wake(("auction", task.task_id), min(self._ctx.now + task.backoff_ms + spread, task.deadline_ms))
+
+    def _no_bid(self, task: Task) -> None:
+        refusals = task.refusals
+        if self._ctx.now >= task.deadline_ms:
+            error = TimedOutError("the deadline passed before anybody could take the task", hint="--deadline allows more")
+            self._rooms.tasks.finish(task, "timed_out", error)
+            return
+        reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))
+        asked = f"nobody can take it ({reasons})" if reasons else "nobody allowed to see it can do it"
+        error_hint = self._widen(task, refusals)
+        self._rooms.tasks.finish(
+            task, "no_bids", NoBidError(f"no acceptable bid: {asked}", hint=error_hint, refusals=refusals)
+        )
+
+    def _widen(self, task: Task, refusals: dict[str, int]) -> str:
+        """What the requester could change so that somebody may take it."""
+        why = f"clawnet market why {task.task_id.hex()[:8]} explains"
+        if task.kind == "prompt":
+            return f"no connected node serves prompts; run a command with --type shell; {why}"
+        if "price" in refusals:
+            return f"a higher --budget may help; {why}"
+        if task.spec["peer"]:
+            return f"--peer restricts who is asked; leave it out to widen the choice; {why}"
+        if task.spec["ring"] == "own":
+            return f"--ring member asks members too; {why}"
+        if task.spec["requirements"]["os"] and "os" in refusals:
+            return f"--os any asks every operating system; {why}"
+        if not self._ctx.links:
+            return f"no peer is connected (clawnet peer list); {why}"
+        return f"fewer --require, --label or a lower --min-reputation widen the choice; {why}"

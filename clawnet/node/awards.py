@@ -1,0 +1,560 @@
+"""After the auction: lock, accept, run, result, release, key. The life of an attempt, seen from the requester."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, ExecutorLostError, TimedOutError, VerificationError
+from clawnet.ledger.entries import ReleaseItem
+from clawnet.ledger.seal import content_key
+from clawnet.ledger.statements import StatementError, open_note, open_waiver, statement_hash
+from clawnet.market.auction import BidFacts
+from clawnet.market.records import FINAL_STATES, Attempt, Task
+from clawnet.node.context import Context
+from clawnet.reputation.receipts import Outcome
+from clawnet.wire.events import BlobReady, Fetch, GrantBlob, MessageIn, Open, Opened, RevokeBlobs
+from clawnet.wire.messages import (
+    Accept,
+    Ack,
+    Cancel,
+    EscrowLock,
+    Kind,
+    LedgerPull,
+    Output,
+    Progress,
+    Reject,
+    Result,
+    Waiver,
+    Winner,
+)
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+KEY_PULLS_MS = (5_000, 30_000, 300_000)
+HOUR_MS = 3_600_000
+TEN_S_MS = 10_000
+RUNNING = ("awarded", "locked", "accepted")
+
+
+def about(task_id: bytes, n: int) -> bytes:
+    """The outbox's name of an attempt."""
+    return task_id + n.to_bytes(4, "big")
+
+
+class Awards:
+    """Attempts of open tasks. An attempt is closed when nothing is owed in either direction."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        rooms.outbox.register(Kind.MARKET_WINNER, self._rebuild_winner)
+        rooms.outbox.register(Kind.MARKET_ESCROW_LOCK, self._rebuild_lock)
+        self.documents: dict[bytes, bytes] = {}
+
+    # --- award
+
+    def award(self, task: Task, bid: BidFacts) -> None:
+        """Gives the task to this bidder: a lock first where there is a price, then the document."""
+        ctx, rooms = self._ctx, self._rooms
+        peer = rooms.members.get(bid.peer)
+        ring = "self" if bid.peer == ctx.me else peer.ring if peer else "member"
+        free = ring in ("self", "own")
+        attempt = Attempt(
+            n=len(task.attempts),
+            peer=bid.peer,
+            account=rooms.members.account_of(bid.peer),
+            ring=ring,
+            price_ucr=0 if free else bid.price_ucr,
+            estimated_s=bid.estimated_s,
+            confidence=bid.confidence_claimed,
+            awarded_ms=ctx.now,
+            heard_ms=ctx.now,
+        )
+        latest_ms = ctx.now + rooms.books.terms.lock_max_ms - rooms.books.terms.margin_ms - TEN_S_MS
+        attempt.deliver_by_ms = min(-(-task.deadline_ms // TEN_S_MS) * TEN_S_MS, latest_ms)
+        attempt.expiry_ms = attempt.deliver_by_ms + rooms.books.terms.margin_ms
+        task.attempts.append(attempt)
+        rooms.tasks.move(task, "awarded", f"{bid.peer[-8:]} at {attempt.price_ucr} ucr")
+        rooms.tasks.followers.reset(task.task_id)
+        for item in task.inputs:
+            ctx.out.append(GrantBlob(task.task_id, bid.peer, item["blob"]))
+            ctx.put("blob_grants", task.task_id, bid.peer, item["blob"])
+        if free:
+            self._send_award(task, attempt)
+        else:
+            rooms.books.lock(task, attempt)
+
+    def locked(self, task: Task, attempt: Attempt, known_seq: int) -> None:
+        """The line is in the own chain, in this turn's transaction: the document may leave."""
+        attempt.state, attempt.escrow, attempt.known_seq = "locked", "locked", known_seq
+        self._send_award(task, attempt)
+
+    def lock_failed(self, task: Task, attempt: Attempt, error: ClawnetError) -> None:
+        """No lock could be written (funds, open lines, read-only chain): the task ends with that error."""
+        self._close(attempt, "unfunded", error.message)
+        attempt.paying = False
+        self._rooms.tasks.finish(task, "failed", error)
+
+    def _send_award(self, task: Task, attempt: Attempt) -> None:
+        rooms = self._rooms
+        rooms.outbox.oblige(attempt.peer, self._winner(task, attempt), about(task.task_id, attempt.n))
+        if attempt.lock_seq >= 0:
+            rooms.outbox.oblige(attempt.peer, self._lock(task, attempt), about(task.task_id, attempt.n))
+        rooms.tasks.touch(task)
+        self.arm(task)
+
+    def _winner(self, task: Task, attempt: Attempt) -> Winner:
+        return Winner(
+            task_id=task.task_id,
+            attempt=attempt.n,
+            document=self.documents[task.task_id],
+            price_ucr=attempt.price_ucr,
+            deadline_ms=task.deadline_ms,
+            deliver_by_ms=attempt.deliver_by_ms,
+            stream_output=task.spec["stream"],
+            locked=attempt.lock_seq >= 0,
+            description="",
+        )
+
+    def _lock(self, task: Task, attempt: Attempt) -> EscrowLock:
+        return EscrowLock(
+            task_id=task.task_id,
+            attempt=attempt.n,
+            lock_seq=attempt.lock_seq,
+            lock_hash=attempt.lock_hash,
+            line=attempt.line,
+            entries=self._rooms.books.segment(attempt.peer, attempt.known_seq, attempt.lock_seq),
+        )
+
+    def _of_about(self, name: bytes) -> tuple[Task, Attempt] | None:
+        task = self._rooms.tasks.open.get(name[:16])
+        n = int.from_bytes(name[16:], "big")
+        return (task, task.attempts[n]) if task is not None and n < len(task.attempts) else None
+
+    def _rebuild_winner(self, name: bytes) -> Winner | None:
+        found = self._of_about(name)
+        if found is None or found[1].state not in ("awarded", "locked") or name[:16] not in self.documents:
+            return None
+        return self._winner(*found)
+
+    def _rebuild_lock(self, name: bytes) -> EscrowLock | None:
+        found = self._of_about(name)
+        return self._lock(*found) if found is not None and found[1].state == "locked" else None
+
+    def _find(self, event: MessageIn, task_id: bytes, n: int) -> tuple[Task, Attempt] | None:
+        task = self._rooms.tasks.open.get(task_id)
+        if task is None or n >= len(task.attempts) or task.attempts[n].peer != event.peer:
+            return None
+        return task, task.attempts[n]
+
+    # --- answers of the executor
+
+    def accept(self, event: MessageIn, message: Accept) -> None:
+        """The executor has durably taken it."""
+        self._rooms.outbox.settle(Kind.MARKET_WINNER, event.peer, about(message.task_id, message.attempt))
+        self._rooms.outbox.settle(Kind.MARKET_ESCROW_LOCK, event.peer, about(message.task_id, message.attempt))
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None or found[1].state not in ("awarded", "locked"):
+            return
+        task, attempt = found
+        attempt.state, attempt.accepted_ms, attempt.heard_ms = "accepted", self._ctx.now, self._ctx.now
+        self.documents.pop(task.task_id, None) if task.retries_left == 0 else None
+        if attempt.paying and task.state == "awarded":
+            self._rooms.tasks.move(task, "executing", "accepted")
+        self._rooms.tasks.touch(task)
+        self.arm(task)
+
+    def reject(self, event: MessageIn, message: Reject) -> None:
+        """Durably not started: the line comes back, and the slot may move whatever the retries say."""
+        self._acknowledge(event)
+        self._rooms.outbox.settle(Kind.MARKET_WINNER, event.peer, about(message.task_id, message.attempt))
+        self._rooms.outbox.settle(Kind.MARKET_ESCROW_LOCK, event.peer, about(message.task_id, message.attempt))
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None or found[1].state not in ("awarded", "locked"):
+            return
+        task, attempt = found
+        attempt.state, attempt.reason = "rejected", message.reason
+        self._give_back(task, attempt, message.waiver)
+        self._move_slot(task, attempt, f"rejected: {message.reason} {message.text}".strip(), free=True)
+
+    def progress(self, event: MessageIn, message: Progress) -> None:
+        """The attempt lives."""
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None:
+            return
+        task, attempt = found
+        if attempt.state in ("awarded", "locked"):
+            self.accept(event, Accept(message.task_id, message.attempt))
+        attempt.heard_ms = self._ctx.now
+        self.arm(task)
+
+    def output(self, event: MessageIn, message: Output) -> None:
+        """A preview of the output, from rings own and member only (LEDGER.md: preview)."""
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None or not found[1].paying:
+            return
+        found[1].heard_ms = self._ctx.now
+        self._rooms.tasks.output(found[0], message.stream, message.offset, message.data)
+
+    def waiver(self, event: MessageIn, message: Waiver) -> None:
+        """The attempt ends without a result: the line comes back; with retries left the slot moves."""
+        self._acknowledge(event)
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None or found[1].state not in RUNNING:
+            return
+        task, attempt = found
+        self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
+        attempt.state, attempt.reason = "waived", message.reason
+        self._give_back(task, attempt, message.waiver)
+        if task.state in FINAL_STATES:
+            return
+        self._rooms.members.receipt(attempt, Outcome.FAILED, task)
+        text = message.report.decode("utf-8", "replace")
+        self._move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
+
+    def _acknowledge(self, event: MessageIn) -> None:
+        if event.obligation is not None:
+            self._ctx.send(event.peer, Ack(event.obligation), event.id)
+
+    def _give_back(self, task: Task, attempt: Attempt, waiver: bytes) -> None:
+        """A refund by waiver; without a valid one the line waits for its expiry."""
+        self._rooms.tasks.touch(task)
+        if attempt.lock_seq < 0:
+            self._close(attempt, attempt.state, attempt.reason)
+            return
+        try:
+            terms = open_waiver(waiver, attempt.account)
+        except StatementError:
+            return
+        if (terms.lock_hash, terms.line, terms.after_part) == (attempt.lock_hash, attempt.line, 0):
+            attempt.waiver = waiver
+            self._rooms.books.refund(task, attempt, waiver)
+
+    # --- result
+
+    def result(self, event: MessageIn, message: Result) -> None:
+        """The sealed result (LEDGER.md section 6, step 5), or in ring own the plain one."""
+        found = self._find(event, message.task_id, message.attempt)
+        if found is None:
+            self._acknowledge(event)
+            return
+        task, attempt = found
+        if attempt.state in ("awarded", "locked"):
+            self.accept(event, Accept(message.task_id, message.attempt))
+        if attempt.state != "accepted":
+            if attempt.state not in ("delivering", "fetching"):
+                self._acknowledge(event)
+            return
+        self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
+        if attempt.lock_seq >= 0 and not self._note_good(task, attempt, message):
+            self._acknowledge(event)
+            return
+        attempt.delivered_ms = attempt.heard_ms = self._ctx.now
+        attempt.cpu_s, attempt.memory_bytes_max = message.cpu_s, message.memory_bytes_max
+        attempt.duration_s, attempt.waiver = message.duration_s, message.waiver
+        attempt.inline, attempt.blob, attempt.blob_bytes = bool(message.inline), message.blob, message.blob_bytes
+        if message.inline:
+            self._stored(task, attempt, message.inline)
+            if attempt.lock_seq < 0:
+                self._acknowledge(event)
+        else:
+            self._fetch(task, attempt)
+        self._rooms.tasks.touch(task)
+        self.arm(task)
+
+    def _note_good(self, task: Task, attempt: Attempt, message: Result) -> bool:
+        try:
+            note = open_note(message.note, attempt.account)
+        except StatementError as error:
+            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=str(error))
+            return False
+        good = (
+            (note.payer, note.lock_hash, note.line, note.part)
+            == (self._ctx.account, attempt.lock_hash, attempt.line, 1)
+            and 0 < note.amount_ucr <= attempt.price_ucr
+            and note.ct_bytes <= limits.RESULT_BYTES_MAX + limits.MIB
+            and (note.ct_hash, note.ct_bytes) == (message.blob, message.blob_bytes)
+        )
+        if not good:
+            self._ctx.log("security", "note.refused", peer=attempt.peer, reason="its fields are not of this attempt")
+            return False
+        attempt.note, attempt.key_hash, attempt.released_ucr = message.note, note.key_hash, note.amount_ucr
+        return True
+
+    def _fetch(self, task: Task, attempt: Attempt) -> None:
+        attempt.state = "fetching"
+        request = b"result:" + about(task.task_id, attempt.n)
+        blobs = ((attempt.blob, attempt.blob_bytes),)
+        self._ctx.out.append(Fetch(request, attempt.peer, task.task_id, blobs))
+
+    def blob_ready(self, event: BlobReady) -> None:
+        """The sealed blob is here and synced, or its executor could not serve it now."""
+        found = self._of_about(event.request[len(b"result:") :])
+        if found is None or found[1].state != "fetching":
+            return
+        task, attempt = found
+        if event.reason:
+            attempt.state = "accepted"
+            self._ctx.log("warn", "result.fetch_failed", task=task.task_id.hex(), reason=event.reason)
+        else:
+            self._stored(task, attempt, b"")
+        self._rooms.tasks.touch(task)
+        self.arm(task)
+
+    def _stored(self, task: Task, attempt: Attempt, inline: bytes) -> None:
+        """The sealed result is durable with this turn: with a lock the release is written beside it."""
+        ctx, rooms = self._ctx, self._rooms
+        if inline:
+            ctx.put("results", task.task_id, attempt.n, inline)
+            rooms.results[about(task.task_id, attempt.n)] = inline
+        if attempt.paying and task.state in ("awarded", "executing"):
+            if task.state == "awarded":
+                rooms.tasks.move(task, "executing", "accepted")
+            rooms.tasks.move(task, "delivered", "result received")
+        if attempt.lock_seq < 0:
+            attempt.state = "claimed"
+            self._open(task, attempt)
+        elif not attempt.paying:
+            attempt.state = "unpaid"
+            name = about(task.task_id, attempt.n)
+            rooms.outbox.oblige(attempt.peer, Cancel(task.task_id, attempt.n, "slot moved"), name)
+        else:
+            attempt.state = "delivering"
+            item = ReleaseItem(
+                attempt.lock_seq, attempt.line, 1, attempt.released_ucr, attempt.key_hash, statement_hash(attempt.note)
+            )
+            rooms.books.release(task, attempt, item)
+
+    def released(self, task: Task, attempt: Attempt, seq: int) -> None:
+        """The release is in the own chain, in the transaction that holds the sealed result."""
+        attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
+        if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
+            self._rooms.books.refund(task, attempt, attempt.waiver)
+        self._rooms.tasks.touch(task)
+        self.arm(task)
+
+    def claimed(self, task: Task, attempt: Attempt, key: bytes) -> None:
+        """The executor's claim is in its valid chain; the key in it opens the result."""
+        if attempt.state != "released":
+            return
+        attempt.state, attempt.escrow, attempt.key = "claimed", "claimed", key
+        self._rooms.tasks.touch(task)
+        self._open(task, attempt)
+
+    def _open(self, task: Task, attempt: Attempt) -> None:
+        name = about(task.task_id, attempt.n)
+        inline = self._rooms.results.pop(name, b"")
+        key = content_key(attempt.key, task.secret) if attempt.key else None
+        if not inline and attempt.inline:
+            self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows.rows))
+            return
+        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes))
+
+    def _reopen(self, name: bytes, rows: tuple[object, ...]) -> None:
+        found = self._of_about(name)
+        if found is None:
+            return
+        task, attempt = found
+        row = rows[0] if rows else None
+        if not isinstance(row, tuple):
+            self._ctx.log("error", "result.missing", task=task.task_id.hex())
+            return
+        self._rooms.results[name] = row[-1]
+        self._open(task, attempt)
+
+    def opened(self, event: Opened) -> None:
+        """The outcome is known; the task is settled, or the proof against the executor is kept."""
+        found = self._of_about(event.request)
+        if found is None or found[1].state != "claimed":
+            return
+        task, attempt = found
+        rooms = self._rooms
+        good = not event.reason
+        self._close(attempt, "done", event.reason)
+        if task.state not in FINAL_STATES:
+            rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
+            task.result = event.bundle
+            rooms.tasks.move(task, "verified", "opened" if good else event.reason)
+            error = None if good else VerificationError(
+                f"the result of {attempt.peer[-8:]} does not open: {event.reason}", hint="the proof is kept with the task"
+            )
+            rooms.tasks.finish(task, "settled", error)
+        elif good and task.result is None:
+            task.result = event.bundle
+        rooms.tasks.touch(task)
+
+    # --- ends
+
+    def _close(self, attempt: Attempt, state: str, reason: str = "") -> None:
+        attempt.state, attempt.closed = state, True
+        if reason:
+            attempt.reason = reason
+
+    def refunded(self, task: Task, attempt: Attempt) -> None:
+        """The line is closed in the own chain."""
+        attempt.refunded = True
+        if attempt.state in ("released", "claimed", "done"):
+            return
+        attempt.escrow = "refunded"
+        self._close(attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
+        self._rooms.outbox.settle(Kind.TASK_CANCEL, attempt.peer, about(task.task_id, attempt.n))
+        if attempt.paying and task.state not in FINAL_STATES and task.state == "executing":
+            error = ExecutorLostError(f"{attempt.peer[-8:]} delivered nothing in time")
+            self._rooms.tasks.finish(task, "failed", error)
+        self._rooms.tasks.touch(task)
+
+    def cancel(self, task: Task, reason: str) -> None:
+        """Tells the executor of the running attempt to stop (an obligation: it is told until it answers)."""
+        for attempt in task.attempts:
+            if attempt.closed or attempt.state not in RUNNING:
+                continue
+            name = about(task.task_id, attempt.n)
+            self._rooms.outbox.oblige(attempt.peer, Cancel(task.task_id, attempt.n, reason[:200]), name)
+
+    def task_final(self, task: Task) -> None:
+        """Nothing more is fetched for the task once its attempts are closed."""
+        self.documents.pop(task.task_id, None)
+        if all(attempt.closed for attempt in task.attempts) and task.inputs:
+            self._ctx.out.append(RevokeBlobs(task.task_id))
+        self.arm(task)
+
+    def _move_slot(self, task: Task, attempt: Attempt, why: str, *, free: bool = False) -> None:
+        """The paying slot leaves this attempt; a new auction where the retries allow, else the task has failed."""
+        attempt.paying = False
+        task.refused.append(attempt.peer)
+        self._rooms.tasks.touch(task)
+        if task.state in FINAL_STATES:
+            return
+        if not free:
+            if task.retries_left <= 0:
+                name = self._rooms.members.name_of(attempt.peer)
+                error = ExecutorLostError(f"{name} did not finish the task: {why}", hint="clawnet market show tells more")
+                self._rooms.tasks.finish(task, "failed", error)
+                return
+            task.retries_left -= 1
+        if len(task.attempts) >= limits.ATTEMPTS_MAX:
+            self._rooms.tasks.finish(task, "failed", ExecutorLostError(f"{limits.ATTEMPTS_MAX} attempts failed: {why}"))
+            return
+        self._rooms.tasks.move(task, "reassigned", why)
+        self._rooms.auctions.queue(task)
+
+    # --- timers
+
+    def resume(self, task: Task) -> None:
+        """After a restart: goes on where the rows say the attempts were."""
+        for attempt in task.attempts:
+            if attempt.closed:
+                continue
+            attempt.heard_ms = self._ctx.now
+            if attempt.state == "fetching":
+                self._fetch(task, attempt)
+            elif attempt.state == "delivering":
+                self._stored(task, attempt, b"")
+            elif attempt.state == "claimed":
+                self._open(task, attempt)
+        self.arm(task)
+
+    def arm(self, task: Task) -> None:
+        """One timer a task, at the earliest thing that could be due."""
+        due = [] if task.state in FINAL_STATES or task.shown_lost else [task.deadline_ms]
+        for attempt in task.attempts:
+            if attempt.closed:
+                continue
+            if attempt.state in ("awarded", "locked") and attempt.paying and not task.shown_lost:
+                due.append(attempt.heard_ms + limits.ACCEPT_TIMEOUT_MS)
+            elif attempt.state == "accepted" and attempt.paying and not task.shown_lost:
+                due.append(attempt.heard_ms + limits.LEASE_S * 1000)
+            elif attempt.state == "released":
+                due.append(attempt.delivered_ms + self._key_wait_ms(attempt))
+            if attempt.lock_seq >= 0 and attempt.state not in ("released", "claimed") and not attempt.refunded:
+                due.append(attempt.expiry_ms)
+        if due:
+            self._ctx.wake(("task", task.task_id), max(min(due), self._ctx.now + 1))
+
+    def _key_wait_ms(self, attempt: Attempt) -> int:
+        """LEDGER.md section 8: pull at 5 s, 30 s, 5 min, then hourly."""
+        waited = self._ctx.now - attempt.delivered_ms
+        for step in KEY_PULLS_MS:
+            if waited < step:
+                return step
+        return (waited // HOUR_MS + 1) * HOUR_MS
+
+    def timer(self, task: Task) -> None:
+        """Something may be due: deadline, accept, lease, key, expiry."""
+        ctx = self._ctx
+        open_task = task.state not in FINAL_STATES
+        if open_task and ctx.now >= task.deadline_ms and task.state not in ("delivered", "verified"):
+            if not task.shown_lost:
+                self._deadline(task)
+        for attempt in task.attempts:
+            if attempt.closed:
+                continue
+            if attempt.state == "released" and ctx.now >= attempt.delivered_ms + KEY_PULLS_MS[0]:
+                self._pull_key(task, attempt)
+            elif attempt.lock_seq >= 0 and ctx.now >= attempt.expiry_ms and attempt.state not in ("claimed", "delivering"):
+                if not attempt.refunded:
+                    self._rooms.books.refund(task, attempt, None)
+            elif attempt.lock_seq < 0 and ctx.now >= attempt.expiry_ms and attempt.state in RUNNING:
+                self._close(attempt, "lost", "no word until its expiry")
+                if task.state not in FINAL_STATES:
+                    self._rooms.tasks.finish(task, "failed", ExecutorLostError("the executor delivered nothing in time"))
+                self._rooms.tasks.touch(task)
+            elif attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
+                self._silence(task, attempt)
+        self.arm(task)
+
+    def _deadline(self, task: Task) -> None:
+        self.cancel(task, "deadline")
+        if task.paying is not None:
+            self._rooms.members.receipt(task.paying, Outcome.LATE, task)
+        seconds = (task.deadline_ms - task.created_ms) / 1000
+        error = TimedOutError(f"no result within the deadline of {seconds:g} s", hint="allow more with --deadline")
+        self._rooms.tasks.finish(task, "timed_out", error)
+
+    def _silence(self, task: Task, attempt: Attempt) -> None:
+        """No ACCEPT in time, or no progress within the lease (LEDGER.md section 6, reassignment)."""
+        ctx = self._ctx
+        limit_ms = limits.ACCEPT_TIMEOUT_MS if attempt.state in ("awarded", "locked") else limits.LEASE_S * 1000
+        if attempt.state not in RUNNING or ctx.now < attempt.heard_ms + limit_ms:
+            return
+        name = self._rooms.members.name_of(attempt.peer)
+        self._rooms.members.receipt(attempt, Outcome.LOST, task)
+        if task.spec["retries"] > 0 and task.retries_left > 0:
+            self.cancel(task, "lease ended")
+            self._move_slot(task, attempt, f"no word from {name} for {limit_ms // 1000} s")
+            return
+        if task.spec["retries"] > 0:
+            self.cancel(task, "lease ended")
+            self._rooms.tasks.finish(task, "failed", ExecutorLostError(f"{name} was lost and no retry is left"))
+            return
+        until = max(attempt.deliver_by_ms, ctx.now)
+        self._lost(task, attempt, until, name)
+
+    def _lost(self, task: Task, attempt: Attempt, until_ms: int, name: str) -> None:
+        """Retries 0: who waits is told; the slot stays, and a result that still comes is paid and shown."""
+        task.shown_lost = True
+        error = ExecutorLostError(
+            f"no word from {name}; the command may still run there until {self._rooms.views.time(until_ms)}",
+            hint="clawnet market wait TASK shows a result that still arrives",
+        )
+        task.error_code, task.error_text, task.error_hint = error.code, error.message, error.hint
+        self._rooms.tasks.answer(task)
+        self._rooms.tasks.touch(task)
+        if attempt.lock_seq < 0:
+            self._ctx.wake(("task", task.task_id), attempt.expiry_ms)
+
+    def _pull_key(self, task: Task, attempt: Attempt) -> None:
+        ctx = self._ctx
+        head = self._rooms.books.book.head(attempt.account)
+        start = 0 if head is None else head[0] + 1
+        ctx.send(attempt.peer, LedgerPull(attempt.account, start, 2**62))
+        waited = ctx.now - attempt.delivered_ms
+        if waited >= HOUR_MS and attempt.reason != "key withheld":
+            attempt.reason = "key withheld"
+            self._rooms.members.receipt(attempt, Outcome.KEY_WITHHELD, task)
+            if task.state not in FINAL_STATES:
+                name = self._rooms.members.name_of(attempt.peer)
+                error = ExecutorLostError(f"{name} was paid but withholds the key of the result")
+                self._rooms.tasks.finish(task, "failed", error)

@@ -1,0 +1,380 @@
+"""Peers of the mesh as this node knows them: admission, cards, links, bans, reputation, and whom to call how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from clawnet import PROTOCOL_ID, __version__, limits
+from clawnet.errors import DataError, NotPermittedError, RemoteError
+from clawnet.identity.certificates import Charter, verify_chain
+from clawnet.identity.keys import public_of, verify
+from clawnet.market.capability import CapabilityIndex, capability_hash
+from clawnet.market.reasons import Reason
+from clawnet.market.records import Attempt, Task
+from clawnet.mesh.roster import PeerRecord, pin_name, resolve
+from clawnet.node.context import Context, Link
+from clawnet.reputation.receipts import Outcome, Receipt
+from clawnet.reputation.standing import Reputation
+from clawnet.wire.codec import decode_struct, encode
+from clawnet.wire.events import CapacityChanged, Dial, Hangup, PeerDown, PeerUp
+from clawnet.wire.messages import Hello, PeerCard, PeerInfo
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+CARD_TAG = b"clawnet/peer-info/1"
+RECORDS_MAX = 10_000
+CARD_EVERY_MS = 10_000
+
+
+class MeshFacts(msgspec.Struct, frozen=True):
+    """This node's own membership: charter, mesh id, ring-deciding owner key, certificates, who let it in."""
+
+    charter: Charter
+    charter_bytes: bytes
+    mesh: bytes
+    owner: bytes
+    certificates: list[bytes]
+    mesh_key: bytes
+    inviter: str
+    founded: bool
+
+
+class Members:
+    """All peers by id; the connected ones are ctx.links."""
+
+    def __init__(self, ctx: Context, rooms: Rooms, facts: MeshFacts, name: str) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.facts = facts
+        self.name = name
+        self.records: dict[str, PeerRecord] = {}
+        self._accounts: dict[bytes, str] = {ctx.account: ctx.me}
+        self.index = CapabilityIndex()
+        self.reputation = Reputation(ctx.config.number("market.reputation_decay_rate"))
+        self.known_heads: dict[str, tuple[int, bytes]] = {}
+        self.addresses: list[str] = []
+        self.capacity = CapacityChanged((), (), 0, 0, 0)
+        self._serial = 0
+        self.card = self._make_card()
+        self.card_hash = capability_hash(self.card)
+        self._card_bytes = b""
+        self._card_signature = b""
+        self._told_ms = 0
+
+    # --- loading
+
+    def load(self, body: bytes) -> None:
+        """Takes in a stored peer."""
+        record = msgspec.msgpack.decode(body, type=PeerRecord)
+        self.records[record.peer] = record
+        self._accounts[record.account] = record.peer
+        if record.card and not record.banned:
+            self.index.put(decode_struct(PeerCard, record.card), record.ring)
+
+    def save(self, record: PeerRecord) -> None:
+        """Writes a peer's row."""
+        self._ctx.put("peers", record.peer, msgspec.msgpack.encode(record))
+
+    def start(self) -> None:
+        """Dials every member whose address is known."""
+        for record in self.records.values():
+            self.redial(record)
+
+    def redial(self, record: PeerRecord) -> None:
+        """Keeps trying to be connected to a member that is neither banned nor disconnected by hand."""
+        if record.addresses and not record.banned and not record.muted and record.peer not in self._ctx.links:
+            self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
+
+    # --- admission and links
+
+    def hello_name(self) -> str:
+        """The name this node goes by."""
+        return self.name
+
+    def admit(self, peer: str, hello: Hello) -> str:
+        """"" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
+        if hello.mesh != self.facts.mesh:
+            return "another mesh"
+        record = self.records.get(peer)
+        if record is not None and record.banned:
+            return "banned"
+        try:
+            verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
+        except (NotPermittedError, DataError, RemoteError) as error:
+            return f"not a member: {error.message}"
+        return ""
+
+    def up(self, event: PeerUp) -> None:
+        """A member is connected: it is remembered, told our card and heads, and what we owe it goes out."""
+        ctx = self._ctx
+        record = self._remember(event.peer, event.hello)
+        if event.address and not event.inbound and event.address not in record.addresses:
+            record.addresses = [event.address, *record.addresses][:16]
+        record.last_ms = ctx.now
+        record.muted = False
+        self.save(record)
+        ctx.links[event.peer] = Link(
+            event.peer,
+            record.account,
+            record.ring,
+            event.hello.time_ms - ctx.now,
+            event.address,
+            event.transport,
+            event.inbound,
+            ctx.now,
+        )
+        ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
+        self.tell_card(event.peer)
+        self._introduce(event.peer)
+        self._rooms.books.peer_up(event.peer)
+        self._rooms.outbox.peer_up(event.peer)
+
+    def _remember(self, peer: str, hello: Hello) -> PeerRecord:
+        membership = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
+        ring = "own" if membership.owner == self.facts.owner else "member"
+        record = self.records.get(peer)
+        if record is None:
+            account = public_of(peer)
+            taken = (self.name, *(other.shown for other in self.records.values()))
+            record = PeerRecord(
+                peer, account, ring, hello.name, pin_name(hello.name, taken), membership.owner, membership.inviter, [], self._ctx.now
+            )
+            self.records[peer] = record
+            self._accounts[account] = peer
+            self._make_room()
+        record.ring, record.owner, record.inviter = ring, membership.owner, membership.inviter
+        record.certificates = list(hello.certificates)
+        return record
+
+    def _make_room(self) -> None:
+        if len(self.records) <= RECORDS_MAX:
+            return
+        idle = (r for r in self.records.values() if r.peer not in self._ctx.links and not r.banned)
+        oldest = min(idle, key=lambda record: record.last_ms, default=None)
+        if oldest is not None:
+            del self.records[oldest.peer]
+            self._accounts.pop(oldest.account, None)
+            self.index.remove(oldest.peer)
+            self._ctx.delete("peers", oldest.peer)
+
+    def down(self, event: PeerDown) -> None:
+        """The link is gone: auctions do not wait for it; the switch redials."""
+        if self._ctx.links.pop(event.peer, None) is None:
+            return
+        self._ctx.log("info", "peer.down", peer=event.peer, reason=event.reason)
+        record = self.records.get(event.peer)
+        if record is not None:
+            record.last_ms = self._ctx.now
+            self.save(record)
+        self._rooms.auctions.peer_down(event.peer)
+        self._rooms.books.peer_down(event.peer)
+
+    # --- cards
+
+    def _make_card(self) -> PeerCard:
+        config, capacity = self._ctx.config, self.capacity
+        declared = set(config.words("node.capabilities"))
+        offered = [word for word in capacity.capabilities if word.startswith("op:") or word in declared]
+        if "compute" not in offered:
+            offered = [word for word in offered if not word.startswith("op:")]
+        shell = list(capacity.shell_rings) if "shell-execution" in offered else []
+        jobs = getattr(self._rooms, "jobs", None)
+        return PeerCard(
+            peer=self._ctx.me,
+            serial=self._serial,
+            name=self.name,
+            version=f"clawnet/{__version__}",
+            addresses=self.addresses[:16],
+            capabilities=sorted(offered),
+            labels=config.words("node.labels"),
+            os=getattr(jobs, "os_family", ""),
+            cpu=capacity.cpu,
+            memory_bytes=capacity.memory_bytes,
+            gpu=capacity.gpu,
+            models=list(capacity.models),
+            slots=getattr(jobs, "slots", 0),
+            running=len(jobs.running) if jobs is not None else 0,
+            queued=0,
+            shell_rings=shell,
+        )
+
+    def refresh_card(self) -> None:
+        """What this node can do, or where it listens, has changed: a new card, signed, to all that are connected."""
+        self._serial = max(self._serial + 1, self._ctx.now)
+        self.card = self._make_card()
+        self.card_hash = capability_hash(self.card)
+        self._card_bytes = encode(self.card)
+        self._card_signature = self._ctx.ports.sign(CARD_TAG + self._card_bytes)
+        for peer in self._ctx.links:
+            self.tell_card(peer)
+
+    def tell_card(self, peer: str) -> None:
+        """Our own card to one peer."""
+        if not self._card_bytes:
+            self.refresh_card()
+        self._ctx.send(peer, PeerInfo(self._card_bytes, self._card_signature))
+
+    def _introduce(self, newcomer: str) -> None:
+        """Members need not all know each other's inviter: cards travel on, each under its author's signature."""
+        fresh = self.records[newcomer]
+        for record in list(self.records.values())[:64]:
+            if record.peer != newcomer and record.card and not record.banned:
+                self._ctx.send(newcomer, PeerInfo(record.card, record.signature))
+        if fresh.card:
+            for peer in self._ctx.links:
+                if peer != newcomer:
+                    self._ctx.send(peer, PeerInfo(fresh.card, fresh.signature))
+
+    def card_in(self, sender: str, message: PeerInfo) -> None:
+        """A card, by its author or passed on: kept when its signature is good and it is newer."""
+        card = decode_struct(PeerCard, message.body)
+        if card.peer == self._ctx.me:
+            return
+        if not verify(public_of(card.peer), CARD_TAG + message.body, message.signature):
+            self._ctx.log("security", "card.bad_signature", peer=sender, about=card.peer)
+            self._ctx.count("messages_refused_total", "invalid_signature")
+            return
+        known = self.index.card(card.peer)
+        record = self.records.get(card.peer)
+        if known is not None and known.serial >= card.serial:
+            return
+        if record is None:
+            self._meet(card)
+            return
+        self.index.put(card, record.ring)
+        record.card, record.signature, record.addresses = message.body, message.signature, _merge(card, record)
+        self.save(record)
+        if sender == card.peer and known is None:
+            for peer in self._ctx.links:
+                if peer not in (sender, card.peer):
+                    self._ctx.send(peer, message)
+        self.redial(record)
+
+    def _meet(self, card: PeerCard) -> None:
+        """A member we only heard of: connect; its certificate is checked at the handshake."""
+        if card.addresses and len(self._ctx.links) < self._ctx.config.integer("node.max_peers"):
+            self._ctx.out.append(Dial(0, card.peer, tuple(card.addresses)))
+
+    def capacity_changed(self, event: CapacityChanged) -> None:
+        """The execution adapters have probed what they can do."""
+        self.capacity = event
+        configured = self._ctx.config.integer("execution.slots")
+        self._rooms.jobs.slots = configured or max(2, event.cpu)
+        self.refresh_card()
+
+    def listening(self, addresses: list[str]) -> None:
+        """The switch listens at these multiaddrs."""
+        self.addresses = list(addresses)
+        self.refresh_card()
+
+    # --- who is who
+
+    def get(self, peer: str) -> PeerRecord | None:
+        """The record of a peer."""
+        return self.records.get(peer)
+
+    def account_of(self, peer: str) -> bytes:
+        """The account a peer pays and is paid by."""
+        if peer == self._ctx.me:
+            return self._ctx.account
+        record = self.records.get(peer)
+        return record.account if record is not None else public_of(peer)
+
+    def peer_of(self, account: bytes) -> str | None:
+        """The peer of an account, where known."""
+        return self._accounts.get(account)
+
+    def ring_of(self, peer: str) -> str:
+        """own (this node included), member or stranger."""
+        if peer == self._ctx.me:
+            return "own"
+        record = self.records.get(peer)
+        return record.ring if record is not None else "stranger"
+
+    def name_of(self, peer: str) -> str:
+        """How a peer is shown."""
+        if peer == self._ctx.me:
+            return self.name
+        record = self.records.get(peer)
+        return record.shown if record is not None else peer[-8:]
+
+    def resolve(self, text: str) -> str:
+        """A peer id from a name, id or part of one; raises NotFoundError."""
+        if text in (self._ctx.me, self.name, "self"):
+            return self._ctx.me
+        return resolve(text, self.records.values())
+
+    def party(self, peer: str) -> dict[str, Any]:
+        """A peer as JSON answers show it."""
+        ring = "own" if peer == self._ctx.me else self.ring_of(peer)
+        return {"peer_id": peer, "name": self.name_of(peer), "ring": ring}
+
+    def rtt_ms(self, peer: str) -> float:
+        """The last measured round trip; 0 for this node itself or when unknown."""
+        return 0.0 if peer == self._ctx.me else self._ctx.ports.rtt_ms(peer)
+
+    def pick(self, count: int) -> int:
+        """A random number below `count`, from the injected entropy."""
+        return int.from_bytes(self._ctx.entropy(8), "big") % count
+
+    def usable(self, peer: str) -> bool:
+        """Whether work may be offered to this peer."""
+        return not self.banned(peer)
+
+    def banned(self, peer: str) -> bool:
+        """A local refusal, by hand or after a proof of fraud."""
+        record = self.records.get(peer)
+        return record is not None and (record.banned or self._rooms.books.convicted(record.account))
+
+    def refuses_work_for(self, peer: str) -> Reason | None:
+        """Why this node works for this requester under no terms."""
+        if peer not in self.records or self.banned(peer):
+            return Reason.NOT_TRUSTED
+        return None
+
+    def ban(self, peer: str, on: bool) -> bool:
+        """Refuses a peer from now on (or no longer); False when it was so before."""
+        record = self.records[peer]
+        if record.banned == on:
+            return False
+        record.banned = on
+        self.save(record)
+        self._ctx.log("security", "peer.banned" if on else "peer.unbanned", peer=peer)
+        if on:
+            self.index.remove(peer)
+            self._ctx.out.append(Hangup(peer, "banned"))
+        else:
+            self.redial(record)
+        return True
+
+    # --- reputation
+
+    def receipt(self, attempt: Attempt, outcome: Outcome, task: Task) -> None:
+        """What this node saw of an executor; own machines and itself are not rated."""
+        if attempt.ring in ("own", "self"):
+            return
+        actual_s = max(0, (attempt.delivered_ms or self._ctx.now) - attempt.awarded_ms) / 1000
+        if outcome is Outcome.SETTLED and attempt.delivered_ms > task.deadline_ms:
+            outcome = Outcome.LATE
+        self._observe(Receipt(attempt.peer, outcome, self._ctx.now, attempt.estimated_s, actual_s, attempt.confidence))
+
+    def observe_requester(self, peer: str, outcome: Outcome) -> None:
+        """What this node saw of a requester it worked for."""
+        if self.ring_of(peer) == "member":
+            self._observe(Receipt(peer, outcome, self._ctx.now))
+
+    def _observe(self, receipt: Receipt) -> None:
+        for dropped in self.reputation.observe(receipt, self._ctx.now):
+            self._ctx.delete("reputation", dropped)
+        self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
+
+    def protocol(self) -> str:
+        """The control protocol this node speaks."""
+        return PROTOCOL_ID
+
+
+def _merge(card: PeerCard, record: PeerRecord) -> list[str]:
+    return [*card.addresses, *(a for a in record.addresses if a not in card.addresses)][: limits.DIAL_ADDRESSES_MAX]

@@ -1,0 +1,325 @@
+"""The requester's register: submissions, states, followers, final states. Auctions and awards move tasks through it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.errors import (
+    CancelledError,
+    ClawnetError,
+    DataError,
+    FundsError,
+    NotFoundError,
+    NotPermittedError,
+    StorageFullError,
+    from_dict,
+)
+from clawnet.ledger.taskdoc import TaskDocument, encode_document, task_hash
+from clawnet.market import taskspec
+from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
+from clawnet.market.states import TaskState, advance
+from clawnet.money import format_credits
+from clawnet.node.context import Context
+from clawnet.wire.events import InputsReady, PackInputs
+from clawnet.node.output import Followers
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+FINISHED_KEPT_MAX = 512
+
+
+class _Draft(Struct):
+    """A submission whose inputs are being read."""
+
+    call: int
+    task: Task
+
+
+class Tasks:
+    """Open tasks by id, the newest finished ones, and whoever waits for them."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.open: dict[bytes, Task] = {}
+        self.finished: OrderedDict[bytes, Task] = OrderedDict()
+        self.keys: dict[str, bytes] = {}
+        self.followers = Followers(ctx)
+        self._drafts: dict[bytes, _Draft] = {}
+        self._dirty: dict[bytes, Task] = {}
+        self._unsettled: dict[bytes, None] = {}
+
+    # --- loading and saving
+
+    def load(self, body: bytes) -> Task:
+        """Takes in an unfinished task at start-up."""
+        task = decode_task(body)
+        self.open[task.task_id] = task
+        if task.state in FINAL_STATES:
+            self._unsettled[task.task_id] = None
+        if task.spec["idempotency_key"]:
+            self.keys[task.spec["idempotency_key"]] = task.task_id
+        return task
+
+    def resume(self, task: Task) -> None:
+        """Goes on with a loaded task: before an award the auction is held again, after it the attempt's timers run."""
+        if task.state in ("draft", "announced", "bidding", "reassigned"):
+            self._rooms.auctions.queue(task)
+        else:
+            self._rooms.awards.resume(task)
+
+    def touch(self, task: Task) -> None:
+        """The task changed; its row is written once at the end of the turn."""
+        self._dirty[task.task_id] = task
+
+    def flush(self) -> None:
+        """Writes the rows of all tasks that changed in this turn."""
+        ctx = self._ctx
+        for task in self._dirty.values():
+            task.updated_ms = ctx.now
+            ctx.put(
+                "tasks",
+                task.task_id,
+                task.state,
+                task.created_ms,
+                task.updated_ms,
+                task.spec["idempotency_key"],
+                encode(task),
+            )
+            if task.state not in FINAL_STATES:
+                continue
+            if not self._settled_up(task):
+                if task.task_id not in self._unsettled:
+                    self._unsettled[task.task_id] = None
+                    ctx.put("unsettled", task.task_id)
+                continue
+            if task.task_id in self._unsettled:
+                del self._unsettled[task.task_id]
+                ctx.delete("unsettled", task.task_id)
+            if self.open.pop(task.task_id, None) is not None:
+                self.finished[task.task_id] = task
+                while len(self.finished) > FINISHED_KEPT_MAX:
+                    self.finished.popitem(last=False)
+        self._dirty.clear()
+
+    @staticmethod
+    def _settled_up(task: Task) -> bool:
+        """True when no attempt still has an open line or an answer owed."""
+        return all(attempt.closed for attempt in task.attempts)
+
+    def get(self, task_id: bytes) -> Task | None:
+        """A task held in memory: open, or finished lately."""
+        return self.open.get(task_id) or self.finished.get(task_id)
+
+    # --- states
+
+    def move(self, task: Task, state: str, reason: str = "") -> None:
+        """One transition, with its time and reason; an impossible one raises (a defect of ours)."""
+        advance(task.task_id.hex(), TaskState(task.state), TaskState(state), reason)
+        ctx = self._ctx
+        task.state = state
+        task.transitions += 1
+        ctx.put("transitions", task.task_id, task.transitions, ctx.now, state, reason)
+        self.touch(task)
+        self.followers.state(task.task_id, state, reason, ctx.now)
+
+    def finish(self, task: Task, state: str, error: ClawnetError | None = None, reason: str = "") -> None:
+        """The final state; everybody who waits gets the task, and its place in the auction queue is free."""
+        if task.state in FINAL_STATES:
+            return
+        if error is not None:
+            task.error_code, task.error_text, task.error_hint = error.code, error.message, error.hint
+        self.move(task, state, reason or task.error_code)
+        self._ctx.count("tasks_total", state)
+        self._rooms.auctions.drop(task)
+        key = task.spec["idempotency_key"]
+        if key and state not in ("settled",) and self.keys.get(key) == task.task_id:
+            del self.keys[key]
+        self.answer(task)
+        self._rooms.awards.task_final(task)
+
+    def answer(self, task: Task) -> None:
+        """Gives the task as it stands to everybody who waits for its end."""
+        view = self._rooms.views.task(task)
+        for call in self.followers.finish(task):
+            self._ctx.reply(call, view)
+
+    # --- submissions
+
+    def submit(self, call: int, spec: dict[str, Any]) -> None:
+        """Accepts a submission, or answers with the error that says what is wrong with it."""
+        ctx = self._ctx
+        if ctx.draining:
+            raise NotPermittedError("the daemon is stopping and takes no new task", hint="try again when it is back")
+        if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
+            raise StorageFullError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="wait until some have ended")
+        normal = taskspec.normalise(spec, ctx.config, family=self._rooms.jobs.os_family)
+        normal["peer"] = [self._rooms.members.resolve(name) for name in normal["peer"]]
+        normal["exclude"] = [self._rooms.members.resolve(name) for name in normal["exclude"]]
+        if self._known_key(call, normal):
+            return
+        stages = taskspec.stages(normal, ctx.config)
+        available = self._rooms.books.available()
+        if normal["budget_given"] and "member" in stages and normal["budget_ucr"] > available:
+            raise FundsError(
+                f"the budget of {format_credits(normal['budget_ucr'])} is above the balance of {format_credits(available)}",
+                hint="lower --budget, or --ring own to use your own machines at no price",
+            )
+        task = Task(
+            task_id=ctx.entropy(16),
+            created_ms=ctx.now,
+            kind=normal["type"],
+            description=normal["description"] or self._describe(normal),
+            spec=normal,
+            secret=ctx.entropy(32),
+            deadline_ms=ctx.now + taskspec.seconds_to_ms(normal["deadline_s"]),
+            max_budget_ucr=normal["budget_ucr"],
+            stages=stages,
+            retries_left=normal["retries"],
+            content=self.content_hash(normal) if normal["idempotency_key"] else "",
+        )
+        if normal["inputs"]:
+            request = b"inputs:" + task.task_id
+            self._drafts[request] = _Draft(call, task)
+            ctx.out.append(PackInputs(request, tuple((item["name"], item["path"]) for item in normal["inputs"])))
+        else:
+            self._accept(call, task)
+
+    @staticmethod
+    def _describe(spec: dict[str, Any]) -> str:
+        if spec["op"]:
+            return f"compute {spec['op']}"
+        text = " ".join(spec["argv"]) if spec["argv"] else str(spec["script"] or "")
+        return text if len(text) <= 200 else text[:197] + "..."
+
+    @staticmethod
+    def content_hash(spec: dict[str, Any]) -> str:
+        """What "same content" means for an idempotency key: everything but the key and the paths' contents."""
+        stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream")}
+        return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
+
+    def _known_key(self, call: int, spec: dict[str, Any]) -> bool:
+        key = spec["idempotency_key"]
+        known = self.keys.get(key) if key else None
+        if known is None:
+            return False
+        task = self.get(known)
+        if task is not None:
+            self._same_key(call, spec, task)
+            return True
+        self._rooms.loads.ask("task", (known,), lambda rows: self._loaded_key(call, spec, rows), call=call)
+        return True
+
+    def _loaded_key(self, call: int, spec: dict[str, Any], rows: tuple[Any, ...]) -> None:
+        task = decode_task(rows[0][-1]) if rows else None
+        if task is None:
+            del self.keys[spec["idempotency_key"]]
+            raise NotFoundError("the task of this idempotency key is past its retention", hint="submit it again")
+        self._same_key(call, spec, task)
+
+    def _same_key(self, call: int, spec: dict[str, Any], task: Task) -> None:
+        if task.content != self.content_hash(spec):
+            raise DataError(
+                f"the idempotency key {spec['idempotency_key']!r} belongs to another task ({task.task_id.hex()[:8]})",
+                hint="use a new key for new content",
+                task_id=task.task_id.hex(),
+            )
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
+
+    def inputs_ready(self, event: InputsReady) -> None:
+        """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
+        draft = self._drafts.pop(event.request, None)
+        if draft is None:
+            return
+        if event.error is not None:
+            raise from_dict(event.error)
+        draft.task.inputs = list(event.inputs)
+        draft.task.input_bytes = sum(int(item["bytes"]) for item in event.inputs)
+        if draft.task.input_bytes > limits.INPUT_BYTES_MAX:
+            raise DataError(
+                f"the inputs are {draft.task.input_bytes} bytes, above the limit of {limits.INPUT_BYTES_MAX}",
+                hint="send less; larger inputs come with a later version",
+            )
+        self._accept(draft.call, draft.task)
+
+    def draft_call(self, request: bytes) -> int | None:
+        """Whose submission a pack request belongs to (for error answers)."""
+        draft = self._drafts.get(request)
+        return draft.call if draft else None
+
+    def _accept(self, call: int, task: Task) -> None:
+        ctx = self._ctx
+        document = encode_document(self._document(task))
+        if len(document) > limits.TASK_DOCUMENT_BYTES_MAX:
+            raise DataError(
+                f"the task is {len(document)} bytes, above the limit of {limits.TASK_DOCUMENT_BYTES_MAX}",
+                hint="send large content as a file with --input",
+            )
+        task.task_hash = task_hash(document)
+        task.document_bytes = len(document)
+        self.open[task.task_id] = task
+        if task.spec["idempotency_key"]:
+            self.keys[task.spec["idempotency_key"]] = task.task_id
+        ctx.put("documents", task.task_id, document)
+        task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
+        self.move(task, "announced", "accepted")
+        ctx.reply(call, {"task_id": task.task_id.hex(), "created": True})
+        self._rooms.auctions.queue(task)
+        self._rooms.awards.arm(task)
+
+    def _document(self, task: Task) -> TaskDocument:
+        spec = task.spec
+        stdin = base64.b64decode(spec["stdin_b64"]) if spec["stdin_b64"] else None
+        payload = {
+            "argv": spec["argv"],
+            "script": spec["script"],
+            "op": spec["op"],
+            "op_args": spec["op_args"],
+            "env": spec["env"],
+            "stdin": stdin,
+            "cwd": spec["cwd"],
+            "prompt": spec["description"] if task.kind == "prompt" else "",
+        }
+        return TaskDocument(
+            kind=taskspec.KINDS[task.kind],
+            payload=msgspec.msgpack.encode(payload),
+            inputs=[
+                (item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0)) for item in task.inputs
+            ],
+            acceptance=b"",
+            lease_s=limits.LEASE_S,
+            compare=False,
+            dispute_s=0,
+            secret=task.secret,
+        )
+
+    # --- cancelling and following
+
+    def cancel(self, task: Task, reason: str) -> None:
+        """The requester's own cancel: final at once; what an executor is still owed is settled behind it."""
+        if task.state in FINAL_STATES:
+            return
+        self._rooms.awards.cancel(task, reason)
+        self.finish(task, "cancelled", CancelledError("the task was cancelled", hint=reason), reason or "cancelled")
+
+    def follow(self, call: int, task: Task, *, output: bool, from_end: bool) -> None:
+        """Streams what comes and answers when the task is final (or at once when it is)."""
+        if task.state in FINAL_STATES or task.shown_lost:
+            if output and task.result is not None:
+                self.followers.add(call, task, output=True, from_end=from_end)
+                self.followers.finish(task)
+            self._ctx.reply(call, self._rooms.views.task(task))
+            return
+        self.followers.add(call, task, output=output, from_end=from_end)
+
+    def output(self, task: Task, stream: int, offset: int, data: bytes) -> None:
+        """A preview of what the executor's process wrote."""
+        self.followers.output(task.task_id, stream, offset, data)
