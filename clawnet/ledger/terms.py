@@ -1,0 +1,24 @@
+"""The parameters that a mesh's charter fixes for its ledger: those marked (c) in docs/LEDGER.md."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from clawnet import limits
+
+GRANT_MAX_UCR = 10**10
+ISSUE_TOTAL_MAX_UCR = 10**18
+
+
+class LedgerTerms(Struct, frozen=True):
+    """What every book of one mesh judges by. `issuers` are accounts; `open_mesh` lets strangers open with credit."""
+
+    issuers: frozenset[bytes]
+    grant_max_ucr: int = GRANT_MAX_UCR
+    issue_total_max_ucr: int = ISSUE_TOTAL_MAX_UCR
+    open_lines_max: int = limits.OPEN_LINES_MAX
+    margin_ms: int = limits.MARGIN_MS
+    lock_max_ms: int = limits.LOCK_MAX_MS
+    stranger_credit_ucr: int = 0
+    pow_bits: int = 0
+    open_mesh: bool = False
