@@ -124,6 +124,12 @@ class FakeTransport:
         self.network.listeners[(host, port)] = listener
         return listener
 
+    async def close(self) -> None:
+        """See port.Transport.close."""
+        for connection in list(self.network.connections):
+            if connection.own_peer == self.peer:
+                connection.close("the transport is closed")
+
 
 class FakeConnection:
     """One end of a connection; `far` is the other."""

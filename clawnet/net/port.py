@@ -141,7 +141,7 @@ class Connection(Protocol):
         """
 
     def close(self, reason: str) -> None:
-        """Ends the connection in good order: what was written is flushed, streams end with `reason`. Twice is once."""
+        """Ends the connection in good order: what the windows let out still arrives. Twice is once."""
 
 
 class Listener(Protocol):
@@ -177,6 +177,9 @@ class Transport(Protocol):
         A stream handler set inside `on_connection` misses nothing. Raises LinkError (`details["errno"]`) when the
         address cannot be bound.
         """
+
+    async def close(self) -> None:
+        """Ends every connection and handshake that is left and returns when their sockets are gone."""
 
 
 def expected_peer(address: Multiaddr, peer: str | None, own_peer: str) -> str | None:

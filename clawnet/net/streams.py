@@ -188,7 +188,8 @@ class BufferedStream:
 
     async def write(self, data: Bytes) -> None:
         """See port.Stream.write."""
-        view = memoryview(data)
+        # What may wait on its way must not change under us: only bytes are sent without a copy.
+        view = memoryview(data if isinstance(data, bytes) else bytes(data))
         while True:
             self._check_writable()
             if not self.buffered:
