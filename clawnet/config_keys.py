@@ -331,7 +331,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "market.energy_cost",
         "number",
         "0",
-        "what a second of work costs this machine in energy, in credits; shown in its bids",
+        "what a second of work costs this machine in energy, in credits; part of its price and shown in its bids",
         RELOAD,
         "0",
         "1000000",

@@ -34,6 +34,7 @@ CONFIDENCE_UNKNOWN: Final = 0.5
 CONFIDENCE_SAMPLES: Final = 4.0
 JITTER_S: Final = 0.25
 """Spread is judged against at least this much: a run of 2 ms that took 6 is not an uncertain one."""
+RUN_S_MAX: Final = float(limits.RUN_WALL_S_MAX)
 SAMPLES_TO_REFUSE: Final = 3
 """So many runs must have been seen before a learned duration is a ground to decline a deadline."""
 GUESS_S: Final[dict[str, float]] = {"shell-execution": 5.0, "compute": 1.0, "ai-inference": 10.0}
@@ -121,6 +122,7 @@ class Durations:
         """
         if not (math.isfinite(wall_s) and math.isfinite(cpu_s)) or wall_s < 0 or cpu_s < 0:
             return [], []
+        wall_s, cpu_s = min(wall_s, RUN_S_MAX), min(cpu_s, RUN_S_MAX)
         rows: list[tuple[str, bytes]] = []
         for name in (key, key.rpartition("|")[0]):
             learned = self._learned.pop(name, None) or Learned()

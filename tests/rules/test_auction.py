@@ -29,11 +29,11 @@ TASK = bytes(16)
 
 
 def bid(
-    price: int = CREDIT, *, run_s: float = 0.1, wait_s: float = 0.0, confidence: float = 0.8, round: int = 1
+    price: int = CREDIT, *, run_s: float = 0.1, wait_s: float = 0.0, confidence: float = 0.8, number: int = 1
 ) -> Bid:
     return Bid(
         task_id=TASK,
-        round=round,
+        round=number,
         price_ucr=price,
         estimated_s=run_s,
         queue_wait_s=wait_s,
@@ -225,7 +225,7 @@ def test_it_never_stays_open_beyond_its_bound_nor_with_nobody_left(events: list[
 def test_only_those_asked_and_only_once() -> None:
     room = auction("a", "b")
     assert offer(room, "stranger", 1_001) == "not_asked"
-    assert offer(room, "a", 1_001, bid(round=2)) == "not_asked"
+    assert offer(room, "a", 1_001, bid(number=2)) == "not_asked"
     assert offer(room, "a", 1_001) == ""
     assert offer(room, "a", 1_002, bid(CREDIT // 2)) == "twice"
     assert not room.add_decline("a", 1, "full", 1_003)
