@@ -32,6 +32,16 @@ class _Lines:
     def __init__(self) -> None:
         self.rest = bytearray()
 
+    def greeting(self) -> bool:
+        """Takes the header; False while it is not whole. WireError at the first byte that is not of it."""
+        found = self.rest[: len(_HEADER_LINE)]
+        if not _HEADER_LINE.startswith(found):
+            raise WireError("the peer does not speak multistream-select 1.0")
+        if len(found) < len(_HEADER_LINE):
+            return False
+        del self.rest[: len(_HEADER_LINE)]
+        return True
+
     def next(self) -> str | None:
         """The next whole line, or None; raises WireError for one that is too long or no text."""
         size, start = read_varint(self.rest, 0)
@@ -74,15 +84,13 @@ class Proposer:
         """
         self._lines.rest += data
         out = b""
-        while not self.agreed:
+        if not self._greeted:
+            self._greeted = self._lines.greeting()
+        while self._greeted and not self.agreed:
             text = self._lines.next()
             if text is None:
                 break
-            if not self._greeted:
-                if text != HEADER:
-                    raise WireError("the peer does not speak multistream-select 1.0")
-                self._greeted = True
-            elif text == self._left[0]:
+            if text == self._left[0]:
                 self.agreed = text
             elif text == REFUSAL:
                 del self._left[0]
@@ -116,16 +124,13 @@ class Responder:
         """
         self._lines.rest += data
         out = b""
-        while not self.agreed:
+        if not self._greeted and self._lines.greeting():
+            self._greeted = True
+            out += _HEADER_LINE
+        while self._greeted and not self.agreed:
             text = self._lines.next()
             if text is None:
                 break
-            if not self._greeted:
-                if text != HEADER:
-                    raise WireError("the peer does not speak multistream-select 1.0")
-                self._greeted = True
-                out += _HEADER_LINE
-                continue
             self._asked += 1
             if self._asked > limits.MULTISTREAM_PROPOSALS_MAX:
                 raise WireError("the peer proposes protocols without end")

@@ -44,13 +44,21 @@ class Pinger:
             self._stream = None
 
     async def _round_trip(self) -> float:
-        if self._stream is None or self._stream.closed.done():
-            self._stream = await self._connection.open_stream([PROTOCOL])
+        if self._stream is not None:
+            try:
+                return await self._exchange(self._stream)
+            except LinkError:
+                # The peer gives ping streams up after a while (js-libp2p after ten seconds): one fresh try.
+                self.close()
+        self._stream = await self._connection.open_stream([PROTOCOL])
+        return await self._exchange(self._stream)
+
+    async def _exchange(self, stream: Stream) -> float:
         loop = asyncio.get_running_loop()
         payload = os.urandom(PAYLOAD_BYTES)
         sent_at = loop.time()
-        self._stream.write_nowait(payload)
-        if await self._stream.readexactly(PAYLOAD_BYTES) != payload:
+        stream.write_nowait(payload)
+        if await stream.readexactly(PAYLOAD_BYTES) != payload:
             raise LinkError("a ping came back changed", peer=self._connection.peer)
         return loop.time() - sent_at
 
