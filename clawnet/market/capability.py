@@ -231,7 +231,7 @@ class CapabilityIndex:
         best = heapq.nlargest(count - explore, pool, key=score_hint)
         taken = frozenset(best)
         others = [peer for peer in pool if peer not in taken]
-        return [*best, *draw(others, explore, pick)]
+        return [*best, *others[:explore]]
 
 
 def draw(items: list[str], count: int, pick: Pick) -> list[str]:

@@ -123,6 +123,12 @@ def test_other_weights_change_the_winner() -> None:
     assert winners == ["cheap", "good"]
 
 
+def test_latency_is_queue_wait_and_run_time_and_round_trip() -> None:
+    room = auction("a", rtt_ms=500.0)
+    offer(room, "a", 1_001, bid(run_s=2.0, wait_s=1.5))
+    assert room.ranking()[0][1].latency == pytest.approx(0.1 / 4)
+
+
 # --- when it closes
 
 
@@ -176,6 +182,15 @@ def test_one_that_missed_its_last_offer_is_not_waited_for() -> None:
     room = auction("a", "slow", missed=("slow",))
     offer(room, "a", 1_010)
     assert room.is_closed(1_010)
+
+
+def test_an_answer_of_one_not_waited_for_does_not_stand_for_that_of_another() -> None:
+    room = auction("a", "b", "slow", missed=("slow",))
+    offer(room, "slow", 1_010)
+    offer(room, "a", 1_020)
+    assert not room.is_closed(1_020)
+    offer(room, "b", 1_030)
+    assert room.is_closed(1_030)
 
 
 def test_one_that_missed_its_last_offer_can_come_back_where_it_is_the_only_one() -> None:

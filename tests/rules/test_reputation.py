@@ -108,6 +108,11 @@ def test_every_fault_lowers_the_score_of_its_role_alone(outcome: Outcome) -> Non
     assert score.score("p", T0, other).total == pytest.approx(0.0 if outcome is Outcome.FRAUD else 0.5)
 
 
+def test_what_a_requester_does_is_told_apart_from_what_an_executor_does() -> None:
+    of_requesters = {outcome for outcome, effect in EFFECTS.items() if effect.role is Role.REQUESTER}
+    assert of_requesters == {Outcome.PAID, Outcome.RECEIPT_REFUSED, Outcome.UNDERPAID, Outcome.BAD_LOCK}
+
+
 def test_paying_well_buys_no_name_as_a_worker() -> None:
     reputation = after(*[Outcome.PAID] * 50)
     assert reputation.score("p", T0, Role.REQUESTER).total > 0.9
