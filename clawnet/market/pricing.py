@@ -201,9 +201,10 @@ def load_permille(workload: Workload) -> int:
     return LOAD_IDLE_PERMILLE + LOAD_SPAN_PERMILLE * committed // (committed + max(workload.slots, 1))
 
 
-def price(rates: Rates, expected: Estimate, workload: Workload) -> int:
-    """Micro-credits for the whole task, rounded up to the bid step; never less than one step unless all rates are 0."""
-    cpu_ms, wall_ms = math.ceil(expected.cpu_s * 1000), math.ceil(expected.estimated_s * 1000)
+def price(rates: Rates, cpu_s: float, workload: Workload, *, wall_s: float = 0.0) -> int:
+    """Micro-credits for work of `cpu_s` that takes `wall_s` (energy is paid by that), rounded up to the bid step;
+    never less than one step unless all rates are 0."""
+    cpu_ms, wall_ms = math.ceil(cpu_s * 1000), math.ceil(wall_s * 1000)
     cost_ucr = rates.task_ucr + (rates.cpu_second_ucr * cpu_ms + rates.energy_ucr * wall_ms) // 1000
     return round_up(-(-cost_ucr * load_permille(workload) // 1000), rates.step_ucr)
 
@@ -242,7 +243,7 @@ def quote(
     wait_s = workload.queue_wait_s
     if expected.runs >= SAMPLES_TO_REFUSE and wait_s + expected.estimated_s > left_s:
         return Reason.DEADLINE
-    price_ucr = 0 if ring == "own" else price(rates, expected, workload)
+    price_ucr = 0 if ring == "own" else price(rates, expected.cpu_s, workload, wall_s=expected.estimated_s)
     if price_ucr > offer.max_budget_ucr:
         return Reason.PRICE
     return Quote(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from clawnet.config import Config
 from clawnet.market.pricing import (
     Durations,
-    Estimate,
     Quote,
     Rates,
     Workload,
@@ -120,7 +119,7 @@ def test_default_rates_are_those_of_the_configuration() -> None:
 def test_price_is_rates_times_load_rounded_up_to_the_step(
     rates: Rates, cpu_s: float, workload: Workload, price_ucr: int
 ) -> None:
-    assert price(rates, Estimate(cpu_s, cpu_s, 0.5, 0), workload) == price_ucr
+    assert price(rates, cpu_s, workload, wall_s=cpu_s) == price_ucr
 
 
 @given(st.integers(1, 64), st.integers(0, 5_000), st.integers(0, 10**9), st.floats(0, 1e5), st.integers(1, CREDIT))
@@ -128,13 +127,12 @@ def test_price_is_bounded_steps_of_the_bid_increment(
     slots: int, committed: int, task_ucr: int, cpu_s: float, step_ucr: int
 ) -> None:
     rates = Rates(task_ucr=task_ucr, step_ucr=step_ucr)
-    expected = Estimate(cpu_s, cpu_s, 0.5, 0)
-    busy = price(rates, expected, Workload(slots, committed))
-    idle = price(rates, expected, Workload(slots))
+    busy = price(rates, cpu_s, Workload(slots, committed))
+    idle = price(rates, cpu_s, Workload(slots))
     base_ucr = task_ucr + 0.1 * CREDIT * (cpu_s + 0.001)
     assert busy % step_ucr == 0
     assert idle <= busy <= 1.5 * base_ucr + step_ucr + 2
-    assert price(rates, expected, Workload(slots, committed + 1)) >= busy
+    assert price(rates, cpu_s, Workload(slots, committed + 1)) >= busy
 
 
 @given(st.integers(0, 64), st.integers(0, 10**6))
@@ -283,4 +281,4 @@ def test_no_measurement_whatever_spoils_an_estimate(runs: list[tuple[float, floa
     assert 0 <= expected.confidence <= 1
     assert 0 <= expected.estimated_s <= 4 * 86_400
     assert 0 <= expected.cpu_s < float("inf")
-    assert isinstance(price(Rates(), expected, IDLE), int)
+    assert isinstance(price(Rates(), expected.cpu_s, IDLE, wall_s=expected.estimated_s), int)
