@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Measures libp2p over loopback TCP between two processes: connect, ping, fresh stream, one-stream bulk both ways.
+
+Usage: python scripts/bench/net.py [--mib 512] [--pings 500] [--dials 100] [--repeat 3] [--json]
+Targets: bulk on one stream >= 200 MB/s, ping p50 <= 300 us. Figures of a shared machine vary; the line that describes
+it is printed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from clawnet.identity import multiaddr
+from clawnet.identity.keys import KeyPair
+from clawnet.net.ping import Pinger
+from clawnet.net.port import Connection, Stream
+from clawnet.net.tcp import TcpTransport
+
+SINK, SOURCE = "/bench/sink/1", "/bench/source/1"
+CHUNK = bytes(256 * 1024)
+TARGET_BULK_MB_PER_S = 200
+TARGET_PING_US = 300
+
+
+def machine() -> str:
+    """One line: processor, cores, system, Python, and how busy the machine is."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, {python}, load {load:.1f}"
+
+
+async def serve() -> None:
+    """The other process: takes or gives as many bytes as asked; ends when its standard input does."""
+    transport = TcpTransport(KeyPair.generate(os.urandom), [SINK, SOURCE], "bench")
+    jobs: set[asyncio.Task[None]] = set()
+
+    def on_stream(stream: Stream) -> None:
+        job = asyncio.ensure_future(sink(stream) if stream.protocol == SINK else source(stream))
+        jobs.add(job)
+        job.add_done_callback(jobs.discard)
+
+    def on_connection(connection: Connection) -> None:
+        connection.set_stream_handler(on_stream)
+
+    listener = await transport.listen("127.0.0.1", 0, on_connection)
+    print(listener.addresses[0], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await listener.close()
+    await transport.close()
+
+
+async def sink(stream: Stream) -> None:
+    """Reads to the end, then says how much that was."""
+    count = 0
+    while data := await stream.read():
+        count += len(data)
+    await stream.write(count.to_bytes(8, "big"))
+    stream.close_write()
+
+
+async def source(stream: Stream) -> None:
+    """Writes as many bytes as the first eight say."""
+    left = int.from_bytes(await stream.readexactly(8), "big")
+    while left:
+        await stream.write(CHUNK[: min(left, len(CHUNK))])
+        left -= min(left, len(CHUNK))
+    stream.close_write()
+
+
+async def upload(connection: Connection, count: int) -> float:
+    stream = await connection.open_stream([SINK])
+    started = perf_counter()
+    for _ in range(count // len(CHUNK)):
+        await stream.write(CHUNK)
+    stream.close_write()
+    taken = int.from_bytes(await stream.readexactly(8), "big")
+    seconds = perf_counter() - started
+    assert taken == count // len(CHUNK) * len(CHUNK)
+    return taken / seconds / 1e6
+
+
+async def download(connection: Connection, count: int) -> float:
+    stream = await connection.open_stream([SOURCE])
+    started = perf_counter()
+    await stream.write(count.to_bytes(8, "big"))
+    got = 0
+    while data := await stream.read():
+        got += len(data)
+    seconds = perf_counter() - started
+    assert got == count
+    return got / seconds / 1e6
+
+
+async def measure(address: str, options: argparse.Namespace) -> dict[str, Any]:
+    transport = TcpTransport(KeyPair.generate(os.urandom), [], "bench")
+    target = multiaddr.parse(address)
+    connects: list[float] = []
+    for _ in range(options.dials):
+        started = perf_counter()
+        connection = await transport.dial(target, None)
+        await Pinger(connection).ping()
+        connects.append(perf_counter() - started)
+        connection.close("measured")
+    connection = await transport.dial(target, None)
+    pinger = Pinger(connection)
+    for _ in range(50):
+        await pinger.ping()
+    pings = [await pinger.ping() for _ in range(options.pings)]
+    pinger.close()
+    opens: list[float] = []
+    for _ in range(options.dials):
+        started = perf_counter()
+        stream = await connection.open_stream([SINK])
+        opens.append(perf_counter() - started)
+        stream.close_write()
+        assert await stream.readexactly(8) == bytes(8)
+    count = options.mib * 1024 * 1024
+    cpu = process_time()
+    up = [await upload(connection, count) for _ in range(options.repeat)]
+    down = [await download(connection, count) for _ in range(options.repeat)]
+    cpu = process_time() - cpu
+    await transport.close()
+    return {
+        "connect_and_first_ping_p50_ms": round(statistics.median(connects) * 1e3, 2),
+        "ping_p50_us": round(statistics.median(pings) * 1e6),
+        "ping_p95_us": round(statistics.quantiles(pings, n=20)[-1] * 1e6),
+        "fresh_stream_p50_us": round(statistics.median(opens) * 1e6),
+        "bulk_up_mb_per_s": round(statistics.median(up)),
+        "bulk_down_mb_per_s": round(statistics.median(down)),
+        "bulk_cpu_s_per_gb": round(cpu / (2 * options.repeat * count / 1e9), 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mib", type=int, default=512, help="mebibytes per bulk transfer")
+    parser.add_argument("--pings", type=int, default=500, help="pings measured (limits.PING_BURST bounds a burst)")
+    parser.add_argument("--dials", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=3, help="bulk transfers each way; the median counts")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve())
+        return 0
+    described = machine()
+    command = [sys.executable, __file__, "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdin is not None
+        figures = asyncio.run(measure(other.stdout.readline().strip(), options))
+        other.stdin.close()
+    if options.json:
+        print(json.dumps({"machine": described, **figures}))
+        return 0
+    print(f"machine: {described}")
+    for name, value in figures.items():
+        print(f"{name:32} {value}")
+    bulk = min(figures["bulk_up_mb_per_s"], figures["bulk_down_mb_per_s"])
+    print(f"target bulk >= {TARGET_BULK_MB_PER_S} MB/s: {'reached' if bulk >= TARGET_BULK_MB_PER_S else 'MISSED'}")
+    reached = figures["ping_p50_us"] <= TARGET_PING_US
+    print(f"target ping p50 <= {TARGET_PING_US} us: {'reached' if reached else 'MISSED'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
