@@ -20,6 +20,7 @@ RESTART: Final = "restart"
 
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{limits.NAME_CHARS_MAX - 1}}}\Z")
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp/\d+|udp/\d+/quic-v1)(/p2p/[A-Za-z0-9]+)?\Z")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,62}\Z")
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _DAY_MS = 86_400_000
@@ -74,7 +75,7 @@ _KIND_WORDS: Final[dict[Kind, str]] = {
     "name": f"1 to {limits.NAME_CHARS_MAX} letters, digits, dots, dashes and underscores, or empty",
     "path": "a directory, absolute or starting with ~, or empty",
     "choice": "a word",
-    "words": "words",
+    "words": "words of letters, digits, dots, dashes, underscores and =",
     "addresses": "multiaddrs such as /ip4/203.0.113.7/tcp/4002",
     "flag": "true or false",
     "integer": "a whole number",
@@ -162,7 +163,7 @@ def _checked_word(key: Key, text: str) -> str:
         if _ADDRESS.match(text) is None:
             raise DataError(f"{text!r} is not allowed; allowed: {key.allowed}")
         return text
-    if text not in key.choices:
+    if text not in key.choices if key.choices else _LABEL.match(text) is None:
         raise DataError(f"{text!r} is not allowed; allowed: {key.allowed}")
     return _unrefused(key, text)
 
@@ -227,6 +228,7 @@ _TABLE: Final[tuple[Key, ...]] = (
             ("ai-inference", "prompt tasks are not built yet in this version"),
         ),
     ),
+    Key("node.labels", "words", "", "words that a task may ask for with --label", RESTART),
     Key("node.max_peers", "integer", "100", "connections at most", RELOAD, "1", "10000"),
     Key(
         "node.min_peers", "integer", "5", "below this many connections known members are dialled", RELOAD, "0", "10000"
@@ -321,11 +323,11 @@ _TABLE: Final[tuple[Key, ...]] = (
     ),
     Key(
         "market.preview",
-        "choice",
-        "member",
-        "the outermost ring that is shown a task's output before it is paid",
+        "words",
+        "own, member",
+        "the rings that are shown a task's output before it is paid",
         RELOAD,
-        choices=("none", "own", "member"),
+        choices=_OWN_OR_MEMBER,
     ),
     Key(
         "market.energy_cost",
@@ -415,6 +417,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "enabled theme refresh_rate show_peers_panel show_market_panel show_memory_panel show_log_panel",
     ),
     Key("execution.slots", "integer", "0", "tasks that run at once; 0: one for each processor", RESTART, "0", "1024"),
+    Key("execution.queue_max", "integer", "256", "tasks won that may wait for a slot", RESTART, "0", "4096"),
     Key("execution.memory_max", "size", "1GiB", "memory of one run", RELOAD, "16MiB", "1TiB"),
     Key("execution.wall_max", "duration", "1h", "how long one run may take", RELOAD, "1s", "24h"),
     Key("execution.output_max", "size", "64MiB", "stdout and stderr of one run together", RELOAD, "4KiB", "64MiB"),

@@ -1,0 +1,193 @@
+"""The charter of a mesh and the certificates that make a node a member of it. Formats are final.
+
+Every statement is MessagePack of [payload bytes, signature]; the signature covers a domain tag and the payload bytes as
+they are, so nothing is ever re-encoded. The trust runs founder's owner key -> (a member's owner key) -> an owner key ->
+that owner's node keys. A charter's payload, hashed, is the mesh id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Final, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from clawnet import limits
+from clawnet.errors import NotPermittedError
+from clawnet.identity.keys import KeyPair, verify
+
+STATEMENT_BYTES_MAX: Final = 4 * limits.KIB
+CHAIN_OWNERS_MAX: Final = 2
+CHARTER_TAG: Final = b"clawnet/charter/1"
+OWNER_TAG: Final = b"clawnet/owner-certificate/1"
+NODE_TAG: Final = b"clawnet/node-certificate/1"
+
+GRANT_MAX_UCR: Final = 10**10
+ISSUE_TOTAL_MAX_UCR: Final = 10**18
+
+_Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+_Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
+_U63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Name = Annotated[str, Meta(max_length=limits.NAME_CHARS_MAX)]
+_PeerId = Annotated[str, Meta(max_length=128)]
+
+
+class Charter(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the founder fixed for good. `founder` is an owner key, `issuers` are accounts (first node keys)."""
+
+    v: Annotated[int, Meta(ge=1, le=1)]
+    name: _Name
+    founder: _Bytes32
+    issuers: Annotated[tuple[_Bytes32, ...], Meta(min_length=1, max_length=16)]
+    mode: Annotated[str, Meta(pattern="^(private|open)$")]
+    created_ms: _U63
+    random: _Bytes16
+    grant_max_ucr: Annotated[int, Meta(ge=0, le=10**15)] = GRANT_MAX_UCR
+    issue_total_max_ucr: Annotated[int, Meta(ge=0, le=10**18)] = ISSUE_TOTAL_MAX_UCR
+    stranger_credit_ucr: Annotated[int, Meta(ge=0, le=10**15)] = 0
+    pow_bits: Annotated[int, Meta(ge=0, le=256)] = 0
+    open_lines_max: Annotated[int, Meta(ge=1, le=2**20)] = limits.OPEN_LINES_MAX
+    margin_ms: _U63 = limits.MARGIN_MS
+    lock_max_ms: _U63 = limits.LOCK_MAX_MS
+    dispute_fee_ucr: Annotated[int, Meta(ge=0, le=10**15)] = 0
+
+
+class OwnerCertificate(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`issuer` (the founder, or an owner who may invite) makes `owner` a member; `inviter` is the node that did it."""
+
+    mesh: _Bytes32
+    owner: _Bytes32
+    issuer: _Bytes32
+    may_invite: bool
+    issued_ms: _U63
+    inviter: _PeerId
+
+
+class NodeCertificate(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`owner` says that `node` is one of its own machines."""
+
+    mesh: _Bytes32
+    node: _Bytes32
+    owner: _Bytes32
+    issued_ms: _U63
+    inviter: _PeerId
+
+
+class Membership(NamedTuple):
+    """What a chain proves: whose machine the node is, whether its owner may invite, and which node let it in."""
+
+    owner: bytes
+    may_invite: bool
+    inviter: str
+
+
+class _Statement(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    payload: Annotated[bytes, Meta(max_length=STATEMENT_BYTES_MAX)]
+    signature: _Bytes64
+
+
+_Body = TypeVar("_Body", Charter, OwnerCertificate, NodeCertificate)
+_encode = msgspec.msgpack.Encoder().encode
+_statement = msgspec.msgpack.Decoder(_Statement)
+_decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in (Charter, OwnerCertificate, NodeCertificate)}
+
+
+# --- signing
+
+
+def sign_charter(charter: Charter, founder: KeyPair) -> bytes:
+    """The statement of a charter; `founder` must be the key it names."""
+    assert charter.founder == founder.public
+    return _sign(CHARTER_TAG, charter, founder)
+
+
+def certify_owner(
+    issuer: KeyPair, mesh: bytes, owner: bytes, *, may_invite: bool, issued_ms: int, inviter: str
+) -> bytes:
+    """The statement that makes another owner a member."""
+    return _sign(OWNER_TAG, OwnerCertificate(mesh, owner, issuer.public, may_invite, issued_ms, inviter), issuer)
+
+
+def certify_node(owner: KeyPair, mesh: bytes, node: bytes, *, issued_ms: int, inviter: str) -> bytes:
+    """The statement by which an owner takes a machine as its own."""
+    return _sign(NODE_TAG, NodeCertificate(mesh, node, owner.public, issued_ms, inviter), owner)
+
+
+def _sign(tag: bytes, body: Charter | OwnerCertificate | NodeCertificate, key: KeyPair) -> bytes:
+    payload = _encode(body)
+    statement = _encode(_Statement(payload, key.sign(tag + payload)))
+    assert len(statement) <= STATEMENT_BYTES_MAX
+    return statement
+
+
+# --- reading
+
+
+def read_charter(statement: bytes) -> tuple[Charter, bytes]:
+    """A charter and its mesh id. Raises NotPermittedError when it is malformed or not signed by its founder."""
+    parts = _open(statement, "charter")
+    charter = _decode(parts.payload, Charter, "charter")
+    if not verify(charter.founder, CHARTER_TAG + parts.payload, parts.signature):
+        raise NotPermittedError("the charter is not signed by its founder")
+    return charter, mesh_id(parts.payload)
+
+
+def mesh_id(charter_payload: bytes) -> bytes:
+    """The mesh a charter founds: SHA-256 of its payload bytes."""
+    return hashlib.sha256(charter_payload).digest()
+
+
+def verify_chain(charter: Charter, mesh: bytes, chain: list[bytes], node_public: bytes) -> Membership:
+    """Proves that a node is a member: at most two owner certificates from the founder on, then its node certificate.
+
+    The founder's own machines need only the last. Raises NotPermittedError with the reason.
+    """
+    if not 1 <= len(chain) <= CHAIN_OWNERS_MAX + 1:
+        raise NotPermittedError(f"a membership has 1 to {CHAIN_OWNERS_MAX + 1} certificates, not {len(chain)}")
+    owner, may_invite = charter.founder, True
+    for depth, statement in enumerate(chain[:-1]):
+        certificate = _read_owner(statement, mesh, owner)
+        if not may_invite:
+            raise NotPermittedError("a member was certified by an owner who may not invite")
+        if certificate.may_invite and depth > 0:
+            raise NotPermittedError("an invited owner cannot pass on the right to invite")
+        owner, may_invite = certificate.owner, certificate.may_invite
+    parts = _open(chain[-1], "node certificate")
+    node = _decode(parts.payload, NodeCertificate, "node certificate")
+    if node.mesh != mesh:
+        raise NotPermittedError("the node certificate is of another mesh")
+    if node.node != node_public:
+        raise NotPermittedError("the node certificate is for another key")
+    if node.owner != owner:
+        raise NotPermittedError("the node certificate is by another owner than the chain's")
+    if not verify(owner, NODE_TAG + parts.payload, parts.signature):
+        raise NotPermittedError("the node certificate is not signed by its owner")
+    return Membership(owner, may_invite, node.inviter)
+
+
+def _read_owner(statement: bytes, mesh: bytes, issuer: bytes) -> OwnerCertificate:
+    parts = _open(statement, "owner certificate")
+    certificate = _decode(parts.payload, OwnerCertificate, "owner certificate")
+    if certificate.mesh != mesh:
+        raise NotPermittedError("the owner certificate is of another mesh")
+    if certificate.issuer != issuer or not verify(issuer, OWNER_TAG + parts.payload, parts.signature):
+        raise NotPermittedError("the owner certificate is not signed by the owner before it in the chain")
+    return certificate
+
+
+def _open(statement: bytes, what: str) -> _Statement:
+    if len(statement) > STATEMENT_BYTES_MAX:
+        raise NotPermittedError(f"the {what} has {len(statement)} bytes; the limit is {STATEMENT_BYTES_MAX}")
+    try:
+        return _statement.decode(statement)
+    except msgspec.MsgspecError as error:
+        raise NotPermittedError(f"the {what} is malformed") from error
+
+
+def _decode(payload: bytes, kind: type[_Body], what: str) -> _Body:
+    try:
+        return _decoders[kind].decode(payload)  # type: ignore[return-value]
+    except msgspec.MsgspecError as error:
+        raise NotPermittedError(f"the {what} is malformed: {error}") from error
