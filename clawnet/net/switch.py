@@ -1,0 +1,463 @@
+"""The switch: every connection of the node. It listens, dials, admits, sends and receives, and reports in stimuli.
+
+Of two connections between the same peers the one with the smaller peer id decides alone which stays: it takes the first
+Hello it can admit and refuses a second connection, unless the peer opened it so much later that it must have lost the
+first. The other side follows: a link is up there once the decider's first batch has come over it. So both sides agree
+without a further message, also when they dial each other at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, DataError, LinkError
+from clawnet.identity.keys import KeyPair, public_of, verify
+from clawnet.identity.multiaddr import Multiaddr
+from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
+from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
+from clawnet.net.dialling import DUPLICATE, Dialler, parsed, race
+from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
+from clawnet.net.listening import listen, reachable
+from clawnet.net.port import Connection, Listener, Stream, Transport
+from clawnet.net.ratelimit import Bans
+from clawnet.wire.codec import encode_payload
+from clawnet.wire.envelope import Envelope
+from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
+from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, Message
+from clawnet.wire.session import Encoded, Handshake, HelloFacts, Item
+
+PROTOCOLS = (CONTROL_PROTOCOL, BLOB_PROTOCOL, JOIN_PROTOCOL)
+"""What inbound streams may speak, besides the transport's own ping and identify."""
+
+
+class SwitchSettings(Struct, frozen=True):
+    """The switch's part of the configuration."""
+
+    listen_addrs: tuple[str, ...] = ()
+    tcp_port: int = 4002
+    tcp_port_is_set: bool = False
+    enable_tcp: bool = True
+    max_peers: int = 100
+    connection_timeout_s: float = 30.0
+    ping_interval_s: float = 15.0
+    agent: str = "clawnet"
+
+    @classmethod
+    def of(cls, config: ConfigView, agent: str) -> SwitchSettings:
+        """Read from the configuration."""
+        return cls(
+            listen_addrs=tuple(config.words("node.listen_addrs")),
+            tcp_port=config.integer("network.tcp_port"),
+            tcp_port_is_set=config.is_set("network.tcp_port"),
+            enable_tcp=config.flag("network.enable_tcp"),
+            max_peers=config.integer("node.max_peers"),
+            connection_timeout_s=config.seconds("network.connection_timeout"),
+            ping_interval_s=config.seconds("network.ping_interval"),
+            agent=agent,
+        )
+
+
+class ConfigView(Protocol):
+    """What SwitchSettings.of needs of config.Config."""
+
+    def words(self, name: str) -> Sequence[str]: ...
+    def integer(self, name: str) -> int: ...
+    def seconds(self, name: str) -> float: ...
+    def flag(self, name: str) -> bool: ...
+    def is_set(self, name: str) -> bool: ...
+
+
+class Visit:
+    """One connection and what goes over it; without a link it is a stranger's and ends after CONNECTION_IDLE_S."""
+
+    __slots__ = ("connection", "link", "timer")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.link: Link | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Switch:
+    """See the module's first lines. Everything is called from one event loop; `deliver` and `log` must not raise."""
+
+    def __init__(
+        self,
+        identity: KeyPair,
+        settings: SwitchSettings,
+        *,
+        clock: Callable[[], int],
+        entropy: Callable[[int], bytes],
+        transport: Transport,
+        local_hello: Callable[[], HelloFacts],
+        admit: Callable[[str, Hello], str],
+        deliver: Callable[[Stimulus], None],
+        blobs: BlobStore,
+        log: Callable[[str, str, dict[str, Any]], None],
+    ) -> None:
+        self.peer_id = identity.peer_id
+        self.settings = settings
+        self.clock = clock
+        self.ping_interval_s = settings.ping_interval_s
+        self.counters: Counter[str] = Counter()
+        self.bans = Bans()
+        self._identity = identity
+        self._entropy = entropy
+        self._transport = transport
+        self._local_hello = local_hello
+        self._admit_peer = admit
+        self._deliver = deliver
+        self._log = log
+        self._joins = JoinDesk(deliver, self.note)
+        self._blobs = BlobDesk(blobs, self.note, self.count)
+        self._store = blobs
+        self._links: dict[str, Link] = {}
+        self._chosen: dict[str, Link] = {}
+        self._visits: dict[Connection, Visit] = {}
+        self._diallers: dict[str, Dialler] = {}
+        self._listeners: list[Listener] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    # --- the runtime's side
+
+    async def start(self) -> list[str]:
+        """Listens; returns the multiaddrs under which this node can be dialled. ConfigError when a port is taken."""
+        self._loop = asyncio.get_running_loop()
+        settings = self.settings
+        if settings.enable_tcp:
+            self._listeners = await listen(
+                self._transport,
+                settings.listen_addrs,
+                settings.tcp_port,
+                settings.tcp_port_is_set,
+                self._on_connection,
+                self.note,
+            )
+        return self.addresses()
+
+    def addresses(self) -> list[str]:
+        """The multiaddrs under which this node can be dialled, as far as it can know."""
+        return reachable(self._listeners, self.peer_id)
+
+    async def stop(self, reason: str = "the node stops") -> None:
+        """Says goodbye on every link, stops dialling and listening, and waits at most GOODBYE_S for it all to leave."""
+        self._stopping = True
+        for dialler in list(self._diallers.values()):
+            dialler.cancel(reason)
+        self._diallers.clear()
+        for listener in self._listeners:
+            await listener.close()
+        self._listeners.clear()
+        visits = list(self._visits.values())
+        for visit in visits:
+            if visit.link is not None:
+                visit.link.close(reason)
+            visit.connection.close(reason)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        waiting: list[asyncio.Future[Any]] = [*tasks, *(visit.connection.closed for visit in visits)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=limits.GOODBYE_S)
+
+    def send(self, peer: str, items: list[Item]) -> bool:
+        """These messages in one write; False when the peer is not connected (or has just been dropped)."""
+        link = self._links.get(peer)
+        return link is not None and link.send(items)
+
+    def send_many(self, peers: Iterable[str], message: Message) -> int:
+        """One message to several peers, encoded once; returns to how many it went."""
+        kind, payload = encode_payload(message)
+        items: list[Encoded] = [(kind, payload, None, None)]
+        links = [self._links[peer] for peer in peers if peer in self._links]
+        return sum(link.send_encoded(items) for link in links)
+
+    def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:
+        """Connects to a peer; `keep` tries for ever and again after every loss. A call other than 0 gets DialEnded."""
+        peer = peer or next((where.peer for where in _parsed_or_none(addresses) if where.peer), "")
+        keep = keep and bool(peer)
+        if peer == self.peer_id:
+            self.dial_ended(call, peer, "this is the node itself")
+            return
+        if self._stopping:
+            self.dial_ended(call, peer, "the node stops")
+            return
+        linked = peer in self._links
+        if linked and not keep:
+            self.dial_ended(call, peer, "")
+            return
+        key = peer or " ".join(addresses)
+        dialler = self._diallers.get(key)
+        if dialler is None:
+            if len(self._diallers) >= limits.DIALS_MAX:
+                self.dial_ended(call, peer, "too many peers are being dialled")
+                return
+            dialler = self._diallers[key] = Dialler(self, peer, key)
+        if linked:
+            dialler.keep = True
+            dialler.addresses = tuple(addresses)
+            self.dial_ended(call, peer, "")
+        else:
+            dialler.want(call, addresses, keep)
+
+    def hangup(self, peer: str, reason: str) -> None:
+        """Ends the link to a peer and does not dial it again."""
+        dialler = self._diallers.pop(peer, None)
+        if dialler is not None:
+            dialler.cancel(reason)
+        for visit in list(self._visits.values()):
+            if visit.connection.peer == peer:
+                if visit.link is not None:
+                    visit.link.close(reason)
+                visit.connection.close(reason)
+
+    def join(self, call: int, inviter: str, addresses: Sequence[str], ask: JoinAsk) -> None:
+        """Redeems an invite; JoinAnswered follows."""
+        self._spawn(self._joins.ask(call, inviter, partial(self.connect, inviter, addresses), ask))
+
+    def join_reply(self, call: int, answer: JoinAnswer) -> None:
+        """Answers JoinAsked."""
+        self._joins.reply(call, answer)
+
+    def fetch(
+        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
+    ) -> None:
+        """Fetches blobs (id, size) of a task; BlobReady follows."""
+        self._spawn(self._fetch(request, peer, task_id, blobs, inline_max))
+
+    def links(self) -> list[LinkInfo]:
+        """Every link that is up."""
+        return [link.info() for link in self._links.values()]
+
+    def link(self, peer: str) -> LinkInfo | None:
+        """The link to one peer."""
+        link = self._links.get(peer)
+        return link.info() if link is not None else None
+
+    def gauges(self) -> dict[str, int]:
+        """What is open now, for metrics and the doctor."""
+        return {
+            "links": len(self._links),
+            "connections": len(self._visits),
+            "dialling": len(self._diallers),
+            "send_queue_bytes": sum(link.info().buffered for link in self._links.values()),
+        }
+
+    # --- the links' side
+
+    def admit(self, link: Link, hello: Hello) -> str:
+        """See control.LinkOwner."""
+        peer = link.peer
+        if self._stopping:
+            return "the node stops"
+        if left_s := self.bans.left_s(peer, self._loop.time()):
+            return f"banned for {left_s:.0f} s more"
+        if refusal := self._admit_peer(peer, hello):
+            return refusal
+        if peer not in self._links and len(self._links) >= self.settings.max_peers:
+            return f"this node has its {self.settings.max_peers} peers already"
+        if self.peer_id < peer:
+            chosen = self._chosen.get(peer)
+            if chosen is not None and chosen.hello is not None:
+                if hello.time_ms - chosen.hello.time_ms <= 1000 * limits.HANDSHAKE_TIMEOUT_S:
+                    chosen.probe()
+                    return DUPLICATE
+                chosen.close("replaced by a newer connection")
+            self._chosen[peer] = link
+        return ""
+
+    def link_up(self, link: Link) -> None:
+        """See control.LinkOwner."""
+        peer = link.peer
+        current = self._links.get(peer)
+        if current is not None:
+            if self.peer_id > peer and link.welcomed_ms < current.welcomed_ms:
+                link.close("older than the present connection")
+                return
+            current.close("replaced by a newer connection")
+        assert link.hello is not None
+        self._links[peer] = link
+        self.note("info", "link.up", peer=peer, address=link.connection.address, inbound=link.connection.inbound)
+        self.count("links_up")
+        connection = link.connection
+        self._deliver(PeerUp(peer, link.hello, connection.address, connection.transport, connection.inbound))
+        dialler = self._diallers.get(peer)
+        if dialler is not None:
+            dialler.linked()
+
+    def link_message(self, link: Link, envelope: Envelope, message: Message) -> None:
+        """See control.LinkOwner."""
+        self.counters["messages_received"] += 1
+        self._deliver(MessageIn(link.peer, envelope.id, message, envelope.reply_to, envelope.obligation))
+
+    def link_down(self, link: Link, reason: str) -> None:
+        """See control.LinkOwner."""
+        peer = link.peer
+        if self._chosen.get(peer) is link:
+            del self._chosen[peer]
+        if self._links.get(peer) is not link:
+            return
+        del self._links[peer]
+        self.note("info", "link.down", peer=peer, reason=reason)
+        self.count("links_down")
+        self._deliver(PeerDown(peer, reason))
+        dialler = self._diallers.get(peer)
+        if dialler is not None:
+            dialler.lost(self._loop.time() - link.up_s)
+
+    def ban(self, peer: str, reason: str) -> None:
+        """See control.LinkOwner."""
+        length_s = self.bans.ban(peer, self._loop.time())
+        self.count("bans")
+        self.note("security", "peer.banned", peer=peer, seconds=length_s, reason=reason)
+
+    def note(self, level: str, event: str, **fields: Any) -> None:
+        """A log event."""
+        self._log(level, event, fields)
+
+    def count(self, name: str, by: int = 1) -> None:
+        """A counter goes up."""
+        self.counters[name] += by
+
+    # --- the diallers' side
+
+    async def connect(self, peer: str, addresses: Sequence[str]) -> Connection:
+        """See dialling.DialOwner."""
+        timeout_s = self.settings.connection_timeout_s
+        targets = parsed(addresses)
+        return await race(lambda address: self._transport.dial(address, peer or None, timeout_s), targets)
+
+    async def open_link(self, connection: Connection) -> Link:
+        """See dialling.DialOwner."""
+        if connection.peer in self._links or self._stopping:
+            connection.close(DUPLICATE)
+            raise LinkError(DUPLICATE, peer=connection.peer)
+        visit = self._watch(connection)
+        try:
+            return self._greet(visit, await connection.open_stream([CONTROL_PROTOCOL]))
+        except (LinkError, asyncio.CancelledError):
+            connection.close("no control stream")
+            raise
+
+    def chance(self) -> float:
+        """See dialling.DialOwner."""
+        return int.from_bytes(self._entropy(4), "big") / 2**32
+
+    def dial_ended(self, call: int, peer: str, reason: str) -> None:
+        """See dialling.DialOwner."""
+        if call:
+            self._deliver(DialEnded(call, peer, reason))
+
+    def dialler_idle(self, dialler: Dialler) -> None:
+        """See dialling.DialOwner."""
+        if self._diallers.get(dialler.key) is dialler:
+            del self._diallers[dialler.key]
+
+    # --- connections and streams
+
+    def _on_connection(self, connection: Connection) -> None:
+        room = self.settings.max_peers + limits.PENDING_HANDSHAKES_MAX
+        if self._stopping or len(self._visits) >= room:
+            self.count("connections_refused")
+            connection.close("this node has no room for more connections")
+            return
+        self._watch(connection)
+
+    def _watch(self, connection: Connection) -> Visit:
+        visit = self._visits[connection] = Visit(connection)
+        visit.timer = self._loop.call_later(limits.CONNECTION_IDLE_S, self._visit_over, visit)
+        connection.closed.add_done_callback(lambda _: self._visit_ended(visit))
+        connection.set_stream_handler(partial(self._on_stream, visit))
+        return visit
+
+    def _visit_over(self, visit: Visit) -> None:
+        if visit.link is None or visit.link.state is not LinkState.UP:
+            visit.connection.close(f"no membership shown within {limits.CONNECTION_IDLE_S:g} s")
+
+    def _visit_ended(self, visit: Visit) -> None:
+        self._visits.pop(visit.connection, None)
+        self._blobs.forget(visit.connection)
+        if visit.timer is not None:
+            visit.timer.cancel()
+
+    def _on_stream(self, visit: Visit, stream: Stream) -> None:
+        connection = visit.connection
+        link = self._links.get(connection.peer)
+        if self._stopping:
+            stream.reset()
+        elif stream.protocol == CONTROL_PROTOCOL and connection.inbound and visit.link is None:
+            try:
+                self._greet(visit, stream)
+            except LinkError as problem:
+                connection.close(problem.message)
+        elif stream.protocol == BLOB_PROTOCOL and link is not None and link is visit.link:
+            self._spawn(self._blobs.serve(stream))
+        elif stream.protocol == JOIN_PROTOCOL and connection.inbound:
+            self._spawn(self._joins.serve(stream))
+        else:
+            self.count("streams_refused")
+            stream.reset()
+
+    def _greet(self, visit: Visit, stream: Stream) -> Link:
+        peer = visit.connection.peer
+        try:
+            public = public_of(peer)
+        except DataError as problem:
+            raise LinkError(f"{peer} has no Ed25519 key: {problem.message}", peer=peer) from problem
+        handshake = Handshake(
+            self.peer_id,
+            peer,
+            self._local_hello(),
+            agent=self.settings.agent,
+            nonce=self._entropy(32),
+            now_ms=self.clock(),
+            sign=self._identity.sign,
+            verify=partial(verify, public),
+        )
+        link = visit.link = Link(self, stream, handshake)
+        link.start()
+        return link
+
+    async def _fetch(
+        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int
+    ) -> None:
+        reason, inline = "", b""
+        try:
+            if all(self._store.has(blob) for blob, _ in blobs):
+                small = len(blobs) == 1 and blobs[0][1] <= inline_max
+                inline = b"".join(self._store.read_chunks(blobs[0][0])) if small else b""
+            elif (link := self._links.get(peer)) is None:
+                reason = f"{peer} is not connected"
+            else:
+                inline = await self._blobs.fetch(link.connection, task_id, blobs, inline_max)
+        except ClawnetError as problem:
+            reason = problem.message
+        except OSError as problem:
+            reason = f"the blob store: {problem.strerror}"
+        self._deliver(BlobReady(request, reason, inline))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_over)
+
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (defect := task.exception()) is not None:
+            self.note("error", "net.defect", problem=repr(defect))
+            self._loop.call_exception_handler({"message": "a network task failed", "exception": defect, "task": task})
+
+
+def _parsed_or_none(addresses: Sequence[str]) -> list[Multiaddr]:
+    try:
+        return parsed(addresses)
+    except LinkError:
+        return []
