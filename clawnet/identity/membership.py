@@ -105,6 +105,11 @@ def load_escrow_seed(home: Home, *, check_permissions: bool = True) -> bytes:
     return read_secret(home.escrow_seed, ESCROW_SEED_PREFIX, check_permissions=check_permissions)
 
 
+def save_escrow_seed(home: Home, escrow_seed: bytes) -> None:
+    """Writes the escrow seed in one step, mode 0600."""
+    write_secret(home.escrow_seed, ESCROW_SEED_PREFIX, escrow_seed)
+
+
 def is_initialised(home: Home) -> bool:
     """Whether this home has a node key and a mesh."""
     return home.node_key.exists() and home.mesh_file.exists()
