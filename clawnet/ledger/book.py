@@ -6,7 +6,7 @@ needs from the database or from a peer it names in NotYet (outcomes.py). Nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from clawnet import limits
@@ -44,9 +44,12 @@ class Book(Records):
     `verify(public, message, signature)` is the only expensive part and is injected.
     """
 
-    def __init__(self, terms: LedgerTerms, mesh: bytes, verify: Verify) -> None:
+    def __init__(
+        self, terms: LedgerTerms, mesh: bytes, verify: Verify, *, payables_max: int = limits.PAYABLES_MAX
+    ) -> None:
         super().__init__(terms, mesh)
         self._verify = verify
+        self._payables_max = payables_max
         self._aside = Aside()
         self._ready: dict[bytes, None] = {}
         self._outcomes: list[Outcome] = []
@@ -108,7 +111,7 @@ class Book(Records):
         """Finds where an entry belongs: behind the head, at it, beyond it, or off this branch."""
         state = self._accounts.get(entry.account)
         if state is None:
-            if len(self._accounts) >= limits.ACCOUNTS_MAX:
+            if not self.has_room():
                 return Rejected("more accounts than a book can hold")
             state = Account(entry.account)
         if entry.seq <= state.seq:
@@ -130,7 +133,7 @@ class Book(Records):
                 return self._not_yet(entry, missing, kept=rival.entry.hash == entry.hash)
             kept = keep and self._aside.keep(Waiting(entry, state.key, missing))
             return self._not_yet(entry, missing, kept)
-        if entry.prev != state.hash:
+        if entry.prev != state.hash and entry.seq > 0:
             return self._off_branch(state, entry)
         return self._at_head(state, entry, now_ms, keep)
 
@@ -175,13 +178,12 @@ class Book(Records):
             payee = self._accounts.get(payable.payee)
             if payee is None or payee.cursors.get(entry.account, (-1, 0)) < payable.place:
                 state.add_payable(payable)
-        state.spill(limits.PAYABLES_MAX)
+        state.spill(self._payables_max)
         for payer, cursor in change.cursors.items():
             held = self._accounts.get(payer)
             if held is not None:
                 held.pass_cursor(entry.account, cursor)
                 self._dirty[payer] = None
-        state.branch.pop(entry.hash, None)
         self._aside.take(entry.account, entry.seq)
         self._note(state, urgent=change.void_ucr > 0)
         self._ready[entry.account] = None
@@ -215,9 +217,9 @@ class Book(Records):
         supplied = self._branches.supplied(entry.account, entry.seq)
         if supplied is not None and supplied.hash == entry.hash:
             return Known(entry.account, entry.seq)
-        if held is not None or supplied is not None or entry.account in self._proofs:
-            if not signed_by(entry, state.key_at(entry.seq), self._verify):
-                return Rejected("the signature is not the account's")
+        if not signed_by(entry, state.key_at(entry.seq), self._verify):
+            return Rejected("the signature is not the account's")
+        if held is not None or supplied is not None:
             state.suspect = f"two entries signed for seq {entry.seq}"
             self._set_beside(state, entry)
             if entry.account in self._proofs:
@@ -247,8 +249,16 @@ class Book(Records):
         return self._not_yet(entry, Missing("branch", entry.account, entry.seq - 1, entry.seq - 1), kept=True)
 
     def _set_beside(self, state: Account, entry: Parsed) -> None:
-        if len(state.branch) < limits.BRANCH_ENTRIES_MAX:
+        size = len(entry.raw)
+        of_account = sum(len(other.raw) for other in state.branch.values())
+        room = (
+            self._branch_bytes + size <= limits.BRANCH_BYTES_MAX
+            and of_account + size <= limits.BRANCH_BYTES_PER_ACCOUNT_MAX
+            and len(state.branch) < limits.BRANCH_ENTRIES_MAX
+        )
+        if room and entry.hash not in state.branch:
             state.branch[entry.hash] = entry
+            self._branch_bytes += size
         self._note(state, urgent=True)
         for waiter in self._aside.waiting_for(state.account):
             self._ready[waiter] = None
@@ -328,7 +338,7 @@ class Book(Records):
         if held is None:
             return Missing("lookup", item.payer, item.seq, item.seq)
         if held != item.hash:
-            return Missing("branch", item.payer, 0, item.seq)
+            return Missing("branch", item.payer, max(0, item.seq - 63), item.seq)
         if scratch or item.seq <= payer.spilled_seq:
             return self._branches.payment(item)
         return Fault("payment", "the entry named pays this account nothing there")
@@ -337,7 +347,7 @@ class Book(Records):
         if payer.ended is not None:
             if item.hash == payer.ended.hash:
                 return Fault("payment", "the entry named is invalid")
-            return Missing("branch", item.payer, 0, item.seq)
+            return Missing("branch", item.payer, max(0, item.seq - 63), item.seq)
         if payer.upgrade:
             return Missing("upgrade", item.payer, payer.seq + 1, item.seq)
         if payer.suspect:
@@ -358,21 +368,44 @@ class Book(Records):
         for waiter in self._aside.waiting_for(entry.account):
             self._ready[waiter] = None
 
-    def check_branch(self, target: bytes, account: bytes, prefix: Iterable[bytes], now_ms: int) -> str | Missing:
-        """Judges the void branch of `account` that ends in the entry with hash `target`.
+    def supply_linked(self, raws: Sequence[bytes]) -> bool:
+        """Takes in older entries of a chain adopted at a checkpoint, from a peer: proved by the links between them.
 
-        `prefix` holds the raw entries of the held chain from genesis, from this node's own database. Answers "" when
-        the branch is valid (claims on it then count as void), the reason when it is not, or what is missing.
+        `raws` are consecutive and end in an entry whose hash this book knows. False when they prove nothing.
+        """
+        try:
+            entries = [parse(raw) for raw in raws]
+        except WireError:
+            return False
+        known: bytes | None = None
+        for entry in reversed(entries):
+            state = self._accounts.get(entry.account)
+            if state is None:
+                return False
+            known = known or state.tail.get(entry.seq) or self._branches.supplied_hash(entry.account, entry.seq)
+            if entry.hash != known or entry.account != entries[0].account:
+                return False
+            known = entry.prev
+        for entry in reversed(entries):
+            self.supply(entry.raw)
+        return bool(entries)
+
+    def check_branch(self, account: bytes, prefix: Sequence[bytes], now_ms: int) -> Missing | None:
+        """Judges the void branches of `account` that are known, so that claims on them can be judged (`drain`).
+
+        `prefix` holds the raw entries of the held chain from genesis, from this node's own database. Answers with what
+        is missing to judge them all.
         """
         state = self._accounts.get(account)
         if state is None:
             return Missing("payer", account, 0, 0)
-        path = self._branches.path(state.branch, target)
-        verdict = self._branches.judge(self._scratch_court, self._replay_court, account, prefix, path, now_ms)
-        if not isinstance(verdict, Missing):
-            for waiter in self._aside.waiting_for(account):
-                self._ready[waiter] = None
-        return verdict
+        missing: Missing | None = None
+        for path in self._branches.paths(state.branch):
+            found = self._branches.judge(self._scratch_court, self._replay_court, account, prefix, path, now_ms)
+            missing = missing or found
+        for waiter in self._aside.waiting_for(account):
+            self._ready[waiter] = None
+        return missing
 
 
 def _need_of(outcome: NotYet) -> Missing:

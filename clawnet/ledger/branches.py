@@ -6,7 +6,7 @@ book's memory. Everything is bounded; what falls out is looked up or judged agai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from clawnet import limits
 from clawnet.ledger.entries import ClaimItem, EntryKind, Grant, Lock, Parsed, Release, Send, parse
@@ -102,15 +102,19 @@ class Branches:
             return Fault("payment", "the entry named pays nothing there")
         return Income(payable, True)
 
-    def path(self, branch: dict[bytes, Parsed], target: bytes) -> list[Parsed]:
-        """The entries of a void branch that lead to `target`, oldest first, as far back as they are known."""
-        path: list[Parsed] = []
-        entry = branch.get(target)
-        while entry is not None and len(path) <= limits.BRANCH_ENTRIES_MAX:
-            path.append(entry)
-            entry = branch.get(entry.prev)
-        path.reverse()
-        return path
+    def paths(self, branch: dict[bytes, Parsed]) -> Iterator[list[Parsed]]:
+        """Each void branch from its oldest known entry to its newest, those with something unjudged only."""
+        continued = {entry.prev for entry in branch.values()}
+        for entry in branch.values():
+            if entry.hash in continued or entry.hash in self._judged:
+                continue
+            path: list[Parsed] = []
+            step: Parsed | None = entry
+            while step is not None and len(path) <= limits.BRANCH_ENTRIES_MAX:
+                path.append(step)
+                step = branch.get(step.prev)
+            path.reverse()
+            yield path
 
     def judge(
         self,
@@ -120,10 +124,8 @@ class Branches:
         prefix: Iterable[bytes],
         path: list[Parsed],
         now_ms: int,
-    ) -> str | Missing:
+    ) -> Missing | None:
         """Judges the branch `path`, which leaves the held chain `prefix` somewhere, by section 4."""
-        if not path:
-            return Missing("branch", account, 0, 0)
         scratch = Account(account)
         for raw in prefix:
             entry = parse(raw)
@@ -147,7 +149,7 @@ class Branches:
                     self._remember(entry.hash, {payable.index: payable for payable in verdict.payables})
             if bad:
                 self._remember(entry.hash, bad)
-        return bad
+        return None
 
     def _judge_one(self, court: Court, scratch: Account, entry: Parsed, now_ms: int) -> Change | Fault | Missing:
         if entry.time_ms > now_ms + limits.CLOCK_AHEAD_MS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from clawnet import limits
 from clawnet.ledger.entries import Claim, Parsed, parse
 from clawnet.ledger.outcomes import AccountView, Totals
 from clawnet.ledger.state import (
@@ -30,6 +31,7 @@ class Records:
         self._changed: dict[bytes, None] = {}
         self._dirty: dict[bytes, None] = {}
         self._proofs: dict[bytes, bytes] = {}
+        self._branch_bytes = 0
 
     def _next_seq(self, account: bytes) -> int:
         state = self._accounts.get(account)
@@ -45,6 +47,10 @@ class Records:
         self._changed[account] = None
         self._dirty[account] = None
         self.urgent = self.urgent or urgent
+
+    def has_room(self) -> bool:
+        """Whether one more account can be held."""
+        return len(self._accounts) < limits.ACCOUNTS_MAX
 
     def proof(self, account: bytes) -> bytes | None:
         """The fork proof against an account, if there is one."""
@@ -208,14 +214,15 @@ class Records:
         for raw in branch:
             entry = parse(raw)
             state.branch[entry.hash] = entry
+            self._branch_bytes += len(raw)
         self.install(state)
+        self._dirty.pop(state.account, None)
         return state.seq
 
     def install(self, state: Account) -> None:
         """Takes in an account state that was established elsewhere: a snapshot, or a countersigned checkpoint."""
         account = state.account
-        self._accounts[account] = state
-        self._changed[account] = None
+        self._note(state, urgent=False)
         for payee in list(state.payables):
             claimant = self._accounts.get(payee)
             if claimant is not None and account in claimant.cursors:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from clawnet.errors import RemoteError
 from clawnet.ledger.entries import (
+    ZERO_HASH,
     Body,
     Checkpoint,
     Claim,
@@ -118,6 +119,8 @@ def judge(court: Court, state: Account, entry: Parsed) -> Verdict:
     """Applies the row of the table for this entry's kind; signature, place and time are the book's to check."""
     if (entry.kind == EntryKind.GENESIS) != (entry.seq == 0):
         return Fault("genesis", "a chain begins with a genesis entry and has no other")
+    if entry.seq == 0 and entry.prev != ZERO_HASH:
+        return Fault("genesis", "a genesis entry that follows another entry")
     return _CHECKS[entry.kind](court, state, entry, cast(Body, entry.body))
 
 

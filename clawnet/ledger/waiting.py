@@ -68,6 +68,9 @@ class Aside:
 
     def keep_until(self, waiting: Waiting, at_ms: int) -> bool:
         """Sets aside an entry from the future."""
+        old = self.get(waiting.entry.account, waiting.entry.seq)
+        if old is not None and old.missing == waiting.missing:
+            return True
         if not self.keep(waiting):
             return False
         heapq.heappush(self._timed, (at_ms, waiting.entry.account))

@@ -1,0 +1,87 @@
+"""Is this lock good? The worker's list of docs/LEDGER.md section 11, asked before any work is done."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.ledger.book import Book
+from clawnet.ledger.entries import Lock, Parsed
+
+
+class Expected(Struct, frozen=True, gc=False):
+    """What the payee knows of the line it was promised.
+
+    `estimate_ms` is how long the work will take from now, `exposure_max_ucr` the most that may be open from this payer
+    to this payee, `open_lines_max` the most lines of this payer in all. `used`: the line serves another attempt.
+    """
+
+    account: bytes
+    task: bytes
+    bid_ucr: int
+    estimate_ms: int
+    exposure_max_ucr: int
+    parts: int = 1
+    open_lines_max: int = limits.OPEN_LINES_MAX
+    banned: bool = False
+    used: bool = False
+
+
+def check_lock(book: Book, lock: Parsed, line: int, expected: Expected, now_ms: int) -> str:
+    """The word for the first thing wrong with the line, "" when work may begin.
+
+    The lock must have been applied to the book before. Words: chain, banned, forked, invalid, upgrade, debt (the
+    payer's account), account, task, amount, parts, used (the line), clock, deliver_by, margin (its times), open_lines,
+    exposure (limits).
+    """
+    return (
+        _payer(book, lock, line, expected)
+        or _line(lock, line, expected)
+        or _times(book, lock, expected, now_ms)
+        or _limits(book, lock, expected)
+    )
+
+
+def _payer(book: Book, lock: Parsed, line: int, expected: Expected) -> str:
+    view = book.view(lock.account)
+    held = book.line(lock.account, lock.seq, line)
+    if expected.banned:
+        return "banned"
+    if view.refuse and view.refuse != "unknown":
+        return view.refuse
+    if held is None or held.lock_hash != lock.hash:
+        return "chain"
+    return ""
+
+
+def _line(lock: Parsed, line: int, expected: Expected) -> str:
+    assert isinstance(lock.body, Lock), "the book holds a line of it"
+    bound = lock.body.lines[line]
+    if bound.payee != expected.account:
+        return "account"
+    if bound.task != expected.task:
+        return "task"
+    if bound.amount_ucr < expected.bid_ucr:
+        return "amount"
+    if bound.parts != expected.parts:
+        return "parts"
+    return "used" if expected.used else ""
+
+
+def _times(book: Book, lock: Parsed, expected: Expected, now_ms: int) -> str:
+    assert isinstance(lock.body, Lock), "the book holds a line of it"
+    if abs(lock.time_ms - now_ms) > limits.CLOCK_AHEAD_MS:
+        return "clock"
+    if now_ms + expected.estimate_ms > lock.body.deliver_by_ms:
+        return "deliver_by"
+    if lock.body.deliver_by_ms + book.terms.margin_ms > lock.body.expiry_ms:
+        return "margin"
+    return ""
+
+
+def _limits(book: Book, lock: Parsed, expected: Expected) -> str:
+    if len(book.open_lines(lock.account)) > expected.open_lines_max:
+        return "open_lines"
+    if book.exposure_ucr(lock.account, expected.account) > expected.exposure_max_ucr:
+        return "exposure"
+    return ""
