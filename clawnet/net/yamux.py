@@ -70,7 +70,7 @@ class Session:
         self._body_left = 0
         self._body_flags = 0
         self._ping_value = 0
-        self._ping_sent_at = 0.0
+        self._ping_sent_at: float | None = None
 
     # --- the owner's side
 
@@ -215,10 +215,10 @@ class Session:
     def _on_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
             self.frame(PING, ACK, 0, value)
-        elif flags & ACK and value == self._ping_value and self._ping_sent_at:
+        elif flags & ACK and value == self._ping_value and self._ping_sent_at is not None:
             measured = self.now() - self._ping_sent_at
             self.rtt_s = (7 * self.rtt_s + measured) / 8 if self.rtt_s else measured
-            self._ping_sent_at = 0.0
+            self._ping_sent_at = None
 
 
 class MuxedStream(BufferedStream):
