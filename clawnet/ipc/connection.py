@@ -12,6 +12,7 @@ from clawnet.errors import DataError, InternalError
 
 _encoder: Final = msgspec.json.Encoder()
 _decoder: Final = msgspec.json.Decoder()
+_WRITE_BYTES: Final = 256 * limits.KIB
 
 
 class Board(Protocol):
@@ -48,8 +49,10 @@ class Connection(asyncio.Protocol):
         self._partial = bytearray()
         self._waiting: list[bytes] = []
         self._paused = False
+        self._scheduled = False
         self._closing = False
         self._out: list[bytes] = []
+        self._out_bytes = 0
 
     # --- asyncio.Protocol
 
@@ -85,11 +88,6 @@ class Connection(asyncio.Protocol):
 
     # --- lines in
 
-    @property
-    def has_waiting(self) -> bool:
-        """Whether lines were received that wait for a call to be answered."""
-        return bool(self._waiting)
-
     def _check_length(self, *sizes: int) -> bool:
         if max(sizes) <= limits.RPC_LINE_BYTES_MAX:
             return True
@@ -100,14 +98,25 @@ class Connection(asyncio.Protocol):
     def take(self) -> None:
         """Acts on lines received while the client has a call to spare; else reading stops until one is answered."""
         done = 0
-        for line in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
             if self._closing or len(self.calls) >= limits.RPC_CALLS_PER_CLIENT_MAX:
                 break
             done += 1
             if line:
                 self._take_line(line)
-        del self._waiting[:done]
+        self._waiting = waiting[done:]
         self._hold(bool(self._waiting))
+
+    def room(self) -> None:
+        """A call was answered: lines that waited for that are taken, in a turn of their own."""
+        if self._paused and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._take_again)
+
+    def _take_again(self) -> None:
+        self._scheduled = False
+        self.take()
 
     def _hold(self, full: bool) -> None:
         if full != self._paused and self.transport is not None and not self._closing:
@@ -173,15 +182,21 @@ class Connection(asyncio.Protocol):
         if not self._out:
             self._board.dirty(self)
         self._out.append(line)
+        self._out_bytes += len(line) + 1
+        if self._out_bytes > _WRITE_BYTES:
+            self.flush()
 
     def flush(self) -> None:
-        """Writes what this turn of the loop has for the client, at once; drops a client that does not read."""
+        """Writes what this turn of the loop has for the client, at once; drops a client that does not read.
+
+        A single answer may be larger than the limit: only what lies unread before it counts.
+        """
         if self.transport is None or not self._out:
             return
         data = b"\n".join(self._out) + b"\n"
         self._out.clear()
-        backlog = self.transport.get_write_buffer_size()
-        if backlog and backlog + len(data) > limits.RPC_QUEUE_BYTES_MAX:
+        self._out_bytes = 0
+        if self.transport.get_write_buffer_size() > limits.RPC_QUEUE_BYTES_MAX:
             self._board.count("slow")
             self._closing = True
             self.transport.abort()

@@ -84,8 +84,7 @@ class IpcServer:
         connection, request = entry
         del connection.calls[request]
         connection.answer(request, value, error)
-        if connection.has_waiting:
-            connection.take()
+        connection.room()
 
     def notify(self, call: int, method: str, value: Any) -> None:
         """A streamed part of the answer to an open call."""

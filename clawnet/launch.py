@@ -1,0 +1,201 @@
+"""Starting the daemon from a command: one at a time, detached, with a clean environment, and its failure explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from clawnet import api, errors, limits, paths
+from clawnet.errors import ClawnetError, ConfigError, InternalError, TimedOutError
+from clawnet.paths import Home
+
+_POLL_S = 0.02
+_KEPT = ("PATH", "HOME", "SHIV_ROOT")
+_KEPT_WINDOWS = ("SYSTEMROOT", "SYSTEMDRIVE", "USERPROFILE", "LOCALAPPDATA", "APPDATA", "TEMP", "TMP", "PATHEXT")
+_KEPT_TERMUX = ("PREFIX", "LD_PRELOAD", "LD_LIBRARY_PATH", "TERMUX_VERSION", "ANDROID_ROOT", "ANDROID_DATA")
+_NOT_KEPT = ("CLAWNET_JOIN", "CLAWNET_AUTOSTART", "CLAWNET_HOME", "CLAWNET_CONFIG")
+
+
+def program() -> list[str]:
+    """The command, by absolute paths, that starts this same program again: a zipapp, or the installed package."""
+    import zipfile
+
+    started = Path(sys.argv[0] if sys.argv else "").absolute()
+    if started.is_file() and zipfile.is_zipfile(started):
+        return [sys.executable, str(started)]
+    # -P: the working directory of the daemon (its home) is no place to import from.
+    return [sys.executable, "-P", "-m", "clawnet.commands"]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a daemon inherits: PATH, HOME and CLAWNET_*, whatever shell or job started it; never an invite."""
+    kept = [*_KEPT, *(_KEPT_WINDOWS if sys.platform == "win32" else ())]
+    if "TERMUX_VERSION" in environ:
+        kept += _KEPT_TERMUX
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in kept or (name.startswith("CLAWNET_") and name not in _NOT_KEPT)
+    }
+
+
+def start(
+    home: Home,
+    *,
+    environ: Mapping[str, str],
+    program: Sequence[str] | None = None,
+    create_home: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """Starts the daemon of `home` unless it runs, and returns when it answers; True when this call started it.
+
+    Of many callers one spawns, the others wait for it. Raises what kept the daemon from starting, with its exit code,
+    or TimedOutError after DAEMON_START_TIMEOUT_S.
+    """
+    fresh = not home.node_key.exists()
+    if fresh and not create_home:
+        raise ConfigError(f"{home.dir} is no clawnet home yet", hint="`clawnet init` makes one")
+    for directory in (home.dir, home.run_dir):
+        paths.make_private_dir(directory)
+    deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
+    with _open_lock(home.autostart_lock) as lock:
+        while not _try_lock(lock):
+            if _answers(home):
+                return False
+            _pause(deadline, home)
+        if _answers(home):
+            return False
+        if fresh and not home.node_key.exists():
+            say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
+        _spawn_and_wait(home, [*(program or _program()), *_arguments(home)], environ, deadline)
+    return True
+
+
+_program = program
+
+
+def _arguments(home: Home) -> list[str]:
+    config = [] if home.config_file == home.dir / "config.yaml" else ["--config", str(home.config_file)]
+    return ["--home", str(home.dir), *config, "daemon", "run", "--json"]
+
+
+def _spawn_and_wait(home: Home, command: list[str], environ: Mapping[str, str], deadline: float) -> None:
+    said = home.run_dir / "daemon.out"
+    child_environ = environment(environ)
+    # What a terminal would show goes to the log file; `said` then holds only what went wrong before there was a log.
+    child_environ["CLAWNET_LOG_OUTPUT"] = "file"
+    try:
+        with said.open("wb") as out:
+            said.chmod(0o600)
+            process = _spawn(command, out, home.dir, child_environ)
+    except OSError as error:
+        raise ConfigError(f"cannot start the daemon ({command[0]}): {error.strerror or error}") from error
+    while not _answers(home):
+        code = process.poll()
+        if code is not None and not (code == 0 and _answers_soon(home, deadline)):
+            raise _explain(said, code)
+        _pause(deadline, home)
+    # It outlives this process by design: nobody waits for it here.
+    process.returncode = 0
+
+
+def _answers(home: Home) -> bool:
+    channel = api.open_channel(home)
+    if channel is None:
+        return False
+    channel.close()
+    return True
+
+
+def _answers_soon(home: Home, deadline: float) -> bool:
+    """A daemon that left with 0 found another one at work; that one answers, or is on its way to."""
+    while time.monotonic() < deadline:
+        if _answers(home):
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _pause(deadline: float, home: Home) -> None:
+    if time.monotonic() > deadline:
+        raise TimedOutError(
+            f"the daemon was not ready within {limits.DAEMON_START_TIMEOUT_S:g} s",
+            hint=f"look at {home.log_file}, or run `clawnet daemon run` in a terminal",
+        )
+    time.sleep(_POLL_S)
+
+
+def _explain(said: Path, code: int) -> ClawnetError:
+    """The error that ended a daemon at its start, from the last lines it wrote."""
+    lines = [line for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
+    for line in reversed(lines[-20:]):
+        try:
+            fields = json.loads(line)["error"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        return _prefixed(errors.from_dict(fields))
+    tail = "; ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
+    how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+    return InternalError(f"the daemon could not start ({how}): {tail}", hint=f"all it wrote is in {said}")
+
+
+def _prefixed(error: ClawnetError) -> ClawnetError:
+    error.message = f"the daemon could not start: {error.message}"
+    return error
+
+
+# --- what differs between systems: a process of its own, and the lock that lets one caller spawn
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600), "r+b")
+    except OSError as error:
+        raise ConfigError(f"cannot open {path}: {error.strerror}") from error
+
+
+if sys.platform == "win32":
+
+    def _spawn(command: list[str], out: IO[bytes], cwd: Path, environ: dict[str, str]) -> subprocess.Popen[bytes]:
+        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd, env=environ, creationflags=flags
+        )
+
+    def _try_lock(lock: IO[bytes]) -> bool:
+        import msvcrt
+
+        try:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+
+    def _spawn(command: list[str], out: IO[bytes], cwd: Path, environ: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd=cwd,
+            env=environ,
+            start_new_session=True,
+            umask=0o077,
+        )
+
+    def _try_lock(lock: IO[bytes]) -> bool:
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

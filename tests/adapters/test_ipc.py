@@ -1,0 +1,361 @@
+"""The local socket: server and clients over the real thing, with well-behaved, slow, greedy and broken callers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from clawnet import limits, rpc
+from clawnet.api import Client
+from clawnet.api_async import AsyncClient
+from clawnet.errors import (
+    ConfigError,
+    DataError,
+    FundsError,
+    NotFoundError,
+    TimedOutError,
+    UnreachableError,
+)
+from clawnet.ipc.server import IpcServer
+from clawnet.paths import Home, make_private_dir
+
+
+class Answer(msgspec.Struct):
+    available: str
+
+
+class Served:
+    """A real IpcServer in a loop of its own thread; `gone` and `seen` tell what the server's owner was told."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.gone: list[int] = []
+        self.held: list[int] = []
+        self.changed = threading.Condition()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.server = IpcServer(home.socket, self.on_call, self.on_gone)
+        self.run(self.server.start())
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+
+    def soon(self, function: Callable[..., None], *args: Any) -> None:
+        self.loop.call_soon_threadsafe(function, *args)
+
+    def on_call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
+        with self.changed:
+            self.seen.append((method, params))
+            if method == "hold":
+                self.held.append(call)
+            self.changed.notify_all()
+        if method == "echo":
+            self.server.reply(call, params)
+        elif method == "struct":
+            self.server.reply(call, Answer("12.5"))
+        elif method == "refuse":
+            self.server.reply(call, None, FundsError("too dear", hint="send credits", wanted="5").as_dict())
+        elif method == "count":
+            for number in range(params["to"]):
+                self.server.notify(call, "tick", {"n": number})
+            self.server.reply(call, {"done": True})
+        elif method == "flood":
+            for _ in range(64):
+                self.server.notify(call, "tick", "x" * 1_000_000)
+
+    def on_gone(self, call: int) -> None:
+        with self.changed:
+            self.gone.append(call)
+            self.changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, 10)
+
+    def stop(self) -> None:
+        self.run(self.server.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def served(home: Home) -> Iterator[Served]:
+    serving = Served(home)
+    yield serving
+    serving.stop()
+    assert not home.socket.exists()
+    assert serving.server.clients == 0
+
+
+def raw(home: Home) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(10)
+    connection.connect(str(home.socket))
+    return connection
+
+
+def lines_until_end(connection: socket.socket) -> list[dict[str, Any]]:
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+    connection.close()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_a_call_is_answered_and_a_struct_is_an_object(served: Served) -> None:
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo", {"a": "grün", "b": [1, None]}) == {"a": "grün", "b": [1, None]}
+        assert client.call("struct") == {"available": "12.5"}
+        assert client.hello["pid"] == os.getpid()
+
+
+def test_an_error_arrives_as_the_exception_it_was(served: Served) -> None:
+    with Client(served.home, autostart=False) as client, pytest.raises(FundsError) as caught:
+        client.call("refuse")
+    assert (caught.value.message, caught.value.hint, caught.value.exit_code) == ("too dear", "send credits", 79)
+    assert caught.value.details == {"wanted": "5"}
+
+
+def test_a_stream_gives_notifications_in_order_then_the_answer(served: Served) -> None:
+    with Client(served.home, autostart=False) as client:
+        stream = client.stream("count", {"to": 500})
+        assert [value["n"] for _, value in stream] == list(range(500))
+        assert stream.result == {"done": True}
+
+
+def test_answers_of_another_call_are_kept_for_it(served: Served) -> None:
+    with Client(served.home, autostart=False) as client:
+        held = client.send("hold")
+        other = client.send("echo", {"n": 1})
+        assert client.call("echo", {"n": 2}) == {"n": 2}
+        assert client.receive(other).value == {"n": 1}
+        served.soon(served.server.reply, served.held[0], "late")
+        assert client.receive(held).value == "late"
+
+
+def test_a_thousand_calls_in_flight_on_one_connection(served: Served) -> None:
+    async def many() -> list[Any]:
+        async with AsyncClient(served.home) as client:
+            return await asyncio.gather(*(client.call("echo", {"n": n}) for n in range(1_000)))
+
+    assert asyncio.run(many()) == [{"n": n} for n in range(1_000)]
+
+
+def test_the_async_client_streams_and_raises(served: Served) -> None:
+    async def use() -> list[tuple[str, Any]]:
+        async with AsyncClient(served.home) as client:
+            with pytest.raises(FundsError):
+                await client.call("refuse")
+            return [event async for event in client.stream("count", {"to": 2})]
+
+    assert asyncio.run(use()) == [("tick", {"n": 0}), ("tick", {"n": 1}), ("", {"done": True})]
+
+
+def test_more_calls_than_allowed_wait_instead_of_failing(served: Served) -> None:
+    over = limits.RPC_CALLS_PER_CLIENT_MAX + 10
+    with Client(served.home, autostart=False) as client:
+        calls = [client.send("hold") for _ in range(over)]
+        served.wait(lambda: len(served.held) == limits.RPC_CALLS_PER_CLIENT_MAX)
+        for call in list(served.held):
+            served.soon(served.server.reply, call, None)
+        served.wait(lambda: len(served.held) == over)
+        for call in served.held[-10:]:
+            served.soon(served.server.reply, call, None)
+        assert {client.receive().call for _ in calls} == set(calls)
+
+
+def test_the_owner_of_a_call_hears_that_its_client_is_gone(served: Served) -> None:
+    client = Client(served.home, autostart=False)
+    client.send("hold")
+    served.wait(lambda: len(served.held) == 1)
+    client.close()
+    served.wait(lambda: served.gone == served.held)
+    served.soon(served.server.reply, served.held[0], "nobody hears this")
+
+
+def test_a_client_that_does_not_read_is_dropped_and_others_go_on(served: Served) -> None:
+    slow = raw(served.home)
+    slow.sendall(rpc.hello_line("0") + rpc.request_line(1, "flood", {}) + rpc.request_line(2, "flood", {}))
+    served.wait(lambda: len(served.gone) == 2)
+    assert served.server.counters == {"slow": 1}
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo") == {}
+    slow.close()
+
+
+def test_a_large_answer_reaches_a_client_that_reads(served: Served) -> None:
+    text = "x" * (limits.RPC_LINE_BYTES_MAX - 1_000)
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo", {"text": text}) == {"text": text}
+        with pytest.raises(DataError, match="over the limit"):
+            client.call("echo", {"text": text + "x" * 1_000})
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "part"),
+    [
+        (b"garbage\n", -32700, "not JSON"),
+        (b"\xff\xfe\n", -32700, "not JSON"),
+        (b"[1]\n", -32600, "must be an object"),
+        (b'{"jsonrpc":"2.0","method":"echo"}\n', -32600, "needs an id"),
+        (b'{"jsonrpc":"2.0","id":1}\n', -32600, "needs a method"),
+        (b'{"jsonrpc":"2.0","id":1,"method":"echo","params":[]}\n', -32600, "params must be"),
+        (b'{"jsonrpc":"2.0","id":1,"method":"echo"}\n', -32000, "must be hello"),
+        (b"[" * 100_000 + b"\n", -32700, "not JSON"),
+    ],
+)
+def test_what_is_no_call_is_refused_by_name(served: Served, sent: bytes, code: int, part: str) -> None:
+    connection = raw(served.home)
+    connection.sendall(sent)
+    (answer,) = lines_until_end(connection)
+    assert answer["error"]["code"] == code
+    assert part in answer["error"]["message"]
+    assert not served.seen
+
+
+def test_an_endless_line_ends_the_connection(served: Served) -> None:
+    connection = raw(served.home)
+    try:
+        for _ in range(limits.RPC_LINE_BYTES_MAX // 65536 + 64):
+            connection.sendall(b"x" * 65536)
+    except OSError:
+        pass
+    served.wait(lambda: True)
+    connection.close()
+    with Client(served.home, autostart=False) as client:
+        client.call("echo")
+    assert served.server.counters["malformed"] == 1
+
+
+@pytest.mark.parametrize(("version", "part"), [(rpc.RPC_VERSION + 1, "daemon restart"), (0, "upgrade")])
+def test_another_version_of_the_protocol_is_told_what_to_do(
+    served: Served, monkeypatch: pytest.MonkeyPatch, version: int, part: str
+) -> None:
+    line = rpc.request_line(0, "hello", {"rpc_version": version, "version": "9"})
+    monkeypatch.setattr(rpc, "hello_line", lambda text: line)
+    with Client(served.home, autostart=False) as client, pytest.raises(UnreachableError) as caught:
+        client.call("echo")
+    assert part in caught.value.hint
+    assert caught.value.details["pid"] == os.getpid()
+    assert not served.seen
+
+
+def test_a_daemon_too_old_is_recognised_by_the_command() -> None:
+    with pytest.raises(UnreachableError, match="older than this command"):
+        rpc.check_daemon({"rpc_version": rpc.RPC_VERSION_OLDEST - 1})
+    with pytest.raises(UnreachableError, match="does not speak"):
+        rpc.check_daemon("what?")
+
+
+def test_the_socket_is_for_its_owner_alone(served: Served) -> None:
+    assert stat.S_IMODE(served.home.socket.stat().st_mode) == 0o600
+    assert stat.S_IMODE(served.home.run_dir.stat().st_mode) == 0o700
+
+
+def test_a_second_daemon_is_told_who_listens(served: Served) -> None:
+    second = IpcServer(served.home.socket, served.on_call, served.on_gone)
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+        served.run(second.start())
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo") == {}
+
+
+def test_the_socket_of_a_killed_daemon_is_replaced(home: Home) -> None:
+    make_private_dir(home.run_dir)
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(home.socket))
+    dead.close()
+    with pytest.raises(UnreachableError, match="no daemon runs"):
+        Client(home, autostart=False).connect()
+    serving = Served(home)
+    with Client(home, autostart=False) as client:
+        assert client.call("echo") == {}
+    serving.stop()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770])
+def test_a_directory_open_to_others_is_refused(home: Home, mode: int) -> None:
+    make_private_dir(home.run_dir)
+    home.run_dir.chmod(mode)
+    server = IpcServer(home.socket, lambda *args: None, lambda call: None)
+    with pytest.raises(ConfigError, match="open to other users") as caught:
+        asyncio.run(server.start())
+    assert "chmod 700" in caught.value.hint
+
+
+def test_a_file_in_the_way_is_named(home: Home) -> None:
+    make_private_dir(home.run_dir)
+    home.socket.write_text("not a socket")
+    server = IpcServer(home.socket, lambda *args: None, lambda call: None)
+    with pytest.raises(ConfigError, match="not a socket"):
+        asyncio.run(server.start())
+
+
+def test_no_more_clients_than_the_limit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RPC_CLIENTS_MAX", 1)
+    with Client(served.home, autostart=False) as client:
+        client.call("echo")
+        (answer,) = lines_until_end(raw(served.home))
+        assert "more than 1 local clients" in answer["error"]["message"]
+        assert client.call("echo") == {}
+
+
+def test_waiting_ends_when_the_time_is_up_or_the_daemon_goes(home: Home) -> None:
+    serving = Served(home)
+    client = Client(home, autostart=False)
+    with pytest.raises(TimedOutError):
+        client.call("hold", timeout_s=0.01)
+    held = client.send("hold")
+    serving.stop()
+    with pytest.raises(UnreachableError, match="went away"):
+        client.receive(held)
+
+
+def test_what_is_no_daemon_of_ours_is_said(home: Home) -> None:
+    make_private_dir(home.run_dir)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(home.socket))
+        listening.listen()
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            connection.recv(1_000)
+            connection.sendall(b"SSH-2.0-hello\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with Client(home, autostart=False) as client, pytest.raises(UnreachableError, match="does not speak"):
+            client.call("echo")
+        thread.join()
+
+
+def test_text_that_is_no_unicode_is_refused_before_it_is_sent(served: Served) -> None:
+    with Client(served.home, autostart=False) as client, pytest.raises(DataError, match="UTF-8"):
+        client.call("echo", {"argv": ["caf\udce9"]})
+
+
+def test_an_unknown_error_code_keeps_its_text() -> None:
+    error = rpc.error_to_exception({"code": -32000, "message": "m", "data": {"code": "newer_code", "message": "story"}})
+    assert (error.message, error.exit_code) == ("story", 70)
+    found = rpc.error_to_exception(rpc.error_object(NotFoundError("no task 12", task="12")))
+    assert isinstance(found, NotFoundError)
+    assert found.details == {"task": "12"}
