@@ -181,7 +181,7 @@ class Auctions:
                 self._arm(auction)
             return
         task = self._rooms.tasks.open.get(task_id)
-        if task is not None and task.state == "bidding":
+        if task is not None and task.state in ("bidding", "reassigned"):
             self.queue(task)
 
     # --- closing
@@ -214,11 +214,11 @@ class Auctions:
             task.stage += 1
             self._open_stage(task)
         elif TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
-            self._pause(task)
+            self.pause(task)
         else:
             self._no_bid(task)
 
-    def _pause(self, task: Task) -> None:
+    def pause(self, task: Task) -> None:
         """Everybody who could is full: ask again a little later, until the deadline."""
         task.backoff_ms = min(max(BACKOFF_MIN_MS, task.backoff_ms * 2), BACKOFF_MAX_MS)
         task.refusals.clear()

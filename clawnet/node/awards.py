@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, ExecutorLostError, TimedOutError, VerificationError
+from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError, TimedOutError, VerificationError
 from clawnet.ledger.entries import ReleaseItem
 from clawnet.ledger.seal import content_key
-from clawnet.ledger.statements import StatementError, open_note, open_waiver, statement_hash
+from clawnet.identity.keys import verify
+from clawnet.ledger import statements
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.node.context import Context
@@ -36,6 +37,7 @@ KEY_PULLS_MS = (5_000, 30_000, 300_000)
 HOUR_MS = 3_600_000
 TEN_S_MS = 10_000
 RUNNING = ("awarded", "locked", "accepted")
+WAIVABLE = (*RUNNING, "unpaid")
 
 
 def about(task_id: bytes, n: int) -> bytes:
@@ -52,6 +54,7 @@ class Awards:
         rooms.outbox.register(Kind.MARKET_WINNER, self._rebuild_winner)
         rooms.outbox.register(Kind.MARKET_ESCROW_LOCK, self._rebuild_lock)
         self.documents: dict[bytes, bytes] = {}
+        self._by_line: dict[tuple[int, int], tuple[Task, Attempt]] = {}
 
     # --- award
 
@@ -89,6 +92,7 @@ class Awards:
     def locked(self, task: Task, attempt: Attempt, known_seq: int) -> None:
         """The line is in the own chain, in this turn's transaction: the document may leave."""
         attempt.state, attempt.escrow, attempt.known_seq = "locked", "locked", known_seq
+        self._by_line[(attempt.lock_seq, attempt.line)] = (task, attempt)
         self._send_award(task, attempt)
 
     def lock_failed(self, task: Task, attempt: Attempt, error: ClawnetError) -> None:
@@ -96,6 +100,19 @@ class Awards:
         self._close(attempt, "unfunded", error.message)
         attempt.paying = False
         self._rooms.tasks.finish(task, "failed", error)
+
+    def no_line(self, task: Task, attempt: Attempt) -> None:
+        """The limit of open lines is reached: the auction is held again when some have ended."""
+        self._close(attempt, "unfunded", "open lines")
+        attempt.paying = False
+        self._rooms.tasks.move(task, "reassigned", "the limit of open escrow lines is reached")
+        self._rooms.auctions.pause(task)
+
+    def key_shown(self, lock_seq: int, line: int, key: bytes) -> None:
+        """A claim in the executor's valid chain shows the key of this line's release."""
+        found = self._by_line.get((lock_seq, line))
+        if found is not None:
+            self.claimed(*found, key)
 
     def _send_award(self, task: Task, attempt: Attempt) -> None:
         rooms = self._rooms
@@ -175,6 +192,7 @@ class Awards:
         if found is None or found[1].state not in ("awarded", "locked"):
             return
         task, attempt = found
+        self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "rejected", message.reason
         self._give_back(task, attempt, message.waiver)
         self._move_slot(task, attempt, f"rejected: {message.reason} {message.text}".strip(), free=True)
@@ -202,7 +220,7 @@ class Awards:
         """The attempt ends without a result: the line comes back; with retries left the slot moves."""
         self._acknowledge(event)
         found = self._find(event, message.task_id, message.attempt)
-        if found is None or found[1].state not in RUNNING:
+        if found is None or found[1].state not in WAIVABLE:
             return
         task, attempt = found
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
@@ -225,8 +243,9 @@ class Awards:
             self._close(attempt, attempt.state, attempt.reason)
             return
         try:
-            terms = open_waiver(waiver, attempt.account)
-        except StatementError:
+            terms = statements.Waiver.verified(waiver, self._rooms.books.key_of(attempt.account), verify)
+        except RemoteError as error:
+            self._ctx.log("security", "waiver.refused", peer=attempt.peer, reason=error.message)
             return
         if (terms.lock_hash, terms.line, terms.after_part) == (attempt.lock_hash, attempt.line, 0):
             attempt.waiver = waiver
@@ -266,9 +285,9 @@ class Awards:
 
     def _note_good(self, task: Task, attempt: Attempt, message: Result) -> bool:
         try:
-            note = open_note(message.note, attempt.account)
-        except StatementError as error:
-            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=str(error))
+            note = statements.Note.verified(message.note, self._rooms.books.key_of(attempt.account), verify)
+        except RemoteError as error:
+            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=error.message)
             return False
         good = (
             (note.payer, note.lock_hash, note.line, note.part)
@@ -323,7 +342,7 @@ class Awards:
         else:
             attempt.state = "delivering"
             item = ReleaseItem(
-                attempt.lock_seq, attempt.line, 1, attempt.released_ucr, attempt.key_hash, statement_hash(attempt.note)
+                attempt.lock_seq, attempt.line, 1, attempt.released_ucr, attempt.key_hash, statements.note_hash(attempt.note)
             )
             rooms.books.release(task, attempt, item)
 
@@ -389,6 +408,7 @@ class Awards:
 
     def _close(self, attempt: Attempt, state: str, reason: str = "") -> None:
         attempt.state, attempt.closed = state, True
+        self._by_line.pop((attempt.lock_seq, attempt.line), None)
         if reason:
             attempt.reason = reason
 
@@ -448,6 +468,8 @@ class Awards:
             if attempt.closed:
                 continue
             attempt.heard_ms = self._ctx.now
+            if attempt.lock_seq >= 0:
+                self._by_line[(attempt.lock_seq, attempt.line)] = (task, attempt)
             if attempt.state == "fetching":
                 self._fetch(task, attempt)
             elif attempt.state == "delivering":

@@ -185,7 +185,7 @@ class Jobs:
         if known is not None:
             self._again(event.peer, known)
             return
-        self._rooms.books.take(event.peer, self._rooms.members.account_of(event.peer), message.entries)
+        self._rooms.books.take(event.peer, message.entries)
         award = self._awards.get(identifier)
         if award is None:
             return  # the document comes with the same batch or again from the outbox, and the lock with it
@@ -509,6 +509,22 @@ class Jobs:
         job.state, job.claimed_seq = "claimed", seq
         self._touch(job)
         self._rooms.members.observe_requester(job.peer, Outcome.PAID)
+
+    def underpaid(self, job: Job) -> None:
+        """The release is for less, or for another key: the key stays hidden, the rest stays bound."""
+        self._rooms.members.observe_requester(job.peer, Outcome.UNDERPAID)
+        self._ctx.log("security", "release.underpaid", peer=job.peer, task=job.task_id.hex())
+        job.state, job.reason = "forfeited", "underpaid"
+        self._end(job)
+
+    def stop_for(self, account: bytes) -> None:
+        """A fork is proven against this requester: nothing more runs for it."""
+        for job in [job for job in self.jobs.values() if job.account == account and job.ring != "own"]:
+            if job.state == "running":
+                job.cancelled = True
+                self._ctx.out.append(StopRun(job.job))
+            elif job.state in ("fetching", "queued"):
+                self._give_up(job, "not_trusted", "")
 
     def acknowledged(self, job: Job) -> None:
         """The requester has what it paid for (ring own: it has the result)."""

@@ -21,7 +21,8 @@ from clawnet.errors import (
     StorageFullError,
     from_dict,
 )
-from clawnet.ledger.taskdoc import TaskDocument, encode_document, task_hash
+from clawnet.ledger.taskdoc import TaskDocument, TaskInput, task_hash
+from clawnet.ledger.taskdoc import encode as encode_document
 from clawnet.market import taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
@@ -269,6 +270,7 @@ class Tasks:
         if task.spec["idempotency_key"]:
             self.keys[task.spec["idempotency_key"]] = task.task_id
         ctx.put("documents", task.task_id, document)
+        self._rooms.awards.documents[task.task_id] = document
         task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
         self.move(task, "announced", "accepted")
         ctx.reply(call, {"task_id": task.task_id.hex(), "created": True})
@@ -292,9 +294,9 @@ class Tasks:
             kind=taskspec.KINDS[task.kind],
             payload=msgspec.msgpack.encode(payload),
             inputs=[
-                (item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0)) for item in task.inputs
+                TaskInput(item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0)) for item in task.inputs
             ],
-            acceptance=b"",
+            acceptance=[],
             lease_s=limits.LEASE_S,
             compare=False,
             dispute_s=0,

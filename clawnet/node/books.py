@@ -1,0 +1,475 @@
+"""The node's ledger: gathers what a turn owes into entries of the own chain, takes in others' chains, and serves them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, FundsError, NotPermittedError
+from clawnet.identity.keys import verify
+from clawnet.ledger.book import Book
+from clawnet.ledger.entries import (
+    Claim,
+    ClaimItem,
+    EntryKind,
+    LockLine,
+    Parsed,
+    Proof,
+    Refund,
+    RefundItem,
+    Release,
+    ReleaseItem,
+)
+from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outcome, Rejected, Unauditable
+from clawnet.ledger.purse import Purse, claim_item
+from clawnet.ledger.state import Payable
+from clawnet.ledger.terms import LedgerTerms
+from clawnet.market.records import Attempt, Job, Task
+from clawnet.money import format_credits
+from clawnet.node.chains import Chains
+from clawnet.node.context import Context
+from clawnet.wire.messages import Kind, Settlement
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+RECENT_MAX = 4_096
+SNAPSHOT_EVERY = 512
+KEEPERS_MS = 50
+RELEASE = b"release"
+CLAIM = b"claim"
+
+
+class _Release(Struct):
+    task: Task
+    attempt: Attempt
+    item: ReleaseItem
+
+
+class _Refund(Struct):
+    task: Task
+    attempt: Attempt
+    item: RefundItem
+
+
+class Books:
+    """The own purse and the book of everybody's chains."""
+
+    def __init__(self, ctx: Context, rooms: Rooms, terms: LedgerTerms, mesh: bytes) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.terms = terms
+        self.mesh = mesh
+        self.book = Book(terms, mesh, verify)
+        self.purse = Purse(self.book, ctx.account, ctx.ports.sign)
+        self.chains = Chains(ctx, rooms, self)
+        self.recent: deque[tuple[int, bytes]] = deque(maxlen=RECENT_MAX)
+        self._locks: list[tuple[Task, Attempt]] = []
+        self._releases: list[_Release] = []
+        self._refunds: list[_Refund] = []
+        self._claim_from: dict[bytes, None] = {}
+        self._gather_ms = 0
+        self._since_snapshot = 0
+        self._claimed_jobs: dict[int, list[Job]] = {}
+        self._moved: dict[bytes, None] = {}
+        self._push_armed = False
+        rooms.outbox.register(Kind.MARKET_SETTLEMENT, self._rebuild_settlement)
+
+    # --- what others ask
+
+    def available(self) -> int:
+        """What can be spent now, less what this turn is about to lock."""
+        return self.purse.available_ucr - sum(attempt.price_ucr for _, attempt in self._locks)
+
+    def convicted(self, account: bytes) -> bool:
+        """A fork is proven against this account."""
+        return self.book.proof(account) is not None
+
+    def dead(self, account: bytes) -> bool:
+        """No further entry of this account will count (invalid, forked, or beyond this version)."""
+        view = self.book.view(account)
+        return bool(view.ended or view.forked or view.upgrade)
+
+    def key_of(self, account: bytes) -> bytes:
+        """The key that signs for an account now."""
+        return self.book.view(account).key
+
+    # --- start
+
+    def start(self, initial_ucr: int) -> None:
+        """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim."""
+        if self.purse.opened:
+            for payable in self.book.incomes(self._ctx.account):
+                self._claim_from[payable.payer] = None
+            return
+        now = self._ctx.now
+        self._wrote(self.purse.genesis(now))
+        if self._ctx.account in self.terms.issuers and initial_ucr > 0:
+            self._wrote(self.purse.grant(self._ctx.account, initial_ucr, bytes(16), now))
+            items = [claim_item(payable, None) for payable in self.book.payables(self._ctx.account, self._ctx.account)]
+            self._wrote(self.purse.claim(items, now))
+
+    # --- gathering
+
+    def lock(self, task: Task, attempt: Attempt) -> None:
+        """A line for this attempt, in this turn's lock entry."""
+        self._locks.append((task, attempt))
+
+    def release(self, task: Task, attempt: Attempt, item: ReleaseItem) -> None:
+        """The receipt for a delivered result, in the next release entry (this turn's, or within GATHER_MS)."""
+        self._releases.append(_Release(task, attempt, item))
+
+    def refund(self, task: Task, attempt: Attempt, waiver: bytes | None) -> None:
+        """Takes a line back: with the payee's waiver, or at expiry."""
+        if any(waiting.attempt is attempt for waiting in self._refunds):
+            return
+        proof = Proof(1, [waiver, *self.book.rotations(attempt.account)]) if waiver else None
+        self._refunds.append(_Refund(task, attempt, RefundItem(attempt.lock_seq, attempt.line, proof)))
+
+    def flush(self) -> None:
+        """At the end of a turn: writes the entries that are due."""
+        if self.chains.checking:
+            return
+        if self._locks:
+            self._write_locks()
+        waiting = len(self._releases) + len(self._refunds) + len(self._claim_from)
+        if not waiting:
+            return
+        ctx = self._ctx
+        busy = len(self._rooms.tasks.open) + len(self._rooms.jobs.jobs)
+        if busy > limits.GATHER_ABOVE_TASKS and waiting < limits.ENTRY_ITEMS_MAX:
+            if self._gather_ms == 0:
+                self._gather_ms = ctx.now + limits.GATHER_MS
+                ctx.wake(("gather",), self._gather_ms)
+            if ctx.now < self._gather_ms:
+                return
+        self._gather_ms = 0
+        self._write_releases()
+        self._write_refunds()
+        self._write_claims()
+
+    def _write_locks(self) -> None:
+        groups: dict[tuple[int, int], list[tuple[Task, Attempt]]] = {}
+        for task, attempt in self._locks:
+            groups.setdefault((attempt.deliver_by_ms, attempt.expiry_ms), []).append((task, attempt))
+        self._locks = []
+        for (deliver_by_ms, expiry_ms), members in groups.items():
+            for at in range(0, len(members), limits.LOCK_LINES_MAX):
+                self._write_lock(deliver_by_ms, expiry_ms, members[at : at + limits.LOCK_LINES_MAX])
+
+    def _write_lock(self, deliver_by_ms: int, expiry_ms: int, members: list[tuple[Task, Attempt]]) -> None:
+        """One lock entry for all lines that the balance and the open-line limit allow; the rest fail."""
+        affordable: list[tuple[Task, Attempt]] = []
+        view = self.book.view(self._ctx.account)
+        left_ucr, lines = self.purse.available_ucr, self.terms.open_lines_max - view.open_lines
+        for task, attempt in members:
+            if attempt.price_ucr <= left_ucr and lines > 0:
+                affordable.append((task, attempt))
+                left_ucr -= attempt.price_ucr
+                lines -= 1
+            elif lines <= 0:
+                self._rooms.awards.no_line(task, attempt)
+            else:
+                have = format_credits(self.purse.available_ucr)
+                error = FundsError(
+                    f"the bid asks {format_credits(attempt.price_ucr)} credits, {have} are available",
+                    hint="clawnet wallet escrows shows what is bound, and until when",
+                )
+                self._rooms.awards.lock_failed(task, attempt, error)
+        if not affordable:
+            return
+        body = [LockLine(task.task_hash, attempt.account, attempt.price_ucr, 1) for task, attempt in affordable]
+        try:
+            entry = self.purse.lock(body, deliver_by_ms, expiry_ms, self._ctx.now)
+        except ClawnetError as error:
+            for task, attempt in affordable:
+                self._rooms.awards.lock_failed(task, attempt, error)
+            return
+        self._wrote(entry)
+        for line, (task, attempt) in enumerate(affordable):
+            attempt.lock_seq, attempt.lock_hash, attempt.line = entry.seq, entry.hash, line
+            self._rooms.awards.locked(task, attempt, self.chains.base(attempt.peer))
+
+    def _write_releases(self) -> None:
+        while self._releases:
+            part, self._releases = self._releases[: limits.ENTRY_ITEMS_MAX], self._releases[limits.ENTRY_ITEMS_MAX :]
+            entry = self._try(lambda items: self.purse.release(items, self._ctx.now), [one.item for one in part])
+            if entry is None:
+                for one in part:
+                    one.attempt.state = "accepted"
+                continue
+            peers: dict[str, None] = {}
+            for one in part:
+                self._rooms.awards.released(one.task, one.attempt, entry.seq)
+                peers[one.attempt.peer] = None
+            self._settle(peers, RELEASE, entry.seq)
+
+    def _write_refunds(self) -> None:
+        while self._refunds:
+            part, self._refunds = self._refunds[: limits.ENTRY_ITEMS_MAX], self._refunds[limits.ENTRY_ITEMS_MAX :]
+            part = [one for one in part if self._refundable(one)]
+            if not part:
+                continue
+            entry = self._try(lambda items: self.purse.refund(items, self._ctx.now), [one.item for one in part])
+            if entry is None:
+                continue
+            for one in part:
+                self._rooms.awards.refunded(one.task, one.attempt)
+
+    def _refundable(self, one: _Refund) -> bool:
+        line = self.book.line(self._ctx.account, one.attempt.lock_seq, one.attempt.line)
+        if line is None:
+            self._rooms.awards.refunded(one.task, one.attempt)
+            return False
+        return one.item.proof is not None or self._ctx.now >= one.attempt.expiry_ms
+
+    def _write_claims(self) -> None:
+        payers, self._claim_from = list(self._claim_from), {}
+        items: list[ClaimItem] = []
+        jobs: list[Job] = []
+        told: dict[bytes, None] = {}
+        for payer in payers:
+            for payable in self.book.payables(payer, self._ctx.account):
+                if len(items) >= limits.ENTRY_ITEMS_MAX:
+                    self._claim_from[payer] = None
+                    break
+                item, job = self._claimable(payable)
+                if item is not None:
+                    items.append(item)
+                    told[payer] = None
+                if job is not None:
+                    jobs.append(job)
+        if not items:
+            return
+        entry = self._try(lambda batch: self.purse.claim(batch, self._ctx.now), items)
+        if entry is None:
+            self._claim_from.update(dict.fromkeys(payers))
+            return
+        self._claimed_jobs[entry.seq] = jobs
+        for job in jobs:
+            self._rooms.jobs.paid(job, entry.seq)
+        peers = [peer for payer in told if (peer := self._rooms.members.peer_of(payer)) and peer != self._ctx.me]
+        self._settle(dict.fromkeys(peers), CLAIM, entry.seq)
+        if self._claim_from:
+            self._write_claims()
+
+    def _claimable(self, payable: Payable) -> tuple[ClaimItem | None, Job | None]:
+        """LEDGER.md section 6, step 7: the key is shown only for a release of this job's note, at its full amount."""
+        if payable.kind != EntryKind.RELEASE:
+            return claim_item(payable, None), None
+        job = self._rooms.jobs.released(payable.payer, payable.lock_seq, payable.line)
+        if job is None or job.state != "delivered":
+            return None, None
+        good = (payable.key_hash, payable.note_hash, payable.part) == (job.key_hash, job.note_hash, 1)
+        if not good or payable.amount_ucr < job.amount_ucr:
+            self._rooms.jobs.underpaid(job)
+            return None, None
+        return claim_item(payable, self._rooms.jobs.key_of(job)), job
+
+    def _try(self, write: Any, items: list[Any]) -> Parsed | None:
+        """One entry, or a log line when the ledger refuses it now (a read-only chain); the caller keeps what it owes."""
+        try:
+            entry: Parsed = write(items)
+        except ClawnetError as error:
+            self._ctx.log("error", "ledger.entry_refused", reason=error.message)
+            return None
+        self._wrote(entry)
+        return entry
+
+    def _wrote(self, entry: Parsed) -> None:
+        """An own entry: durable with this turn, kept at hand, and on its way to the keepers."""
+        ctx = self._ctx
+        ctx.put("entries", entry.account, entry.seq, entry.hash, entry.raw)
+        ctx.durable()
+        self.recent.append((entry.seq, entry.raw))
+        self._since_snapshot += 1
+        if not self._push_armed:
+            self._push_armed = True
+            ctx.wake(("keepers",), ctx.now + KEEPERS_MS)
+        if self.purse.checkpoint_due and entry.kind != EntryKind.CHECKPOINT:
+            self._wrote(self.purse.checkpoint(ctx.now))
+
+    def push_keepers(self) -> None:
+        """Own entries go to the keepers too (LEDGER.md section 9), gathered for KEEPERS_MS."""
+        self._push_armed = False
+        head = self.book.head(self._ctx.account)
+        if head is not None:
+            for peer in self.chains.keepers():
+                if peer in self._ctx.links:
+                    self.chains.push_own(peer, head[0])
+
+    # --- settlements
+
+    def _settle(self, peers: dict[str, None], what: bytes, seq: int) -> None:
+        for peer in peers:
+            message = Settlement(self._ctx.account, self.segment(peer, -1, seq), [])
+            self._rooms.outbox.oblige(peer, message, what + seq.to_bytes(8, "big"))
+
+    def _rebuild_settlement(self, about: bytes) -> Settlement:
+        seq = int.from_bytes(about[-8:], "big")
+        first = seq if not self.recent else min(self.recent[0][0], seq)
+        entries = [raw for at, raw in self.recent if first <= at <= seq]
+        return Settlement(self._ctx.account, _newest(entries), [])
+
+    def segment(self, peer: str, known_seq: int, upto_seq: int) -> list[bytes]:
+        """Own entries that `peer` lacks up to `upto_seq`, the newest SEGMENT_BYTES_MAX; it pulls older ones itself."""
+        base = max(known_seq, self.chains.base(peer))
+        entries = [raw for seq, raw in self._recent_from(base + 1) if seq <= upto_seq]
+        self.chains.sent(peer, upto_seq)
+        return _newest(entries)
+
+    def _recent_from(self, first: int) -> list[tuple[int, bytes]]:
+        if not self.recent:
+            return []
+        skip = first - self.recent[0][0]
+        if skip <= 0:
+            return list(self.recent)
+        size = len(self.recent)
+        return [self.recent[at] for at in range(max(skip, 0), size)] if skip < size else []
+
+    def settlement_acknowledged(self, peer: str, about: bytes) -> None:
+        """The payer has our claim: the jobs it paid are done."""
+        if about.startswith(CLAIM):
+            for job in self._claimed_jobs.pop(int.from_bytes(about[-8:], "big"), []):
+                if job.peer == peer:
+                    self._rooms.jobs.acknowledged(job)
+
+    def load_claimed(self, job: Job) -> None:
+        """At start-up: a job whose claim its payer has not acknowledged."""
+        self._claimed_jobs.setdefault(job.claimed_seq, []).append(job)
+
+    # --- entries of others
+
+    def take(self, peer: str, entries: list[bytes]) -> bool:
+        """Judges entries from a peer; what they lack is pulled from it. True when nothing is missing."""
+        complete = True
+        for raw in entries:
+            complete = self._outcome(self.book.apply(raw, self._ctx.now), peer) and complete
+        self.drain(peer)
+        return complete
+
+    def drain(self, peer: str) -> None:
+        """Entries set aside may be judgeable now; awards that waited for them are judged."""
+        for outcome in self.book.drain(self._ctx.now):
+            self._outcome(outcome, peer)
+        moved, self._moved = self._moved, {}
+        for account in moved:
+            self._rooms.jobs.book_moved(account)
+
+    def _outcome(self, outcome: Outcome, peer: str) -> bool:
+        ctx = self._ctx
+        if isinstance(outcome, Added):
+            self._added(outcome, peer)
+        elif isinstance(outcome, NotYet):
+            self.chains.missing(outcome, peer)
+            return False
+        elif isinstance(outcome, Invalid):
+            self._moved[outcome.account] = None
+            ctx.log("security", "chain.invalid", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text)
+            ctx.count("chains_refused_total", outcome.reason)
+        elif isinstance(outcome, Forked):
+            self.chains.forked(outcome)
+        elif isinstance(outcome, Branch):
+            parsed = outcome.parsed
+            ctx.put("segments", parsed.account, parsed.seq, parsed.hash, parsed.raw)
+        elif isinstance(outcome, Unauditable):
+            ctx.log("warn", "chain.unauditable", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text)
+        elif isinstance(outcome, Rejected):
+            ctx.log("security", "entry.rejected", peer=peer, reason=outcome.reason)
+            ctx.count("messages_refused_total", "entry")
+        return True
+
+    def _added(self, outcome: Added, peer: str) -> None:
+        """A foreign entry counts: it is stored, and what it means for tasks and jobs of this node is done."""
+        parsed = outcome.parsed
+        ctx = self._ctx
+        ctx.put("entries", parsed.account, parsed.seq, parsed.hash, parsed.raw)
+        self._since_snapshot += 1
+        self._moved[parsed.account] = None
+        if parsed.account == ctx.account:
+            self.recent.append((parsed.seq, parsed.raw))
+            return
+        body = parsed.body
+        if isinstance(body, Claim):
+            self._claims_seen(parsed, outcome, peer)
+        elif isinstance(body, Refund):
+            for item in body.items:
+                self._rooms.jobs.line_ended(parsed.account, item.lock_seq, item.line)
+        elif isinstance(body, Release) or parsed.kind in (EntryKind.GRANT, EntryKind.SEND):
+            if any(payable is not None and payable.payee == ctx.account for payable in outcome.payables):
+                self._claim_from[parsed.account] = None
+
+    def _claims_seen(self, parsed: Parsed, outcome: Added, peer: str) -> None:
+        """Claims on this account's payments show keys; claims on others' are passed on to their payer once."""
+        foreign: dict[bytes, None] = {}
+        for payable in outcome.payables:
+            if payable is None:
+                continue
+            if payable.payer != self._ctx.account:
+                foreign[payable.payer] = None
+            elif payable.kind == EntryKind.RELEASE:
+                self._key_shown(parsed, payable)
+        for payer in foreign:
+            self.chains.forward(payer, parsed, peer)
+
+    def _key_shown(self, parsed: Parsed, payable: Payable) -> None:
+        body = parsed.body
+        assert isinstance(body, Claim)
+        for item in body.items:
+            if (item.payer, item.seq, item.index) == (payable.payer, payable.seq, payable.index) and item.key:
+                owner = self._rooms.members.peer_of(parsed.account) or ""
+                self._rooms.outbox.settle(Kind.MARKET_SETTLEMENT, owner, RELEASE + payable.seq.to_bytes(8, "big"))
+                self._rooms.awards.key_shown(payable.lock_seq, payable.line, item.key)
+
+    # --- other writes
+
+    def send(self, payee: bytes, amount_ucr: int, memo_hash: bytes) -> Parsed:
+        """A plain payment; raises FundsError or NotPermittedError."""
+        self._check_writable()
+        entry = self.purse.send(payee, amount_ucr, memo_hash, self._ctx.now)
+        self._wrote(entry)
+        peer = self._rooms.members.peer_of(payee)
+        if peer is not None:
+            self._settle({peer: None}, RELEASE, entry.seq)
+        return entry
+
+    def grant(self, payee: bytes, amount_ucr: int, invite: bytes) -> None:
+        """An issuer's grant to a newcomer."""
+        self._check_writable()
+        self._wrote(self.purse.grant(payee, amount_ucr, invite, self._ctx.now))
+
+    def _check_writable(self) -> None:
+        if self.chains.checking:
+            raise NotPermittedError("the wallet is being checked with its keepers", hint="try again in ten seconds")
+
+    # --- snapshots
+
+    def snapshot(self, *, force: bool = False) -> None:
+        """Account states, so that a start need not read whole chains: every SNAPSHOT_EVERY entries."""
+        if force or self.book.urgent or self._since_snapshot >= SNAPSHOT_EVERY:
+            self._since_snapshot = 0
+            for account, body in self.book.snapshots():
+                self._ctx.put("accounts", account, body)
+
+    def peer_up(self, peer: str) -> None:
+        """Tells heads and fork proofs, and asks a keeper for our own chain."""
+        self.chains.peer_up(peer)
+
+    def peer_down(self, peer: str) -> None:
+        """What was sent on the old connection may not have arrived."""
+        self.chains.peer_down(peer)
+
+    def pull(self, peer: str, account: bytes) -> None:
+        """Asks a peer for what it has of a chain beyond ours."""
+        self.chains.pull(peer, account)
+
+
+def _newest(entries: list[bytes]) -> list[bytes]:
+    size, start = 0, len(entries)
+    while start > 0 and size + len(entries[start - 1]) + 5 <= limits.SEGMENT_BYTES_MAX:
+        start -= 1
+        size += len(entries[start]) + 5
+    return entries[start:]

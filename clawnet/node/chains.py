@@ -1,0 +1,261 @@
+"""Chains between peers: heads, pulls, pushes, keepers, the check of the own head after a start, and fork proofs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clawnet import limits
+from clawnet.errors import DataError
+from clawnet.ledger.entries import Parsed
+from clawnet.ledger.outcomes import Forked, NotYet
+from clawnet.node.context import Context
+from clawnet.reputation.receipts import Outcome
+from clawnet.wire.events import Hangup
+from clawnet.wire.messages import Head, LedgerPull, LedgerPush
+
+if TYPE_CHECKING:
+    from clawnet.node.books import Books
+    from clawnet.node.kernel import Rooms
+
+PULL_AGAIN_MS = 1_000
+PULLS_MAX = 1_024
+FORWARD_MAX = 1_024
+SEQ_MAX = 2**62
+SUSPECT_LOOKUPS_MAX = 64
+
+
+class Chains:
+    """What each connected peer holds of the own chain, which pulls are out, and what is owed to third parties."""
+
+    def __init__(self, ctx: Context, rooms: Rooms, books: Books) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self._books = books
+        self._held: dict[str, int] = {}
+        self._pulls: dict[tuple[str, bytes], int] = {}
+        self._forward: dict[tuple[bytes, bytes], bytes] = {}
+        self._told_proofs: dict[str, set[bytes]] = {}
+        self.checking = False
+        self._unchecked: dict[str, None] = {}
+        self.restore_reason = ""
+
+    # --- the check after a start (LEDGER.md section 9)
+
+    def start_check(self, keepers: list[str]) -> None:
+        """Before the first entry after a start every reachable keeper is asked for our own head."""
+        self._unchecked = dict.fromkeys(keepers)
+        if self._unchecked:
+            self.checking = True
+            self._ctx.wake(("start_check",), self._ctx.now + limits.START_CHECK_MS)
+
+    def checked(self, peer: str) -> None:
+        """This keeper has shown what it holds of our chain (or cannot be reached)."""
+        self._unchecked.pop(peer, None)
+        if not self._unchecked:
+            self.checking = False
+
+    def check_ends(self) -> None:
+        """Ten seconds are over: those that did not answer are not reachable."""
+        self.checking = False
+
+    def keepers(self) -> list[str]:
+        """Own machines first, then the inviter, then members known longest: three in all."""
+        members = self._rooms.members
+        inviter = members.facts.inviter
+        known = [record for record in members.records.values() if not record.banned]
+        known.sort(key=lambda r: (r.ring != "own", r.peer != inviter, r.first_ms, r.peer))
+        return [record.peer for record in known[: limits.KEEPERS]]
+
+    # --- links
+
+    def peer_up(self, peer: str) -> None:
+        """Heads and proofs go out."""
+        self._held.pop(peer, None)
+        heads = [Head(*head) for head in self._books.book.heads_changed_last(limits.HEADS_MAX)]
+        own = self._books.book.head(self._ctx.account)
+        if own is not None and all(head.account != self._ctx.account for head in heads):
+            heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
+        self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
+        for account in list(self._books.book.accounts()):
+            proof = self._books.book.proof(account)
+            if proof is not None:
+                self._tell_proof(peer, account, proof)
+
+    def peer_down(self, peer: str) -> None:
+        """What was on its way may be lost."""
+        self._held.pop(peer, None)
+        self._told_proofs.pop(peer, None)
+        for key in [key for key in self._pulls if key[0] == peer]:
+            del self._pulls[key]
+
+    def base(self, peer: str) -> int:
+        """The highest own seq that `peer` holds as far as we know; -1: nothing."""
+        return self._held.get(peer, -1)
+
+    def sent(self, peer: str, seq: int) -> None:
+        """Entries up to `seq` are on their way to a connected peer."""
+        if peer in self._ctx.links and seq > self._held.get(peer, -1):
+            self._held[peer] = seq
+
+    def push_own(self, peer: str, head_seq: int) -> None:
+        """The own entries that a keeper lacks."""
+        if self.base(peer) < head_seq:
+            entries = self._books.segment(peer, self.base(peer), head_seq)
+            if entries:
+                self._ctx.send(peer, LedgerPush(self._ctx.account, entries))
+
+    def gossip_heads(self) -> None:
+        """Every minute: heads to one random peer, forwarded claims to their payers."""
+        ctx = self._ctx
+        ctx.wake(("heads",), ctx.now + limits.HEADS_EVERY_MS)
+        links = list(ctx.links)
+        if links:
+            peer = links[self._rooms.members.pick(len(links))]
+            heads = [Head(*head) for head in self._books.book.heads_changed_last(limits.HEADS_MAX)]
+            ctx.send(peer, LedgerPush(ctx.account, [], heads))
+        forward, self._forward = self._forward, {}
+        for (payer, author), raw in forward.items():
+            peer_of = self._rooms.members.peer_of(payer)
+            if peer_of in ctx.links:
+                ctx.send(peer_of, LedgerPush(author, [raw], end=False))
+
+    def forward(self, payer: bytes, claim: Parsed, source: str) -> None:
+        """A claim counted here is sent to its payer once; within a minute, as it usually has it from its author."""
+        if self._rooms.members.peer_of(payer) != source and len(self._forward) < FORWARD_MAX:
+            self._forward[(payer, claim.account)] = claim.raw
+
+    # --- pulling and serving
+
+    def pull(self, peer: str, account: bytes, first: int | None = None, last: int = SEQ_MAX) -> None:
+        """Asks for entries of an account; not again within a second."""
+        ctx = self._ctx
+        head = self._books.book.head(account)
+        start = (0 if head is None else head[0] + 1) if first is None else first
+        key = (peer, account + start.to_bytes(8, "big"))
+        if ctx.now - self._pulls.get(key, -PULL_AGAIN_MS) < PULL_AGAIN_MS or peer not in ctx.links:
+            return
+        if len(self._pulls) >= PULLS_MAX:
+            self._pulls.clear()
+        self._pulls[key] = ctx.now
+        ctx.send(peer, LedgerPull(account, start, min(last, SEQ_MAX)))
+
+    def missing(self, outcome: NotYet, peer: str) -> None:
+        """What an entry waits for is asked of whoever sent it, or read from the own database."""
+        if outcome.need in ("gap", "payer", "branch"):
+            self.pull(peer, outcome.need_account, outcome.need_from, outcome.need_to)
+        elif outcome.need == "lookup":
+            self._rooms.loads.ask(
+                "entry", (outcome.need_account, outcome.need_from), lambda rows: self._looked_up(rows, peer)
+            )
+        elif outcome.need == "future":
+            self._ctx.wake(("drain",), outcome.retry_at_ms)
+
+    def _looked_up(self, rows: tuple[Any, ...], peer: str) -> None:
+        for row in rows:
+            try:
+                self._books.book.supply(row[-1])
+            except DataError as error:
+                self._ctx.log("error", "ledger.lookup", reason=error.message)
+        self._books.drain(peer)
+
+    def pulled(self, peer: str, message: LedgerPull) -> None:
+        """Serves any chain that this node keeps, void segments included."""
+        args = (message.account, message.from_seq, message.to_seq, limits.SEGMENT_BYTES_MAX)
+        self._rooms.loads.ask("entries_range", args, lambda rows: self._serve(peer, message, rows))
+
+    def _serve(self, peer: str, message: LedgerPull, rows: tuple[Any, ...]) -> None:
+        head = self._books.book.head(message.account)
+        last = rows[-1][1] if rows else message.to_seq
+        end = head is None or last >= min(head[0], message.to_seq)
+        heads = [Head(message.account, *head)] if head is not None else []
+        self._ctx.send(peer, LedgerPush(message.account, [row[-1] for row in rows], heads, end=end))
+        if message.account == self._ctx.account and rows:
+            self.sent(peer, last)
+
+    def pushed(self, peer: str, message: LedgerPush) -> None:
+        """Entries, heads and proofs from a peer."""
+        books = self._books
+        for key in [key for key in self._pulls if key[0] == peer and key[1].startswith(message.account)]:
+            del self._pulls[key]
+        for proof in message.proofs:
+            outcome = books.book.learn_proof(proof)
+            if isinstance(outcome, Forked):
+                self.forked(outcome)
+        if message.account == self._ctx.account and message.entries:
+            self._own_from_peer(peer, message)
+        elif message.entries:
+            books.take(peer, message.entries)
+            if not message.end:
+                self.pull(peer, message.account)
+        for head in message.heads:
+            self._head(peer, head)
+        if message.account == self._ctx.account and not message.entries and not message.heads:
+            self.checked(peer)
+
+    def _head(self, peer: str, head: Head) -> None:
+        ctx, book = self._ctx, self._books.book
+        if head.account == ctx.account:
+            self._own_head(peer, head)
+            return
+        relation = book.compare_head(head.account, head.seq, head.hash)
+        if relation in ("differs", "lookup"):
+            self.pull(peer, head.account, head.seq, head.seq)
+        elif relation == "behind" and self._wanted(peer, head.account):
+            self.pull(peer, head.account)
+
+    def _wanted(self, peer: str, account: bytes) -> bool:
+        """Chains worth holding before anybody works for them: this peer's own, and those of own tasks' executors."""
+        return self._rooms.members.account_of(peer) == account or self._books.book.head(account) is not None
+
+    def _own_head(self, peer: str, head: Head) -> None:
+        """What a peer holds of the own chain: less is pushed; more, or another hash, makes the chain read-only."""
+        own = self._books.book.head(self._ctx.account)
+        relation = self._books.book.compare_head(self._ctx.account, head.seq, head.hash)
+        if relation == "behind" or (own is not None and relation == "differs"):
+            self._restore(peer, head)
+            return
+        self._held[peer] = max(head.seq, self._held.get(peer, -1))
+        self.checked(peer)
+
+    def _restore(self, peer: str, head: Head) -> None:
+        """LEDGER.md section 9: a peer knows more of this chain than we do. Take the entries in before writing again."""
+        if not self.restore_reason:
+            self.restore_reason = f"{self._rooms.members.name_of(peer)} holds {head.seq + 1} entries of this chain"
+            self._books.purse.read_only_reason = self.restore_reason
+            self._ctx.log("error", "ledger.restore", peer=peer, seq=head.seq)
+        self.pull(peer, self._ctx.account)
+
+    def _own_from_peer(self, peer: str, message: LedgerPush) -> None:
+        self._books.take(peer, message.entries)
+        own = self._books.book.head(self._ctx.account)
+        behind = [h for h in message.heads if h.account == self._ctx.account and own is not None and h.seq > own[0]]
+        if not behind and message.end and not self._books.convicted(self._ctx.account):
+            self._books.purse.read_only_reason = self.restore_reason = ""
+            self.checked(peer)
+
+    # --- forks
+
+    def forked(self, outcome: Forked) -> None:
+        """A proof: stored, obeyed, passed on once a peer."""
+        ctx = self._ctx
+        ctx.put("proofs", outcome.account, outcome.proof)
+        if outcome.parsed is not None:
+            parsed = outcome.parsed
+            ctx.put("segments", parsed.account, parsed.seq, parsed.hash, parsed.raw)
+        peer = self._rooms.members.peer_of(outcome.account)
+        ctx.log("security", "chain.forked", account=outcome.account.hex()[:16], peer=peer or "")
+        ctx.count("forks_total")
+        for link in ctx.links:
+            if link != peer:
+                self._tell_proof(link, outcome.account, outcome.proof)
+        if peer is not None and peer != ctx.me:
+            self._rooms.members.observe_requester(peer, Outcome.FRAUD)
+            self._rooms.jobs.stop_for(outcome.account)
+            self._rooms.members.index.remove(peer)
+            ctx.out.append(Hangup(peer, "two histories of one account"))
+
+    def _tell_proof(self, peer: str, account: bytes, proof: bytes) -> None:
+        told = self._told_proofs.setdefault(peer, set())
+        if account not in told:
+            told.add(account)
+            self._ctx.send(peer, LedgerPush(account, [], [], [proof]))

@@ -1,0 +1,235 @@
+"""Giving and taking membership: tokens, their redemption, the first credits of a newcomer, and joining elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, DataError, NotPermittedError, UnreachableError
+from clawnet.identity.certificates import certify_node, certify_owner, verify_chain
+from clawnet.identity.invite import Invite
+from clawnet.identity.keys import peer_id_of, verify
+from clawnet.ledger.entries import EntryKind
+from clawnet.mesh.roster import InviteRecord, clean_name, join_bytes, secret_hash
+from clawnet.money import format_credits
+from clawnet.node.context import Context
+from clawnet.wire.events import Adopt, JoinAnswered, JoinAsked, JoinReply, JoinSend
+from clawnet.wire.messages import JoinAnswer, JoinAsk, JoinPeer
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+OPEN_INVITES_MAX = 1_000
+USES_MAX = 10_000
+
+
+class Invites:
+    """Invites that this node gave, and the join it is trying."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self._records: dict[bytes, InviteRecord] = {}
+
+    def load(self, body: bytes) -> None:
+        """Takes in a stored invite."""
+        record = msgspec.msgpack.decode(body, type=InviteRecord)
+        self._records[record.secret_hash] = record
+
+    def _save(self, record: InviteRecord) -> None:
+        self._ctx.put("invites", record.invite, msgspec.msgpack.encode(record))
+
+    # --- giving
+
+    def invite(self, call: int, params: dict[str, Any]) -> None:
+        """Answers with a one-line token."""
+        ctx, members = self._ctx, self._rooms.members
+        facts = members.facts
+        if ctx.ports.owner_sign is None:
+            holder = members.name_of(facts.inviter) if facts.inviter else "another machine of yours"
+            raise NotPermittedError(
+                f"the owner key is not on this machine, so it cannot invite; {holder} holds it",
+                hint=f"run clawnet peer invite on {holder}",
+            )
+        ring = str(params.get("ring") or "member")
+        if ring not in ("own", "member"):
+            raise DataError(f"there is no ring {ring!r} to invite into", hint="--ring own or --ring member")
+        if ring == "member" and not facts.founded and not self._may_invite():
+            raise NotPermittedError(
+                "only the founder of this mesh may invite members (mesh.members_may_invite is off)",
+                hint="ask the founder for a token, or invite a machine of your own with --ring own",
+            )
+        uses = int(params.get("uses") or 1)
+        if not 1 <= uses <= USES_MAX or (ring == "own" and uses != 1):
+            raise DataError(f"--uses {uses} is not possible", hint="own invites are single-use; members: 1 to 10000")
+        credits_ucr = -1 if params.get("credits_ucr") is None else int(params["credits_ucr"])
+        self._check_credits(ring, credits_ucr, uses)
+        self._forget_expired()
+        expires_ms = ctx.now + int(float(params.get("expires_s") or 3600) * 1000)
+        if not members.addresses:
+            raise NotPermittedError("this node listens nowhere, so nobody could redeem an invite")
+        secret = ctx.entropy(16)
+        record = InviteRecord(ctx.entropy(16), secret_hash(secret), ring, expires_ms, uses, credits_ucr, ctx.now)
+        self._records[record.secret_hash] = record
+        self._save(record)
+        token = Invite(facts.mesh, ctx.me, members.addresses[:8], secret, ring, expires_ms).encode()
+        given = self._gift_ucr(record)
+        ctx.reply(
+            call,
+            {
+                "token": token,
+                "ring": ring,
+                "expires_at": self._rooms.views.time(expires_ms),
+                "uses": uses,
+                "credits": format_credits(given),
+                "mesh": facts.mesh.hex(),
+            },
+        )
+
+    def _may_invite(self) -> bool:
+        facts = self._rooms.members.facts
+        membership = verify_chain(facts.charter, facts.mesh, facts.certificates, self._ctx.account)
+        return membership.may_invite
+
+    def _check_credits(self, ring: str, credits_ucr: int, uses: int) -> None:
+        books = self._rooms.books
+        issuer = self._ctx.account in books.terms.issuers
+        if issuer and ring == "member":
+            if credits_ucr > books.terms.grant_max_ucr:
+                most = format_credits(books.terms.grant_max_ucr)
+                raise DataError(f"--credits is above what this mesh's charter lets one grant be ({most})")
+        elif credits_ucr > 0 and credits_ucr * uses > books.available():
+            raise NotPermittedError(
+                f"the invite promises {format_credits(credits_ucr * uses)} credits, "
+                f"{format_credits(books.available())} are available",
+                hint="lower --credits or --uses",
+            )
+
+    def _forget_expired(self) -> None:
+        for key, record in list(self._records.items()):
+            if record.expires_ms + limits.MESSAGE_AGE_MS < self._ctx.now:
+                del self._records[key]
+                self._ctx.delete("invites", record.invite)
+        if len(self._records) >= OPEN_INVITES_MAX:
+            raise NotPermittedError(f"{OPEN_INVITES_MAX} invites are open already", hint="wait until some expire")
+
+    def _gift_ucr(self, record: InviteRecord) -> int:
+        """What one redemption brings: the mesh's grant or --credits (issuer, ring member), else a payment if asked."""
+        issuer = self._ctx.account in self._rooms.books.terms.issuers
+        if issuer and record.ring == "member" and record.credits_ucr < 0:
+            return self._ctx.config.amount_ucr("mesh.member_grant")
+        return max(0, record.credits_ucr)
+
+    def asked(self, event: JoinAsked) -> None:
+        """Somebody redeems a token of ours: certificates, first credits and addresses, or the reason why not."""
+        try:
+            answer = self._redeem(event.ask)
+        except ClawnetError as error:
+            self._ctx.log("security", "join.refused", peer=event.peer, address=event.address, reason=error.message)
+            self._ctx.count("joins_total", "refused")
+            answer = JoinAnswer(refusal=error.message)
+        self._ctx.out.append(JoinReply(event.call, answer))
+
+    def _redeem(self, ask: JoinAsk) -> JoinAnswer:
+        ctx, members = self._ctx, self._rooms.members
+        facts = members.facts
+        record = self._records.get(secret_hash(ask.secret))
+        if ask.mesh != facts.mesh or record is None:
+            raise NotPermittedError("no such invite")
+        again = ask.node_key in record.redeemed
+        if record.expires_ms < ctx.now:
+            raise NotPermittedError("the invite has expired")
+        if record.uses_left <= 0 and not again:
+            raise NotPermittedError("the invite has been used")
+        body = join_bytes(ask.mesh, ask.secret, ask.node_key, ask.owner_key, ask.name, ask.time_ms)
+        if not (verify(ask.node_key, body, ask.node_proof) and verify(ask.owner_key, body, ask.owner_proof)):
+            raise NotPermittedError("the joiner does not prove that it holds its keys")
+        sign = ctx.ports.owner_sign
+        if sign is None:
+            raise NotPermittedError("the inviter's owner key is on another machine")
+        if record.ring == "own":
+            chain = [*facts.certificates[:-1], certify_node(facts.mesh, ask.node_key, facts.owner, ctx.now, ctx.me, sign)]
+        else:
+            may_invite = facts.founded and ctx.config.flag("mesh.members_may_invite")
+            certificate = certify_owner(facts.mesh, ask.owner_key, facts.owner, may_invite, ctx.now, ctx.me, sign)
+            chain = [*facts.certificates[:-1], certificate]
+        if not again:
+            self._first_credits(record, ask)
+            record.uses_left -= 1
+            record.redeemed.append(ask.node_key)
+            self._save(record)
+            ctx.log("info", "join.admitted", name=clean_name(ask.name), ring=record.ring)
+            ctx.count("joins_total", "admitted")
+        others = [
+            JoinPeer(other.peer, other.shown[: limits.NAME_CHARS_MAX], other.addresses[:16])
+            for other in members.records.values()
+            if other.peer in ctx.links and other.addresses
+        ]
+        peers = [JoinPeer(ctx.me, members.name, members.addresses[:16]), *others[:63]]
+        return JoinAnswer("", record.ring, facts.charter_bytes, chain, facts.mesh_key, ctx.me, peers)
+
+    def _first_credits(self, record: InviteRecord, ask: JoinAsk) -> None:
+        books = self._rooms.books
+        gift_ucr = self._gift_ucr(record)
+        if gift_ucr <= 0:
+            return
+        if record.ring == "member" and self._ctx.account in books.terms.issuers:
+            books.grant(ask.node_key, gift_ucr, record.invite)
+        else:
+            books.send(ask.node_key, gift_ucr, bytes(32))
+
+    # --- joining elsewhere
+
+    def join(self, call: int, params: dict[str, Any]) -> None:
+        """Redeems somebody's token; the answer comes over the join stream."""
+        ctx = self._ctx
+        invite = Invite.decode(str(params.get("token", "")))
+        if invite.mesh == self._rooms.members.facts.mesh:
+            raise NotPermittedError("this node is a member of that mesh already")
+        if invite.expires_ms < ctx.now:
+            raise NotPermittedError("the invite has expired", hint="ask for a new token")
+        if not params.get("leave") and not self._untouched():
+            raise NotPermittedError(
+                "this home belongs to a mesh in which it has a history",
+                hint="--leave archives that database and joins; or use another --home",
+            )
+        if ctx.ports.owner_sign is None:
+            raise NotPermittedError("this machine's owner key is elsewhere, so it cannot join another mesh on its own")
+        secret, name = invite.secret, self._rooms.members.name
+        owner = self._rooms.members.facts.owner
+        body = join_bytes(invite.mesh, secret, ctx.account, owner, name, ctx.now)
+        ask = JoinAsk(
+            invite.mesh, secret, ctx.account, owner, name, ctx.now, ctx.ports.sign(body), ctx.ports.owner_sign(body)
+        )
+        ctx.out.append(JoinSend(call, invite.inviter, tuple(invite.addresses), ask))
+
+    def _untouched(self) -> bool:
+        """True while the chain holds only what init wrote, and no other peer was ever admitted."""
+        books = self._rooms.books
+        kinds = {EntryKind.GENESIS, EntryKind.GRANT, EntryKind.CLAIM}
+        head = books.book.head(self._ctx.account)
+        return (head is None or head[0] <= len(kinds) - 1) and not self._rooms.members.records and not self._records
+
+    def answered(self, event: JoinAnswered) -> None:
+        """Admitted: the daemon writes the membership and starts anew as a member. Refused: the reason."""
+        ctx = self._ctx
+        if event.answer is None:
+            error = UnreachableError(
+                f"the inviter cannot be reached: {event.error}",
+                hint="only the inviter redeems its token, so its daemon must run and be reachable",
+            )
+            ctx.fail(event.call, error)
+            return
+        answer = event.answer
+        if answer.refusal:
+            ctx.fail(event.call, NotPermittedError(f"the inviter refused: {answer.refusal}", hint="ask for a new token"))
+            return
+        party = {"peer_id": event.inviter, "name": answer.peers[0].name if answer.peers else "", "ring": answer.ring}
+        value = {"ring": answer.ring, "inviter": party, "peers": len(answer.peers), "granted": "0"}
+        ctx.out.append(Adopt(event.call, answer, value))
+
+    def me(self) -> str:
+        """The peer id that certificates of this node name."""
+        return peer_id_of(self._ctx.account)

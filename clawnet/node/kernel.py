@@ -1,0 +1,349 @@
+"""Node: routes every stimulus to its room and gathers a turn's effects. Pure: no I/O, no clock, no entropy of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from clawnet import limits
+from clawnet.config import Config
+from clawnet.errors import ClawnetError
+from clawnet.ledger.terms import LedgerTerms
+from clawnet.market.records import Job, decode_job
+from clawnet.node.auctions import Auctions
+from clawnet.node.awards import Awards
+from clawnet.node.books import Books
+from clawnet.node.calls import Calls
+from clawnet.node.context import Context, Outbox, Ports
+from clawnet.node.invites import Invites
+from clawnet.node.jobs import Jobs
+from clawnet.node.members import Members, MeshFacts
+from clawnet.node.tasks import Tasks
+from clawnet.node.views import Views
+from clawnet.wire import events as e
+from clawnet.wire import messages as m
+from clawnet.wire.messages import Kind
+
+Read = Callable[[str, tuple[Any, ...]], Iterable[tuple[Any, ...]]]
+"""A named read of storage/queries.py, or "table:NAME" for all rows of a table; used at start-up only."""
+
+
+class Loads:
+    """Reads of the database in progress: who goes on with the rows when they come."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int]] = {}
+        self._next = 0
+
+    def ask(self, query: str, args: tuple[Any, ...], then: Callable[[tuple[Any, ...]], None], call: int = 0) -> None:
+        """Reads rows; `then` goes on with them in a later turn. Errors of `then` answer `call` when there is one."""
+        self._next += 1
+        self._waiting[self._next] = (then, call)
+        self._ctx.out.append(e.Load((self._next,), query, args))
+
+    def loaded(self, event: e.Loaded) -> None:
+        """The rows are here."""
+        then, call = self._waiting.pop(event.request[0])
+        try:
+            then(event.rows)
+        except ClawnetError as error:
+            if not call:
+                raise
+            self._ctx.fail(call, error)
+
+
+class Rooms:
+    """The rooms of one node, each knowing the others through this object."""
+
+    outbox: Outbox
+    loads: Loads
+    members: Members
+    books: Books
+    tasks: Tasks
+    auctions: Auctions
+    awards: Awards
+    jobs: Jobs
+    invites: Invites
+    views: Views
+    calls: Calls
+    results: dict[bytes, bytes]
+
+
+class Node:
+    """One member of one mesh. `step` takes what happened; `end_turn` closes a turn and returns the last effects."""
+
+    def __init__(
+        self,
+        config: Config,
+        ports: Ports,
+        *,
+        me: str,
+        account: bytes,
+        facts: MeshFacts,
+        terms: LedgerTerms,
+        escrow_seed: bytes,
+        os_family: str,
+        version: str,
+    ) -> None:
+        self.ctx = Context(me, account, config, ports)
+        rooms = self.rooms = Rooms()
+        rooms.results = {}
+        rooms.outbox = Outbox(self.ctx)
+        rooms.loads = Loads(self.ctx)
+        rooms.jobs = Jobs(self.ctx, rooms, os_family=os_family, escrow_seed=escrow_seed)
+        rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
+        rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
+        rooms.views = Views(self.ctx, rooms, version)
+        rooms.tasks = Tasks(self.ctx, rooms)
+        rooms.auctions = Auctions(self.ctx, rooms)
+        rooms.awards = Awards(self.ctx, rooms)
+        rooms.invites = Invites(self.ctx, rooms)
+        rooms.calls = Calls(self.ctx, rooms)
+        self._messages = self._message_table()
+        self._stimuli = self._stimulus_table()
+
+    # --- start-up
+
+    def load(self, now_ms: int, read: Read) -> list[e.Effect]:
+        """Takes in what the database holds and goes on where it stopped; the effects are performed as a turn's."""
+        ctx, rooms = self.ctx, self.rooms
+        ctx.now = now_ms
+        fresh = self._load_ledger(read)
+        for row in read("table:peers", ()):
+            rooms.members.load(row[-1])
+        for peer, body in read("table:reputation", ()):
+            rooms.members.reputation.from_bytes(peer, body)
+        for key, body in read("table:durations", ()):
+            rooms.jobs.durations.load(key, body)
+        for row in read("table:invites", ()):
+            rooms.invites.load(row[-1])
+        for row in read("table:outbox", ()):
+            rooms.outbox.load(row)
+            if row[4] in (Kind.TASK_REJECT, Kind.TASK_WAIVER):
+                rooms.jobs.load_over(row[3])
+        for row in read("jobs_open", ()):
+            self._load_job(decode_job(row[-1]), read)
+        for task_id, peer, blob in read("table:blob_grants", ()):
+            ctx.out.append(e.GrantBlob(task_id, peer, blob))
+        self._load_tasks(read)
+        rooms.books.start(ctx.config.amount_ucr("market.initial_wallet_balance"))
+        if not fresh:
+            rooms.books.chains.start_check(rooms.books.chains.keepers())
+        rooms.jobs.resume()
+        rooms.members.start()
+        ctx.wake(("heads",), now_ms + limits.HEADS_EVERY_MS)
+        return self._close_turn()
+
+    def _load_ledger(self, read: Read) -> bool:
+        """Snapshots, then the entries after them; True when there was no chain of our own."""
+        book, account = self.rooms.books.book, self.ctx.account
+        known: dict[bytes, int] = {}
+        for owner, snapshot in read("table:accounts", ()):
+            known[owner] = book.restore(snapshot)
+        for owner, proof in read("table:proofs", ()):
+            book.learn_proof(proof, trusted=True)
+        heads = {owner: int(last) for owner, last in read("entry_heads", ())}
+        for owner, last in heads.items():
+            first = known.get(owner, -1) + 1
+            while first <= last:
+                rows = list(read("entries_range", (owner, first, last, 4 * limits.MIB)))
+                if not rows:
+                    break
+                for row in rows:
+                    book.apply(row[-1], self.ctx.now, trusted=True)
+                first = rows[-1][1] + 1
+        if account in heads:
+            start = max(0, heads[account] - limits.OPEN_LINES_MAX)
+            for row in read("entries_range", (account, start, heads[account], 4 * limits.MIB)):
+                self.rooms.books.recent.append((row[1], row[-1]))
+        return account not in heads
+
+    def _load_job(self, job: Job, read: Read) -> None:
+        rows = list(read("document", (job.job,)))
+        self.rooms.jobs.load(job, rows[0][-1] if rows else None)
+        if job.state == "claimed":
+            self.rooms.books.load_claimed(job)
+
+    def _load_tasks(self, read: Read) -> None:
+        rooms = self.rooms
+        rows = {row[0]: row for row in read("tasks_open", ())}
+        for (task_id,) in read("table:unsettled", ()):
+            for row in read("task", (task_id,)):
+                rows[task_id] = row
+        loaded = [rooms.tasks.load(row[-1]) for row in rows.values()]
+        for row in read("keys_kept", ()):
+            rooms.tasks.keys[row[1]] = row[0]
+        for task in loaded:
+            documents = list(read("document", (task.task_id,)))
+            if documents:
+                rooms.awards.documents[task.task_id] = documents[0][-1]
+            rooms.tasks.resume(task)
+
+    # --- steps
+
+    def step(self, now_ms: int, stimulus: e.Stimulus) -> list[e.Effect]:
+        """What follows from one stimulus. Effects come from end_turn, except that callers may ask for them at once."""
+        self.ctx.now = now_ms
+        self._stimuli[type(stimulus)](stimulus)
+        out, self.ctx.out = self.ctx.out, []
+        return out
+
+    def end_turn(self, now_ms: int) -> list[e.Effect]:
+        """Opens waiting auctions, starts queued jobs, writes the ledger entries and rows that the turn owes."""
+        self.ctx.now = now_ms
+        return self._close_turn()
+
+    def _close_turn(self) -> list[e.Effect]:
+        rooms = self.rooms
+        rooms.auctions.pump()
+        rooms.jobs.pump()
+        rooms.books.flush()
+        rooms.tasks.flush()
+        rooms.jobs.flush()
+        rooms.books.snapshot()
+        if self.ctx.draining and not rooms.jobs.running and not self._drained:
+            self._drained = True
+            rooms.books.snapshot(force=True)
+            self.ctx.out.append(e.Drained())
+        out, self.ctx.out = self.ctx.out, []
+        return out
+
+    _drained = False
+
+    def _stimulus_table(self) -> dict[type[e.Stimulus], Callable[[Any], None]]:
+        rooms = self.rooms
+        return {
+            e.MessageIn: self._message,
+            e.TimerFired: self._timer,
+            e.RpcCall: rooms.calls.call,
+            e.CallGone: rooms.calls.gone,
+            e.PeerUp: rooms.members.up,
+            e.PeerDown: rooms.members.down,
+            e.TaskOutput: rooms.jobs.output,
+            e.TaskExited: rooms.jobs.exited,
+            e.InputsReady: self._inputs_ready,
+            e.BlobReady: self._blob_ready,
+            e.Opened: rooms.awards.opened,
+            e.Loaded: rooms.loads.loaded,
+            e.JoinAsked: rooms.invites.asked,
+            e.JoinAnswered: rooms.invites.answered,
+            e.DialEnded: rooms.calls.dial_ended,
+            e.CapacityChanged: rooms.members.capacity_changed,
+            e.Drain: self._drain,
+        }
+
+    def _message_table(self) -> dict[type[m.Message], Callable[[e.MessageIn], None]]:
+        r = self.rooms
+        return {
+            m.Offer: lambda event: r.jobs.offer(event, event.message),  # type: ignore[arg-type]
+            m.Bid: lambda event: r.auctions.bid(event.peer, event.message),  # type: ignore[arg-type]
+            m.Decline: lambda event: r.auctions.decline(event.peer, event.message),  # type: ignore[arg-type]
+            m.Winner: lambda event: r.jobs.winner(event, event.message),  # type: ignore[arg-type]
+            m.EscrowLock: lambda event: r.jobs.lock(event, event.message),  # type: ignore[arg-type]
+            m.Accept: lambda event: r.awards.accept(event, event.message),  # type: ignore[arg-type]
+            m.Reject: lambda event: r.awards.reject(event, event.message),  # type: ignore[arg-type]
+            m.Cancel: lambda event: r.jobs.cancel(event, event.message),  # type: ignore[arg-type]
+            m.Result: lambda event: r.awards.result(event, event.message),  # type: ignore[arg-type]
+            m.Progress: lambda event: r.awards.progress(event, event.message),  # type: ignore[arg-type]
+            m.Output: lambda event: r.awards.output(event, event.message),  # type: ignore[arg-type]
+            m.Waiver: lambda event: r.awards.waiver(event, event.message),  # type: ignore[arg-type]
+            m.Settlement: self._settlement,
+            m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
+            m.LedgerPush: lambda event: r.books.chains.pushed(event.peer, event.message),  # type: ignore[arg-type]
+            m.PeerInfo: lambda event: r.members.card_in(event.peer, event.message),  # type: ignore[arg-type]
+            m.Ack: self._ack,
+        }
+
+    def _message(self, event: e.MessageIn) -> None:
+        handler = self._messages.get(type(event.message))
+        if handler is None:
+            self.ctx.count("messages_ignored_total", type(event.message).__name__)
+            return
+        try:
+            handler(event)
+        except ClawnetError as error:
+            if error.exit_code == 70:
+                raise
+            self.ctx.log("security", "message.refused", peer=event.peer, kind=type(event.message).__name__, reason=error.message)
+            self.ctx.count("messages_refused_total", error.code)
+
+    def _settlement(self, event: e.MessageIn) -> None:
+        """Entries with an obligation: acknowledged once nothing that they need is missing."""
+        message = event.message
+        assert isinstance(message, m.Settlement)
+        complete = self.rooms.books.take(event.peer, message.entries)
+        if complete and event.obligation is not None:
+            self.ctx.send(event.peer, m.Ack(event.obligation), event.id)
+
+    def _ack(self, event: e.MessageIn) -> None:
+        message = event.message
+        assert isinstance(message, m.Ack)
+        row = self.rooms.outbox.rows.get(message.obligation)
+        if row is None or not self.rooms.outbox.acknowledged(message.obligation, event.peer):
+            return
+        if row.kind is Kind.MARKET_SETTLEMENT:
+            self.rooms.books.settlement_acknowledged(event.peer, row.about)
+        elif row.kind in (Kind.TASK_REJECT, Kind.TASK_WAIVER):
+            self.rooms.jobs.told(row.about)
+        elif row.kind is Kind.TASK_RESULT:
+            self.rooms.jobs.result_acknowledged(row.about)
+
+    def _timer(self, event: e.TimerFired) -> None:
+        rooms, key = self.rooms, event.key
+        what = key[0]
+        if what == "task":
+            task = rooms.tasks.open.get(key[1])
+            if task is not None:
+                rooms.awards.timer(task)
+        elif what == "auction":
+            rooms.auctions.timer(key[1])
+        elif what == "job":
+            rooms.jobs.timer(key[1])
+        elif what == "outbox":
+            rooms.outbox.timer()
+        elif what == "progress":
+            rooms.jobs.progress()
+        elif what == "heads":
+            rooms.books.chains.gossip_heads()
+        elif what == "keepers":
+            rooms.books.push_keepers()
+        elif what == "start_check":
+            rooms.books.chains.check_ends()
+        elif what == "drain":
+            rooms.books.drain("")
+        elif what == "drain_timeout":
+            rooms.jobs.drain_now()
+
+    def _inputs_ready(self, event: e.InputsReady) -> None:
+        call = self.rooms.tasks.draft_call(event.request)
+        try:
+            self.rooms.tasks.inputs_ready(event)
+        except ClawnetError as error:
+            if call is not None:
+                self.ctx.fail(call, error)
+
+    def _blob_ready(self, event: e.BlobReady) -> None:
+        if event.request.startswith(b"inputs:"):
+            self.rooms.jobs.inputs_fetched(event)
+        else:
+            self.rooms.awards.blob_ready(event)
+
+    def _drain(self, event: e.Drain) -> None:
+        """No new bids or tasks; what has not started is handed back; what runs may finish within the drain timeout."""
+        if not self.ctx.draining:
+            self.ctx.draining = True
+            self.rooms.jobs.drain()
+            self.ctx.wake(("drain_timeout",), self.ctx.now + self.ctx.config.millis("daemon.drain_timeout"))
+
+    # --- what the adapters read between steps
+
+    def hello_facts(self) -> tuple[bytes, str, list[bytes], list[bytes]]:
+        """(mesh id, name, certificates, rotate entries) for the HELLO of a new control stream."""
+        members = self.rooms.members
+        rotations = self.rooms.books.book.rotations(self.ctx.account)
+        return members.facts.mesh, members.name, members.facts.certificates, rotations
+
+    def admit(self, peer: str, hello: m.Hello) -> str:
+        """"" when the peer may speak on the control stream, else the refusal."""
+        return self.rooms.members.admit(peer, hello)
