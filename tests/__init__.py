@@ -1,0 +1,1 @@
+"""The tests: rules, node, adapters, cli, world, interop, fuzz."""

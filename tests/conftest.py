@@ -1,0 +1,105 @@
+"""What all tests share: homes to work in, the --long option, and the rule that every skip is listed with its reason."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clawnet.identity.membership import create_home
+from clawnet.paths import Home
+
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips")
+NOW_MS = 1_700_000_000_000
+
+_skipped: dict[str, str] = {}
+
+
+def allowed_skips() -> dict[str, str]:
+    """The patterns of test ids that may skip, each with its reason, from tests/allowed_skips."""
+    allowed: dict[str, str] = {}
+    for line in ALLOWED_SKIPS.read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            pattern, colon, reason = line.partition(": ")
+            assert colon and reason.strip(), f"tests/allowed_skips: {line!r} gives no reason"
+            allowed[pattern.strip()] = reason.strip()
+    return allowed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the long form of the tests that have one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long tests are left out, not skipped, unless they are asked for."""
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped[report.nodeid] = reason
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def unlisted_skips() -> dict[str, str]:
+    """The tests that were skipped in this run and are not in tests/allowed_skips."""
+    patterns = allowed_skips()
+    return {
+        nodeid: reason
+        for nodeid, reason in _skipped.items()
+        if not any(fnmatch.fnmatchcase(nodeid, pattern) for pattern in patterns)
+    }
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and unlisted_skips():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unlisted = unlisted_skips()
+    if unlisted:
+        terminalreporter.section("skipped, but not listed in tests/allowed_skips", red=True)
+        for nodeid, reason in unlisted.items():
+            terminalreporter.line(f"{nodeid}: {reason}")
+
+
+def counted_entropy(seed: str) -> Callable[[int], bytes]:
+    """Bytes that look random and are the same in every run with this seed."""
+    count = 0
+
+    def entropy(length: int) -> bytes:
+        nonlocal count
+        count += 1
+        return hashlib.shake_256(f"{seed}/{count}".encode()).digest(length)
+
+    return entropy
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home that does not exist yet."""
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def fresh_home(home: Home) -> Home:
+    """A home with keys and a mesh of one; the same keys in every run."""
+    create_home(home, "alice", counted_entropy("alice"), NOW_MS)
+    return home
