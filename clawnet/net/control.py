@@ -151,7 +151,7 @@ class Link:
                 self._stream.write_nowait(farewell)
                 self._stream.close_write()
             except LinkError:
-                self._stream.reset()
+                self._end(reason, reason, reset=True)
         self._end(reason, reason)
 
     def probe(self) -> None:
@@ -188,7 +188,7 @@ class Link:
             hello = self._handshake.receive(body, self._owner.clock())
         except RemoteError as problem:
             self.session = self._handshake.session
-            level = "security" if isinstance(problem, SignatureRefused) else "warn"
+            level = "warn" if isinstance(problem, (LinkError, MessageTooOld)) else "security"
             self._owner.note(level, "hello.refused", peer=self.peer, problem=problem.message)
             self._owner.count("hellos_refused")
             self.close(problem.message)
@@ -315,8 +315,7 @@ class Link:
             if self._stream.buffered + len(data) > limits.SEND_QUEUE_BYTES_MAX and not self._stream.closed.done():
                 self._owner.count("links_stalled")
                 self._owner.note("warn", "link.stalled", peer=self.peer, buffered=self._stream.buffered)
-                self._stream.reset()
-                self._end("the peer does not read what is sent to it", "the send queue is full")
+                self._end("the peer does not read what is sent to it", "the send queue is full", reset=True)
             else:
                 self._end(problem.message, problem.message)
             return False
@@ -330,8 +329,7 @@ class Link:
         silent_s = now_s - self._heard_s
         if silent_s > 2 * self._owner.ping_interval_s:
             self._owner.count("links_timed_out")
-            self._stream.reset()
-            self._end(f"no sign of life for {silent_s:.0f} s", "ping timeout")
+            self._end(f"no sign of life for {silent_s:.0f} s", "ping timeout", reset=True)
             return
         self._timer = self._loop.call_later(self._owner.ping_interval_s, self._tick)
         self._send_ping()
@@ -339,8 +337,7 @@ class Link:
     def _probe_over(self, asked_s: float) -> None:
         if self.state is LinkState.UP and self._heard_s < asked_s:
             self._owner.count("links_timed_out")
-            self._stream.reset()
-            self._end(f"no answer to a ping within {limits.PROBE_TIMEOUT_S:g} s", "ping timeout")
+            self._end(f"no answer to a ping within {limits.PROBE_TIMEOUT_S:g} s", "ping timeout", reset=True)
 
     def _greeting_late(self) -> None:
         self.close(f"no complete handshake within {limits.HANDSHAKE_TIMEOUT_S:g} s")
@@ -351,7 +348,7 @@ class Link:
                 return closed.result()
         return "the peer ended the control stream"
 
-    def _end(self, reason: str, told: str) -> None:
+    def _end(self, reason: str, told: str, *, reset: bool = False) -> None:
         """The link is over; `told` is the reason given to the transport."""
         if self.state is LinkState.CLOSED:
             return
@@ -359,6 +356,8 @@ class Link:
         self.reason = reason
         self._timer.cancel()
         self._stream.set_data_handler(_drop)
+        if reset:
+            self._stream.reset()
         self.connection.close(told or reason)
         if not self.settled.done():
             self.settled.set_exception(LinkError(reason, peer=self.peer))

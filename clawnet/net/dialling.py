@@ -183,7 +183,7 @@ class Dialler:
             if DUPLICATE not in reason:
                 break
             try:
-                async with asyncio.timeout(limits.PROBE_TIMEOUT_S + 1):
+                async with asyncio.timeout(1.5 * limits.PROBE_TIMEOUT_S):
                     await self._linked.wait()
                 return ""
             except TimeoutError:

@@ -1,0 +1,207 @@
+"""Nodes for switch tests: a real switch with real keys and signatures on a transport of choice, and all it was told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import Any
+
+from clawnet import limits
+from clawnet.identity.keys import KeyPair
+from clawnet.net.fake import FakeNetwork
+from clawnet.net.port import Transport
+from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
+from clawnet.net.tcp import TcpTransport
+from clawnet.wire.blobid import blob_id
+from clawnet.wire.events import MessageIn, PeerDown, PeerUp, Stimulus
+from clawnet.wire.messages import Hello, Message
+from clawnet.wire.session import HelloFacts
+
+KEYS = sorted((KeyPair.from_seed(sha256(bytes([n])).digest()) for n in range(8)), key=lambda key: key.peer_id)
+"""Key pairs, the smallest peer id first."""
+
+SETTINGS = SwitchSettings(listen_addrs=("/ip4/127.0.0.1/tcp/0",), agent="clawnet/test", connection_timeout_s=10.0)
+MESH = bytes(32)
+WAIT_S = 20.0
+
+
+class MemoryBlobs:
+    """A blob store in memory, as net/blobs.py asks for it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, bytes] = {}
+        self.granted: set[tuple[str, bytes, bytes]] = set()
+        self.open_writers = 0
+
+    def put(self, data: bytes) -> bytes:
+        blob = blob_id(data)
+        self.kept[blob] = data
+        return blob
+
+    def may_fetch(self, peer: str, task_id: bytes, blob: bytes) -> bool:
+        return (peer, task_id, blob) in self.granted
+
+    def has(self, blob: bytes) -> bool:
+        return blob in self.kept
+
+    def size(self, blob: bytes) -> int:
+        return len(self.kept[blob])
+
+    def read_chunks(self, blob: bytes) -> Iterator[bytes]:
+        data = self.kept[blob]
+        for at in range(0, len(data), limits.BLOB_CHUNK_BYTES):
+            yield data[at : at + limits.BLOB_CHUNK_BYTES]
+
+    def writer(self, size: int) -> MemoryWriter:
+        return MemoryWriter(self)
+
+
+class MemoryWriter:
+    """See net.blobs.BlobWriter."""
+
+    def __init__(self, store: MemoryBlobs) -> None:
+        self.store = store
+        self.parts: list[bytes] = []
+        store.open_writers += 1
+        self.open = True
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+
+    def commit(self, blob: bytes) -> None:
+        data = b"".join(self.parts)
+        assert blob_id(data) == blob
+        self.store.kept[blob] = data
+
+    def abort(self) -> None:
+        if self.open:
+            self.open = False
+            self.store.open_writers -= 1
+
+
+class SwitchNode:
+    """One switch and what it delivered; checks at every stimulus that ups and downs of a peer alternate."""
+
+    def __init__(self, key: KeyPair, transport: Transport, settings: SwitchSettings = SETTINGS, seed: int = 0) -> None:
+        self.key = key
+        self.peer = key.peer_id
+        self.told: list[Stimulus] = []
+        self.up: dict[str, PeerUp] = {}
+        self.log: list[tuple[str, str, dict[str, Any]]] = []
+        self.refuse: dict[str, str] = {}
+        self.blobs = MemoryBlobs()
+        self.clock_off_ms = 0
+        self.addresses: list[str] = []
+        self._changed = asyncio.Event()
+        chance = random.Random(f"{seed} {key.peer_id}")
+        self.switch = Switch(
+            key,
+            settings,
+            clock=lambda: time.time_ns() // 1_000_000 + self.clock_off_ms,
+            entropy=chance.randbytes if seed else os.urandom,
+            transport=transport,
+            local_hello=lambda: HelloFacts(MESH, f"node-{key.peer_id[-4:]}", []),
+            admit=self._admit,
+            deliver=self._deliver,
+            blobs=self.blobs,
+            log=lambda level, event, fields: self.log.append((level, event, fields)),
+        )
+
+    def _admit(self, peer: str, hello: Hello) -> str:
+        return self.refuse.get(peer, "" if hello.mesh == MESH else "another mesh")
+
+    def _deliver(self, stimulus: Stimulus) -> None:
+        if isinstance(stimulus, PeerUp):
+            assert stimulus.peer not in self.up, f"{stimulus.peer} came up twice"
+            self.up[stimulus.peer] = stimulus
+        elif isinstance(stimulus, PeerDown):
+            assert self.up.pop(stimulus.peer, None) is not None, f"{stimulus.peer} went down unseen"
+        self.told.append(stimulus)
+        self._changed.set()
+
+    async def until(self, holds: Callable[[], Any]) -> Any:
+        """Waits until something is true, looking whenever something was delivered."""
+        async with asyncio.timeout(WAIT_S):
+            while not (value := holds()):
+                self._changed.clear()
+                await self._changed.wait()
+        return value
+
+    async def find(self, kind: type[Any], **fields: Any) -> Any:
+        """The first stimulus of a kind with these fields, awaited."""
+        return await self.until(lambda: next(self.all(kind, **fields), None))
+
+    def all(self, kind: type[Any], **fields: Any) -> Iterator[Any]:
+        """What was delivered of a kind."""
+        for one in self.told:
+            if isinstance(one, kind) and all(getattr(one, name) == value for name, value in fields.items()):
+                yield one
+
+    def messages(self, peer: str) -> list[Message]:
+        """What a peer sent, in order."""
+        return [one.message for one in self.all(MessageIn, peer=peer)]
+
+    def session(self, peer: str) -> bytes | None:
+        """The session of the link to a peer."""
+        link = self.switch._links.get(peer)
+        return link.session.id if link is not None and link.session is not None else None
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of one event."""
+        return [fields for _, name, fields in self.log if name == event]
+
+    async def dial(self, other: SwitchNode, call: int = 1) -> str:
+        """Connects to another node; the reason why not, or ""."""
+        from clawnet.wire.events import DialEnded
+
+        self.switch.dial(call, other.peer, other.addresses)
+        ended: DialEnded = await self.find(DialEnded, call=call)
+        return ended.reason
+
+
+class SwitchWorld:
+    """Some nodes on one network."""
+
+    def __init__(self, kind: str = "fake") -> None:
+        self.kind = kind
+        self.network = FakeNetwork()
+        self.nodes: list[SwitchNode] = []
+
+    def transport(self, key: KeyPair) -> Transport:
+        if self.kind == "fake":
+            return self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
+        return TcpTransport(key, PROTOCOLS, "clawnet/test")
+
+    async def node(self, index: int, settings: SwitchSettings = SETTINGS, seed: int = 0) -> SwitchNode:
+        """A started node with the key KEYS[index]."""
+        node = SwitchNode(KEYS[index], self.transport(KEYS[index]), settings, seed)
+        self.nodes.append(node)
+        node.addresses = await node.switch.start()
+        return node
+
+    async def pair(self) -> tuple[SwitchNode, SwitchNode]:
+        """Two nodes, the second dialled by the first."""
+        one, other = await self.node(0), await self.node(1)
+        assert await one.dial(other) == ""
+        await other.find(PeerUp, peer=one.peer)
+        return one, other
+
+
+@asynccontextmanager
+async def switch_world(kind: str = "fake") -> AsyncIterator[SwitchWorld]:
+    """A network whose nodes are stopped at the end; a defect caught by any switch fails the test."""
+    world = SwitchWorld(kind)
+    defects: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
+    try:
+        yield world
+    finally:
+        for node in world.nodes:
+            await node.switch.stop()
+        assert not defects, defects
+        assert not [node.up for node in world.nodes if node.up]
