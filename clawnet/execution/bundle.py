@@ -1,0 +1,335 @@
+"""The result of a run as one run of bytes, and its seal: nobody reads a result before its escrow is released.
+
+Plain form: "CWB1", the head's length (u32 big-endian), the head (MessagePack), stdout, stderr. Sealed form: libsodium
+secretstream (XChaCha20-Poly1305; LEDGER.md, "Seal"): 24 bytes of header, then chunks of 64 KiB each longer by 17, the
+last one marked final, so that neither a byte nor the end can be changed unnoticed. Both stream, for results that do
+not fit in memory comfortably.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Struct
+from nacl import bindings, exceptions
+
+from clawnet import limits
+from clawnet.errors import VerificationError
+from clawnet.execution.spec import BlobPort
+
+MAGIC: Final = b"CWB1"
+HEAD_BYTES_MAX: Final = 1 * limits.MIB
+CHUNK_BYTES: Final = 64 * limits.KIB
+HEADER_BYTES: Final = bindings.crypto_secretstream_xchacha20poly1305_HEADERBYTES
+TAIL_BYTES: Final = bindings.crypto_secretstream_xchacha20poly1305_ABYTES
+_MESSAGE: Final = bindings.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
+_FINAL: Final = bindings.crypto_secretstream_xchacha20poly1305_TAG_FINAL
+
+_Size = Annotated[int, Meta(ge=0, le=limits.RUN_OUTPUT_BYTES_MAX)]
+
+
+class Usage(Struct, frozen=True, array_like=True, gc=False):
+    """What a run cost: wall-clock and processor seconds, and the most memory its processes held together."""
+
+    duration_s: float = 0.0
+    cpu_s: float = 0.0
+    memory_bytes_max: int = 0
+
+
+class Head(Struct, frozen=True, array_like=True, gc=False):
+    """A bundle without its streams."""
+
+    exit_code: int | None
+    signal: int | None
+    stdout_bytes: _Size
+    stderr_bytes: _Size
+    text: str = ""
+    usage: Usage = Usage()
+    outputs: list[Any] = []
+
+
+class Bundle(Struct, frozen=True, gc=False):
+    """A result: `signal` is set, and exit_code None, when a signal ended the command; `text` is a prompt's answer."""
+
+    exit_code: int | None
+    signal: int | None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    text: str = ""
+    usage: Usage = Usage()
+    outputs: list[Any] = []
+
+
+class Summary(Struct, frozen=True, gc=False):
+    """An opened bundle as the node keeps it.
+
+    Streams that are together at most RESULT_JSON_BYTES_MAX are here as bytes; else `stdout` and `stderr` are None and
+    the store holds them as the blobs `stdout_blob` and `stderr_blob`. `sha256` is that of the plain bundle.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    text: str
+    usage: Usage
+    outputs: list[Any]
+    sha256: bytes
+    stdout_bytes: int
+    stderr_bytes: int
+    stdout: bytes | None
+    stderr: bytes | None
+    stdout_blob: bytes = b""
+    stderr_blob: bytes = b""
+
+
+_heads: Final = msgspec.msgpack.Decoder(Head)
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def _bad(reason: str) -> VerificationError:
+    return VerificationError(f"the result does not open: {reason}", hint="the sealed bytes are kept as proof")
+
+
+def encode_head(head: Head) -> bytes:
+    """All that stands before the streams."""
+    body = _encoder.encode(head)
+    return b"".join((MAGIC, len(body).to_bytes(4, "big"), body))
+
+
+def encode(bundle: Bundle) -> bytes:
+    """A bundle held in memory, in its plain form."""
+    head = Head(
+        bundle.exit_code,
+        bundle.signal,
+        len(bundle.stdout),
+        len(bundle.stderr),
+        bundle.text,
+        bundle.usage,
+        bundle.outputs,
+    )
+    return b"".join((encode_head(head), bundle.stdout, bundle.stderr))
+
+
+def decode(plain: bytes) -> Bundle:
+    """The reverse of encode; raises VerificationError for anything else."""
+    head, start = _split_head(plain)
+    if len(plain) != start + head.stdout_bytes + head.stderr_bytes:
+        raise _bad("its length is not what its head says")
+    middle = start + head.stdout_bytes
+    return Bundle(
+        head.exit_code, head.signal, plain[start:middle], plain[middle:], head.text, head.usage, head.outputs
+    )
+
+
+def _split_head(plain: bytes) -> tuple[Head, int]:
+    length = _head_length(plain)
+    if len(plain) < 8 + length:
+        raise _bad("it is cut short")
+    try:
+        return _heads.decode(plain[8 : 8 + length]), 8 + length
+    except msgspec.MsgspecError as error:
+        raise _bad("its head is malformed") from error
+
+
+def _head_length(plain: bytes) -> int:
+    if plain[:4] != MAGIC:
+        raise _bad("it is no result bundle")
+    length = int.from_bytes(plain[4:8], "big")
+    if len(plain) < 8 or length > HEAD_BYTES_MAX:
+        raise _bad("its head is malformed")
+    return length
+
+
+def sealed_size(plain_bytes: int) -> int:
+    """How long a plain bundle of this size becomes by sealing."""
+    return HEADER_BYTES + plain_bytes + TAIL_BYTES * max(1, -(-plain_bytes // CHUNK_BYTES))
+
+
+def _rechunk(parts: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
+    """Chunks of exactly `size` bytes, the last one shorter, each with whether it is the last; always at least one."""
+    held = bytearray()
+    for part in parts:
+        held += part
+        while len(held) > size:
+            yield bytes(held[:size]), False
+            del held[:size]
+    yield bytes(held), True
+
+
+def seal_parts(parts: Iterable[bytes], key: bytes, entropy: Callable[[int], bytes]) -> Iterator[bytes]:
+    """Seals a plain bundle that comes in pieces. `key` is 32 bytes, used for this one result; the header is fresh.
+
+    The state for writing and for reading is the same function of key and header, so that the reading side's set-up
+    takes a header that comes from the node's own source of randomness.
+    """
+    header = entropy(HEADER_BYTES)
+    state = bindings.crypto_secretstream_xchacha20poly1305_state()
+    bindings.crypto_secretstream_xchacha20poly1305_init_pull(state, header, key)
+    yield header
+    for chunk, last in _rechunk(parts, CHUNK_BYTES):
+        yield bindings.crypto_secretstream_xchacha20poly1305_push(state, chunk, None, _FINAL if last else _MESSAGE)
+
+
+def open_parts(parts: Iterable[bytes], key: bytes) -> Iterator[bytes]:
+    """Unseals; raises VerificationError as soon as anything was changed, and at the end if the end is missing."""
+    state = bindings.crypto_secretstream_xchacha20poly1305_state()
+    source = iter(parts)
+    held = bytearray()
+    while len(held) < HEADER_BYTES:
+        part = next(source, None)
+        if part is None:
+            raise _bad("it is cut short")
+        held += part
+    bindings.crypto_secretstream_xchacha20poly1305_init_pull(state, bytes(held[:HEADER_BYTES]), key)
+    del held[:HEADER_BYTES]
+    for chunk, last in _rechunk(_chain(bytes(held), source), CHUNK_BYTES + TAIL_BYTES):
+        try:
+            plain, tag = bindings.crypto_secretstream_xchacha20poly1305_pull(state, chunk, None)
+        except (exceptions.CryptoError, ValueError) as error:
+            raise _bad("wrong key or changed bytes") from error
+        if (tag == _FINAL) != last:
+            raise _bad("it is cut short, or something follows it")
+        yield plain
+
+
+def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def seal(plain: bytes, key: bytes, entropy: Callable[[int], bytes]) -> bytes:
+    """Seals a bundle held in memory."""
+    return b"".join(seal_parts((plain,), key, entropy))
+
+
+def unseal(sealed: bytes, key: bytes) -> bytes:
+    """The plain bundle; raises VerificationError for a wrong key or changed bytes."""
+    return b"".join(open_parts((sealed,), key))
+
+
+class Packed(Struct, frozen=True, gc=False):
+    """A bundle ready to be sent: inline, or in the store when it is longer than RESULT_INLINE_BYTES_MAX."""
+
+    inline: bytes
+    blob: bytes
+    blob_bytes: int
+    plain_hash: bytes
+
+
+def pack(
+    head: Head,
+    streams: Iterable[bytes],
+    key: bytes | None,
+    entropy: Callable[[int], bytes],
+    blobs: BlobPort,
+) -> Packed:
+    """Writes head and streams (stdout's bytes, then stderr's) as a bundle, sealed when there is a key."""
+    first = encode_head(head)
+    hasher = sha256()
+    plain_bytes = len(first) + head.stdout_bytes + head.stderr_bytes
+    size = plain_bytes if key is None else sealed_size(plain_bytes)
+
+    def hashed() -> Iterator[bytes]:
+        hasher.update(first)
+        yield first
+        for part in streams:
+            hasher.update(part)
+            yield part
+
+    parts = hashed() if key is None else seal_parts(hashed(), key, entropy)
+    if size <= limits.RESULT_INLINE_BYTES_MAX:
+        inline = b"".join(parts)
+        return Packed(inline, b"", size, hasher.digest())
+    blob = _store(blobs, parts)
+    return Packed(b"", blob, size, hasher.digest())
+
+
+def _store(blobs: BlobPort, parts: Iterable[bytes]) -> bytes:
+    writer = blobs.writer()
+    try:
+        for part in parts:
+            writer.write(part)
+        return writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def unpack(parts: Iterable[bytes], key: bytes | None, blobs: BlobPort) -> Summary:
+    """Opens a bundle that comes in pieces; long streams go to the store as blobs of their own.
+
+    Raises VerificationError. The pieces together must not be longer than the caller allows: sizes are declared and
+    checked before a blob is fetched.
+    """
+    hasher = sha256()
+    plain = iter(parts if key is None else open_parts(parts, key))
+    held = bytearray()
+    while len(held) < 8 or len(held) < 8 + _head_length(bytes(held[:8])):
+        part = next(plain, None)
+        if part is None:
+            raise _bad("it is cut short")
+        hasher.update(part)
+        held += part
+    head, start = _split_head(bytes(held))
+    rest = _Cut(_hashing(bytes(held[start:]), plain, hasher))
+    if head.stdout_bytes + head.stderr_bytes <= limits.RESULT_JSON_BYTES_MAX:
+        out, err = b"".join(rest.take(head.stdout_bytes)), b"".join(rest.take(head.stderr_bytes))
+        rest.end()
+        return _summary(head, hasher.digest(), out, err, b"", b"")
+    out_blob = _store(blobs, rest.take(head.stdout_bytes))
+    err_blob = _store(blobs, rest.take(head.stderr_bytes))
+    rest.end()
+    return _summary(head, hasher.digest(), None, None, out_blob, err_blob)
+
+
+def _summary(
+    head: Head, digest: bytes, out: bytes | None, err: bytes | None, out_blob: bytes, err_blob: bytes
+) -> Summary:
+    return Summary(
+        exit_code=head.exit_code,
+        signal=head.signal,
+        text=head.text,
+        usage=head.usage,
+        outputs=head.outputs,
+        sha256=digest,
+        stdout_bytes=head.stdout_bytes,
+        stderr_bytes=head.stderr_bytes,
+        stdout=out,
+        stderr=err,
+        stdout_blob=out_blob,
+        stderr_blob=err_blob,
+    )
+
+
+def _hashing(first: bytes, rest: Iterator[bytes], hasher: Any) -> Iterator[bytes]:
+    yield first
+    for part in rest:
+        hasher.update(part)
+        yield part
+
+
+class _Cut:
+    """Takes an exact number of bytes off a sequence of pieces."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._held = b""
+
+    def take(self, size: int) -> Iterator[bytes]:
+        while size:
+            if not self._held:
+                part = next(self._parts, None)
+                if part is None:
+                    raise _bad("it is cut short")
+                self._held = part
+            piece, self._held = self._held[:size], self._held[size:]
+            size -= len(piece)
+            yield piece
+
+    def end(self) -> None:
+        if self._held or any(self._parts):
+            raise _bad("its length is not what its head says")
+
+

@@ -1,0 +1,444 @@
+"""The executor: what the runtime asks (run, stop, pack, open) and what it hears back, over all kinds of runs.
+
+Everything is called in the node's loop and returns at once; answers are stimuli. Work on more than
+RUN_INLINE_WORK_BYTES_MAX bytes goes to a few threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, DataError, StorageFullError
+from clawnet.execution import bundle, inputs
+from clawnet.execution.compute import ComputePool
+from clawnet.execution.probe import ProbeResult
+from clawnet.execution.spec import COMPUTE, OPERATIONS, SHELL, BlobPort, ExecutionSettings, JobSpec, check
+from clawnet.execution.workdirs import JobDirs, WorkDirs
+from clawnet.paths import Home
+from clawnet.wire.events import CapacityChanged, InputsReady, Open, Opened, Stimulus, TaskExited, TaskOutput
+
+if sys.platform != "win32":
+    from clawnet.execution.places import Places
+    from clawnet.execution.shell import Ended, ShellRun
+
+_READ_BYTES: Final = 256 * limits.KIB
+_THREADS: Final = 4
+_LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit"))
+T = TypeVar("T")
+
+
+class Executor:
+    """Runs tasks on this machine.
+
+    `probe` is the sandbox probe's result (for doctor), None before `start`. `deliver` takes the stimuli TaskOutput,
+    TaskExited, InputsReady, Opened and CapacityChanged.
+    """
+
+    def __init__(
+        self,
+        settings: ExecutionSettings,
+        home: Home,
+        blobs: BlobPort,
+        *,
+        entropy: Callable[[int], bytes],
+        deliver: Callable[[Stimulus], None],
+    ) -> None:
+        self.settings = settings
+        self.probe: ProbeResult | None = None
+        self._home = home
+        self._blobs = blobs
+        self._entropy = entropy
+        self._deliver = deliver
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="clawnet-execution")
+        self._running: dict[bytes, ShellRun] = {}
+        self._preparing: dict[bytes, JobSpec] = {}
+        self._stop_asked: dict[bytes, str] = {}
+        self._computing: dict[bytes, JobSpec] = {}
+        self._busy: set[Future[Any]] = set()
+        self._idle: asyncio.Event
+
+    # --- life
+
+    async def start(self) -> CapacityChanged:
+        """Cleans up after an earlier life, starts the worker, probes the sandbox, and delivers what can be done."""
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._pool = ComputePool(
+            self.settings.worker_argv, self._loop, workers_max=self.settings.slots, on_broken=self._on_broken
+        )
+        if COMPUTE in self.settings.offers:
+            self._pool.start()
+        if sys.platform != "win32":
+            self._places = Places(self.settings, self._home)
+            self._dirs: WorkDirs = self._places.dirs
+            self.probe = await self._places.open()
+        else:
+            self.probe = ProbeResult(False, "shell tasks on Windows come with a later version", "use --type compute")
+        return self._tell()
+
+    async def close(self) -> None:
+        """Ends everything that runs (TaskExited says cancelled) and leaves no process and no file behind."""
+        for job in [*self._running, *self._preparing, *self._computing]:
+            self._stop(job, "the node stops")
+        while self._running or self._preparing or self._busy:
+            self._idle.clear()
+            await self._idle.wait()
+        self._pool.stop()
+        self._threads.shutdown(wait=True)
+        if sys.platform != "win32":
+            self._places.close()
+
+    def shell_mode(self, ring: str) -> str:
+        """How a shell task from this ring runs here: sandboxed, host or off."""
+        if sys.platform == "win32" or SHELL not in self.settings.offers:
+            return "off"
+        return self._places.mode(ring)
+
+    def capacity(self) -> CapacityChanged:
+        """What can be done now."""
+        rings = tuple(ring for ring in ("own", "member", "stranger") if self.shell_mode(ring) != "off")
+        words = [SHELL] if rings else []
+        if COMPUTE in self.settings.offers and not self._pool.broken:
+            words += [COMPUTE, *(f"op:{name}" for name in OPERATIONS)]
+        return CapacityChanged(
+            capabilities=tuple(sorted(words)),
+            shell_rings=rings,
+            cpu=os.cpu_count() or 1,
+            memory_bytes=min(_physical_memory(), self.settings.memory_bytes_max),
+            gpu=0,
+        )
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the compute workers."""
+        return self._pool.pids
+
+    def _tell(self) -> CapacityChanged:
+        capacity = self.capacity()
+        self._deliver(capacity)
+        return capacity
+
+    def _on_broken(self, reason: str) -> None:
+        self._loop.call_soon(self._tell)
+
+    # --- runs
+
+    def run(self, job: bytes, spec: JobSpec) -> None:
+        """Starts a job; TaskExited tells its end, also when it cannot be started."""
+        spec = self._cut(job, spec)
+        try:
+            check(spec)
+            if spec.kind == "compute":
+                self._run_compute(spec)
+            else:
+                self._run_shell(spec)
+        except ClawnetError as error:
+            self._refuse(job, _sentence(error))
+        except OSError as error:
+            self._refuse(job, f"the run cannot be prepared: {error.strerror or error}")
+
+    def stop(self, job: bytes) -> None:
+        """Cancels a job: TaskExited(ended="cancelled") follows unless it had already ended."""
+        self._stop(job, "cancelled")
+
+    def _stop(self, job: bytes, reason: str) -> None:
+        run = self._running.get(job)
+        if run is not None:
+            run.stop("cancelled", reason)
+        elif job in self._preparing:
+            self._stop_asked[job] = reason
+        elif job in self._computing and self._pool.cancel(job):
+            del self._computing[job]
+            self._loop.call_soon(self._deliver, _without_result(job, "cancelled", reason))
+
+    def _cut(self, job: bytes, spec: JobSpec) -> JobSpec:
+        import msgspec
+
+        settings = self.settings
+        return msgspec.structs.replace(
+            spec,
+            job=job,
+            wall_s=min(spec.wall_s, settings.wall_s_max, limits.RUN_WALL_S_MAX),
+            memory_bytes_max=min(spec.memory_bytes_max, settings.memory_bytes_max),
+            output_bytes_max=min(spec.output_bytes_max, settings.output_bytes_max, limits.RUN_OUTPUT_BYTES_MAX),
+        )
+
+    def _refuse(self, job: bytes, reason: str) -> None:
+        self._loop.call_soon(self._deliver, _without_result(job, "failed", reason))
+
+    # compute
+
+    def _run_compute(self, spec: JobSpec) -> None:
+        if COMPUTE not in self.settings.offers:
+            raise DataError("compute tasks are not offered here")
+        sources: list[Any] = [[item.name, str(self._blobs.path(item.blob))] for item in spec.inputs]
+        if any(item.kind != "file" for item in spec.inputs):
+            raise DataError("built-in operations take files, not directories")
+        began_s = self._loop.time()
+        self._computing[spec.job] = spec
+
+        def answered(data: bytes, reason: str, cpu_s: float) -> None:
+            del self._computing[spec.job]
+            if reason:
+                how = reason if reason in _LIMIT_WORDS else "failed"
+                self._deliver(_without_result(spec.job, how, reason, self._loop.time() - began_s, cpu_s))
+                return
+            usage = bundle.Usage(self._loop.time() - began_s, cpu_s, 0)
+            head = bundle.Head(0, None, len(data), 0, "", usage)
+            self._pack(spec, head, (data,), lambda: None)
+
+        self._pool.submit(
+            spec.job,
+            spec.op,
+            spec.op_args,
+            sources or [spec.stdin or b""],
+            time_s=spec.wall_s,
+            answer_bytes_max=spec.output_bytes_max,
+            answer=answered,
+        )
+
+    # shell
+
+    def _run_shell(self, spec: JobSpec) -> None:
+        mode = self.shell_mode(spec.ring)
+        if mode == "off":
+            detail = f": {self.probe.reason}" if self.probe is not None and self.probe.reason else ""
+            raise DataError(f"shell tasks of ring {spec.ring[:20]!r} do not run here{detail}")
+        if spec.sandbox == "sandboxed" and mode != "sandboxed":
+            raise DataError("there is no sandbox here, and the task insists on one")
+        if spec.sandbox == "host" and (spec.ring != "own" or self.settings.shell_own not in ("auto", "host")):
+            raise DataError("the policy here does not let this task run on the host")
+        if spec.sandbox == "host":
+            mode = "host" if self._places.host_allowed else mode
+        dirs = self._dirs.make(spec.job)
+        owner = self._dirs.owner
+        small = sum(item.size for item in spec.inputs) <= limits.RUN_INLINE_WORK_BYTES_MAX
+        if small and all(item.kind == "file" for item in spec.inputs):
+            try:
+                inputs.place_inputs(spec.inputs, spec.cwd_input, dirs.work, self._blobs, owner)
+                self._start_shell(spec, dirs, mode)
+            except (ClawnetError, OSError):
+                self._remove(dirs)
+                raise
+            return
+        self._preparing[spec.job] = spec
+
+        def placed(future: Future[None]) -> None:
+            del self._preparing[spec.job]
+            stopped = self._stop_asked.pop(spec.job, None)
+            try:
+                future.result()
+                if stopped is None:
+                    self._start_shell(spec, dirs, mode)
+                    return
+                exited = _without_result(spec.job, "cancelled", stopped)
+            except ClawnetError as error:
+                exited = _without_result(spec.job, "failed", _sentence(error))
+            except OSError as error:
+                exited = _without_result(spec.job, "failed", f"the inputs cannot be placed: {error.strerror or error}")
+            self._remove(dirs)
+            self._deliver(exited)
+
+        self._in_thread(
+            placed, inputs.place_inputs, list(spec.inputs), spec.cwd_input, dirs.work, self._blobs, owner
+        )
+
+    def _start_shell(self, spec: JobSpec, dirs: JobDirs, mode: str) -> None:
+        job = spec.job
+
+        def on_output(stream: int, offset: int, data: bytes) -> None:
+            self._deliver(TaskOutput(job, stream, offset, data))
+
+        def on_end(ended: Ended) -> None:
+            del self._running[job]
+            self._remove(dirs)
+            self._shell_ended(spec, run, ended)
+
+        run = ShellRun(spec, dirs.work, self._places.place(mode), on_output=on_output, on_end=on_end)
+        run.start()
+        self._running[job] = run
+
+    def _shell_ended(self, spec: JobSpec, run: ShellRun, ended: Ended) -> None:
+        kept = [stream.kept for stream in run.streams]
+        sizes = [stream.size for stream in run.streams]
+
+        def close() -> None:
+            for file in kept:
+                file.close()
+            self._note_idle()
+
+        if ended.how != "exit":
+            close()
+            self._deliver(
+                _without_result(
+                    spec.job, ended.how, ended.reason, ended.duration_s, ended.cpu_s, ended.memory_bytes_max, sum(sizes)
+                )
+            )
+            return
+        usage = bundle.Usage(ended.duration_s, ended.cpu_s, ended.memory_bytes_max)
+        head = bundle.Head(ended.exit_code, ended.signal, sizes[0], sizes[1], "", usage)
+        self._pack(spec, head, _contents(kept), close)
+
+    # --- results
+
+    def _pack(self, spec: JobSpec, head: bundle.Head, parts: Iterable[bytes], close: Callable[[], None]) -> None:
+        output_bytes = head.stdout_bytes + head.stderr_bytes
+        args = (head, parts, spec.seal_key, self._entropy, self._blobs)
+        if output_bytes <= limits.RUN_INLINE_WORK_BYTES_MAX:
+            packed = bundle.pack(*args)
+            close()
+            self._deliver(_with_result(spec.job, head, packed))
+            return
+
+        def done(future: Future[bundle.Packed]) -> None:
+            close()
+            try:
+                exited = _with_result(spec.job, head, future.result())
+            except (OSError, StorageFullError) as error:
+                reason = f"the result cannot be stored: {error}"
+                exited = _without_result(spec.job, "failed", reason, head.usage.duration_s, head.usage.cpu_s)
+            self._deliver(exited)
+
+        self._in_thread(done, bundle.pack, *args)
+
+    def open_result(self, effect: Open) -> None:
+        """Unseals a result; Opened tells its Summary (execution/bundle.py) or why it does not open."""
+
+        def work() -> bundle.Summary:
+            if effect.inline or not effect.blob_bytes:
+                return bundle.unpack((effect.inline,), effect.key, self._blobs)
+            with self._blobs.path(effect.blob).open("rb") as file:
+                return bundle.unpack(_pieces(file), effect.key, self._blobs)
+
+        def done(future: Future[bundle.Summary]) -> None:
+            try:
+                opened = Opened(effect.request, "", future.result())
+            except ClawnetError as error:
+                opened = Opened(effect.request, error.message)
+            except OSError as error:
+                opened = Opened(effect.request, f"the result cannot be read: {error.strerror or error}")
+            self._deliver(opened)
+
+        if len(effect.inline) > limits.RUN_INLINE_WORK_BYTES_MAX or not effect.inline:
+            self._in_thread(done, work)
+            return
+        try:
+            self._deliver(Opened(effect.request, "", work()))
+        except ClawnetError as error:
+            self._deliver(Opened(effect.request, error.message))
+
+    # --- inputs
+
+    def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
+        """Stores local files and directories as blobs; InputsReady tells them, or the error of the first that failed."""
+        private = (self._home.dir.resolve(), self._home.data_dir.resolve())
+
+        def work() -> tuple[dict[str, Any], ...]:
+            return tuple(inputs.pack_path(name, path, self._blobs, private=private) for name, path in paths)
+
+        def done(future: Future[tuple[dict[str, Any], ...]]) -> None:
+            try:
+                ready = InputsReady(request, future.result())
+            except ClawnetError as error:
+                ready = InputsReady(request, (), error.as_dict())
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                kind = StorageFullError if full else DataError
+                ready = InputsReady(request, (), kind(f"the inputs cannot be stored: {error}").as_dict())
+            self._deliver(ready)
+
+        self._in_thread(done, work)
+
+    # --- threads
+
+    def _in_thread(self, done: Callable[[Future[T]], None], work: Callable[..., T], *args: Any) -> None:
+        future = self._threads.submit(work, *args)
+        self._busy.add(future)
+
+        def back() -> None:
+            self._busy.discard(future)
+            done(future)
+            self._note_idle()
+
+        future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(back))
+
+    def _note_idle(self) -> None:
+        self._idle.set()
+
+    def _remove(self, dirs: JobDirs) -> None:
+        if not dirs.remove_empty():
+            self._in_thread(lambda future: future.result(), dirs.remove)
+
+
+def _sentence(error: ClawnetError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    while data := file.read(_READ_BYTES):
+        yield data
+
+
+def _contents(files: Iterable[Any]) -> Iterator[bytes]:
+    for file in files:
+        file.seek(0)
+        yield from _pieces(file)
+
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**62  # not told: the configured bound is what counts
+
+
+def _with_result(job: bytes, head: bundle.Head, packed: bundle.Packed) -> TaskExited:
+    return TaskExited(
+        job=job,
+        ended="exit",
+        reason="",
+        exit_code=head.exit_code,
+        signal=head.signal,
+        inline=packed.inline,
+        blob=packed.blob,
+        blob_bytes=packed.blob_bytes,
+        plain_hash=packed.plain_hash,
+        output_bytes=head.stdout_bytes + head.stderr_bytes,
+        duration_s=head.usage.duration_s,
+        cpu_s=head.usage.cpu_s,
+        memory_bytes_max=head.usage.memory_bytes_max,
+    )
+
+
+def _without_result(
+    job: bytes,
+    how: str,
+    reason: str,
+    duration_s: float = 0.0,
+    cpu_s: float = 0.0,
+    memory_bytes_max: int = 0,
+    output_bytes: int = 0,
+) -> TaskExited:
+    return TaskExited(
+        job=job,
+        ended=how,
+        reason=reason,
+        exit_code=None,
+        signal=None,
+        inline=b"",
+        blob=b"",
+        blob_bytes=0,
+        plain_hash=b"",
+        output_bytes=output_bytes,
+        duration_s=duration_s,
+        cpu_s=cpu_s,
+        memory_bytes_max=memory_bytes_max,
+    )

@@ -1,0 +1,227 @@
+"""Starting a process with exact descriptors, hearing of its end, and finding and killing all that came from it. POSIX."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+LINUX: Final = sys.platform.startswith("linux")
+MARK: Final = "CLAWNET_JOB"
+"""The environment variable by which a host run's processes are found even after they left its process group."""
+
+_FD_MIN: Final = 64
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_TICK: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+ExitCallback = Callable[[int, Any], None]
+"""Called once with the wait status and the rusage of the process and all it waited for."""
+
+
+def memory_file(data: bytes) -> int:
+    """A descriptor to read `data` from: a memory file on Linux, an unlinked temporary file elsewhere."""
+    if LINUX:
+        descriptor = os.memfd_create("clawnet", os.MFD_CLOEXEC)
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _inheritable() -> Iterator[int]:
+    """Descriptors that a new process would inherit: none of ours, but some came from whoever started this one."""
+    for name in os.listdir("/proc/self/fd" if LINUX else "/dev/fd"):
+        descriptor = int(name)
+        if descriptor > 2:
+            try:
+                if os.get_inheritable(descriptor):
+                    yield descriptor
+            except OSError:
+                continue  # it was the listing's own
+
+
+def start(argv: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int]) -> int:
+    """Starts argv[0] (a path) in a session of its own; `descriptors` maps its numbers (0 to 9) to ours. Gives the pid.
+
+    posix_spawn: the time does not grow with this process's memory, and no Python runs between fork and exec. Raises
+    OSError when it cannot be started.
+    """
+    copies = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _FD_MIN) for target, source in descriptors.items()}
+    actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in copies]
+    actions += [(os.POSIX_SPAWN_DUP2, copy, target) for target, copy in copies.items()]
+    defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGXFSZ]
+    try:
+        return os.posix_spawn(
+            argv[0],
+            [os.fsencode(word) for word in argv],
+            {os.fsencode(k): os.fsencode(v) for k, v in environment.items()},
+            file_actions=actions,
+            setsid=True,
+            setsigdef=defaults,
+            setsigmask=[],
+        )
+    finally:
+        for copy in copies.values():
+            os.close(copy)
+
+
+class Child:
+    """A started process; `on_exit` is called in the loop when it ended. Signals never reach a reused pid."""
+
+    def __init__(
+        self, pid: int, on_exit: ExitCallback, loop: asyncio.AbstractEventLoop, before_reaping: Callable[[], None]
+    ) -> None:
+        """`before_reaping` is called when it ended but its pid still stands for its process group."""
+        self.pid = pid
+        self._before_reaping = before_reaping
+        self.ended = False
+        self._on_exit = on_exit
+        self._loop = loop
+        self._pidfd = -1
+        if hasattr(os, "pidfd_open"):
+            try:
+                self._pidfd = os.pidfd_open(pid)
+            except OSError:
+                pass  # a kernel before 5.3: a thread waits instead
+        if self._pidfd >= 0:
+            loop.add_reader(self._pidfd, self._reap)
+        else:
+            threading.Thread(target=self._wait, name=f"clawnet-wait-{pid}", daemon=True).start()
+
+    def _reap(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._before_reaping()
+        _, status, usage = os.wait4(self.pid, 0)
+        self.ended = True
+        self._on_exit(status, usage)
+
+    def _wait(self) -> None:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            self._loop.call_soon_threadsafe(self._reap)
+        except RuntimeError:
+            pass  # the loop is closed: nobody asks any longer
+
+    def signal_group(self, number: int) -> None:
+        """Signals the process group, which is the session's first; nothing when the process has ended."""
+        if not self.ended:
+            try:
+                os.killpg(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass  # gone, or macOS's word for a group of zombies
+
+    def kill(self) -> None:
+        """SIGKILL to this one process."""
+        if not self.ended:
+            send(self.pid, signal.SIGKILL)
+
+
+def send(pid: int, number: int) -> None:
+    """A signal to a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid`'s main thread started and that still live; empty where /proc does not tell."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except (OSError, ValueError):
+        return found
+    return found
+
+
+def tree(pid: int, most: int) -> list[int]:
+    """`pid` and all its descendants, parents first, at most `most`."""
+    found = [pid]
+    for each in found:
+        if len(found) >= most:
+            break
+        found += children(each)
+    return found
+
+
+def resident_bytes(pids: Sequence[int]) -> int:
+    """The memory that these processes hold, shared pages counted for each of them."""
+    pages = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/statm", "rb") as file:
+                pages += int(file.read(128).split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+    return pages * _PAGE
+
+
+def proportional_bytes(pids: Sequence[int]) -> int:
+    """The memory that these processes hold, shared pages counted once in all; dearer to ask for than resident_bytes."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+                lines = file.read(4096).splitlines()
+        except OSError:
+            total += resident_bytes((pid,))
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:"))
+    return total
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Processor time of these processes and of the children they waited for."""
+    ticks = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read(1024).rpartition(b")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+        except (OSError, ValueError):
+            continue
+    return ticks / _TICK
+
+
+def threads_of(uid: int) -> int:
+    """How many threads run under `uid` now: what RLIMIT_NPROC counts against outside a user namespace of its own."""
+    count = 0
+    for name in os.listdir("/proc") if LINUX else ():
+        if name.isdigit():
+            try:
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+            except OSError:
+                continue
+    return count
+
+
+def marked(value: str) -> list[int]:
+    """Processes whose environment at their start carried MARK=value (any value that begins so); Linux only."""
+    wanted = f"{MARK}={value}".encode()
+    found: list[int] = []
+    for name in os.listdir("/proc") if LINUX else ():
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    environment = file.read(256 * 1024)
+            except OSError:
+                continue
+            if environment.startswith(wanted) or b"\0" + wanted in environment:
+                found.append(int(name))
+    return found

@@ -1,0 +1,401 @@
+"""One shell run from its start to its end: the process, its output as it comes, its limits, and how it ended. POSIX.
+
+Sandboxed runs go through bubblewrap; host runs (ring own, where there is no sandbox) are plain processes with the
+same limits. Either way the run ends when its command does, and nothing that it started lives on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.execution import process, sandbox_bwrap
+from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
+from clawnet.execution.spec import JobSpec
+
+STDOUT, STDERR = 1, 2
+_LIFELINE_FD: Final = 5
+_FIRST_LOOK_S: Final = 0.01
+_GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
+_PAUSE_S: Final = 0.02
+_SPOOL_BYTES: Final = limits.MIB
+
+# The same limits as inside the sandbox. The guardian, outside the command's ancestry but in its process group, kills
+# that group when the daemon is gone: then the lifeline's other end closes.
+_HOST_SCRIPT: Final = (
+    'cd "$1" && shift && unset OLDPWD && ulimit -c 0 && ulimit -t {cpu_s} && ulimit -f {file_blocks} && ulimit -n {files} && '
+    "{{ ulimit -v {address_kib} 2>/dev/null || :; }} && "
+    "{{ ulimit -p {processes} 2>/dev/null || ulimit -u {processes}; }} && printf r >&3 || exit 125; "
+    '( (trap "" TERM HUP INT; read -r _; kill -KILL 0) <&5 3>&- >/dev/null 2>&1 & ); '
+    'exec 3>&- 5<&-; exec "$@"'
+)
+
+
+class Ended(Struct, frozen=True, gc=False):
+    """How a run ended, in TaskExited's words, and what it cost."""
+
+    how: str
+    reason: str
+    exit_code: int | None
+    signal: int | None
+    duration_s: float
+    cpu_s: float
+    memory_bytes_max: int
+
+
+class Place(Struct, frozen=True):
+    """Where and how runs happen: the sandbox (None: on the host, as `uid` if that is not None).
+
+    `seccomp` is the descriptor of the filter (-1: none); `mark` begins the mark that host runs carry, so that a node
+    finds what an earlier life of its own left behind.
+    """
+
+    sandbox: Bubblewrap | None
+    seccomp: int
+    uid: int | None
+    spool_dir: Path
+    mark: str = ""
+    processes: int = limits.RUN_PROCESSES_MAX
+    backlog: Callable[[], bool] = lambda: False
+
+
+def environment_of(spec: JobSpec, place: Place, directory: Path) -> dict[str, str]:
+    """All that a run finds in its environment."""
+    if place.sandbox is not None:
+        base = {"PATH": PATH, "HOME": JOB_DIR, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
+        return {**base, **spec.env}
+    # Of a root node the run is somebody else, for whom root's own PATH means little.
+    path = PATH if place.uid is not None else os.environ.get("PATH", PATH)
+    base = {"PATH": path, "HOME": str(directory), "LANG": "C.UTF-8"}
+    base["TMPDIR"] = str(directory.parent / "tmp")
+    return {**base, **spec.env, process.MARK: place.mark + spec.job.hex()}
+
+
+def command_of(spec: JobSpec) -> list[str]:
+    """The command as argv."""
+    return list(spec.argv) if spec.argv is not None else ["sh", "-c", spec.script or ""]
+
+
+def read_status(data: bytes) -> tuple[bool, int | None, int | None]:
+    """(the set-up was done, exit code, signal) from what the script inside wrote (sandbox_bwrap.SCRIPT).
+
+    A shell reports 128+N for a fatal signal N; only then it has also said so on its stderr, except for SIGINT and
+    SIGPIPE, which it passes over in silence and which therefore read as exit codes 130 and 141.
+    """
+    if not data.startswith(b"r"):
+        return False, None, None
+    said, _, number = data[1:].rstrip(b"\n").rpartition(b"\n")
+    if not number.isdigit() or len(number) > 3:
+        return True, None, None
+    code = int(number)
+    return (True, None, code - 128) if said and code > 128 else (True, code, None)
+
+
+class _Stream:
+    """One output pipe: what was read so far, kept in memory and beyond a size in an unnamed file."""
+
+    def __init__(self, number: int, descriptor: int, spool_dir: Path) -> None:
+        self.number = number
+        self.descriptor = descriptor
+        self.size = 0
+        self.kept = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=spool_dir)
+
+    @property
+    def open(self) -> bool:
+        return self.descriptor >= 0
+
+
+class ShellRun:
+    """One run. `on_output(stream, offset, data)` comes as output does, `on_end(Ended)` once, after all of it."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        directory: Path,
+        place: Place,
+        *,
+        on_output: Callable[[int, int, bytes], None],
+        on_end: Callable[[Ended], None],
+    ) -> None:
+        self.spec = spec
+        self.streams: list[_Stream] = []
+        self._directory = directory
+        self._place = place
+        self._on_output = on_output
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._child: process.Child | None = None
+        self._status = -1
+        self._lifeline = -1
+        self._stopped: tuple[str, str] | None = None
+        self._result: tuple[int, Any] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._started_s = 0.0
+        self._peak_bytes = 0
+        self._sampled_cpu_s = 0.0
+        self._finished = False
+
+    # --- start
+
+    def start(self) -> None:
+        """Raises OSError when the process cannot be started at all."""
+        spec, place = self.spec, self._place
+        environment = environment_of(spec, place, self._directory)
+        argv, own = self._command(environment)
+        ours: list[int] = []
+        theirs: dict[int, int] = {}
+        try:
+            theirs[0] = os.open(os.devnull, os.O_RDONLY) if not spec.stdin else process.memory_file(spec.stdin)
+            for target in (1, 2, sandbox_bwrap.STATUS_FD):
+                reading, theirs[target] = os.pipe()
+                os.set_blocking(reading, False)
+                ours.append(reading)
+            if place.sandbox is None:
+                theirs[_LIFELINE_FD], self._lifeline = os.pipe()
+            else:
+                theirs[sandbox_bwrap.OPTIONS_FD] = process.memory_file(sandbox_bwrap.options(environment))
+                if place.seccomp >= 0:
+                    # Its own open file, hence its own place in it: runs start at the same time.
+                    theirs[sandbox_bwrap.SECCOMP_FD] = os.open(f"/proc/self/fd/{place.seccomp}", os.O_RDONLY)
+            self._started_s = time.monotonic()
+            pid = process.start(argv, own, theirs)
+        except OSError:
+            for descriptor in ours:
+                os.close(descriptor)
+            self._close_lifeline()
+            raise
+        finally:
+            for descriptor in theirs.values():
+                os.close(descriptor)
+        self._status = ours.pop()
+        self._child = process.Child(pid, self._on_exit, self._loop, self._before_reaping)
+        for number, descriptor in zip((STDOUT, STDERR), ours, strict=True):
+            stream = _Stream(number, descriptor, place.spool_dir)
+            self.streams.append(stream)
+            self._loop.add_reader(descriptor, self._on_readable, stream)
+        self._later(spec.wall_s, self.stop, "wall_limit", f"the run took longer than {spec.wall_s:g} s")
+        if process.LINUX:
+            self._later(_FIRST_LOOK_S, self._look)
+
+    def _command(self, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        """The command line, and the environment of its outermost program: never the task's where that one is root."""
+        spec, place = self.spec, self._place
+        processes = place.processes
+        if place.sandbox is None:
+            processes += process.threads_of(os.getuid() if place.uid is None else place.uid)
+        limit = sandbox_bwrap.limit_words(
+            wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes
+        )
+        clean = {"PATH": PATH, "LANG": "C.UTF-8"}
+        if place.sandbox is not None:
+            tmp_bytes = min(spec.memory_bytes_max // 4, limits.RUN_TMP_BYTES_MAX)
+            argv = place.sandbox.argv(
+                self._directory, command_of(spec), limit=limit, tmp_bytes=tmp_bytes, seccomp=place.seccomp >= 0
+            )
+            return argv, clean
+        argv = ["/bin/sh", "-c", _HOST_SCRIPT.format(**limit), "sh", str(self._directory), *command_of(spec)]
+        if place.uid is None:
+            return argv, environment
+        words = [f"{name}={value}" for name, value in environment.items()]
+        return [*sandbox_bwrap.drop_words(place.uid), "/usr/bin/env", "-", *words, *argv], clean
+
+    def _later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> None:
+        self._timers.append(self._loop.call_later(delay_s, callback, *args))
+
+    # --- output
+
+    def _on_readable(self, stream: _Stream) -> None:
+        if self._place.backlog() and self._result is None:
+            self._loop.remove_reader(stream.descriptor)
+            self._later(_PAUSE_S, self._resume, stream)
+            return
+        self._read(stream)
+
+    def _resume(self, stream: _Stream) -> None:
+        if stream.open:
+            self._loop.add_reader(stream.descriptor, self._on_readable, stream)
+
+    def _read(self, stream: _Stream) -> bool:
+        """One chunk; False when there is nothing (more) to read now."""
+        try:
+            data = os.read(stream.descriptor, limits.OUTPUT_CHUNK_BYTES_MAX)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close(stream)
+            self._finish_if_over()
+            return False
+        room = self.spec.output_bytes_max - sum(each.size for each in self.streams)
+        if len(data) > room:
+            self.stop("output_limit", f"the run wrote more than {self.spec.output_bytes_max} bytes")
+            data = data[: max(0, room)]
+        if data:
+            try:
+                stream.kept.write(data)
+            except OSError as error:
+                self.stop("failed", f"its output cannot be kept: {error.strerror or error}")
+                return True
+            offset, stream.size = stream.size, stream.size + len(data)
+            self._on_output(stream.number, offset, data)
+        return True
+
+    def _close(self, stream: _Stream) -> None:
+        if stream.open:
+            self._loop.remove_reader(stream.descriptor)
+            os.close(stream.descriptor)
+            stream.descriptor = -1
+
+    # --- limits and the end
+
+    def stop(self, how: str, reason: str) -> None:
+        """Ends the run: SIGTERM to all its processes and SIGKILL after a grace; over a limit of size, at once."""
+        if self._stopped is not None or self._result is not None:
+            return
+        self._stopped = (how, reason)
+        if how in ("cancelled", "wall_limit"):
+            for pid in self._members():
+                process.send(pid, signal.SIGTERM)
+            self._later(limits.KILL_GRACE_S, self._kill)
+        else:
+            self._kill()
+
+    def _members(self) -> list[int]:
+        """The run's own processes: without bubblewrap, and without the process 1 that reports how the command ended."""
+        if self._child is None or self._child.ended:
+            return []
+        found = process.tree(self._child.pid, limits.RUN_PROCESSES_MAX)
+        return found[2:] if self._place.sandbox is not None else found
+
+    def _kill(self) -> None:
+        child = self._child
+        if child is None or child.ended:
+            return
+        if self._place.sandbox is None:
+            self._kill_host()
+            return
+        # Process 1 of the sandbox takes all others with it, and bubblewrap then ends by itself, after them.
+        inside = process.children(child.pid)
+        for pid in inside:
+            process.send(pid, signal.SIGKILL)
+        if not inside:
+            child.kill()
+        self._later(limits.RUN_DRAIN_S, child.kill)
+
+    def _kill_host(self) -> None:
+        """Kills the process group, what descends from it, and what left it but still carries the run's mark."""
+        child = self._child
+        if child is None:
+            return
+        for pid in process.tree(child.pid, limits.RUN_PROCESSES_MAX)[1:]:
+            process.send(pid, signal.SIGKILL)
+        child.signal_group(signal.SIGKILL)
+        for _ in range(3):
+            found = [pid for pid in process.marked(self._place.mark + self.spec.job.hex()) if pid != child.pid]
+            if not found:
+                break
+            for pid in found:
+                process.send(pid, signal.SIGKILL)
+
+    def _before_reaping(self) -> None:
+        if self._place.sandbox is None:
+            self._kill_host()
+
+    def _look(self) -> None:
+        """The watchdog: the memory of all processes together, the processor time so far, the room on the disk."""
+        if self._child is None or self._child.ended:
+            return
+        members = self._members()
+        most = self.spec.memory_bytes_max
+        used = process.resident_bytes(members)
+        if used > most:
+            used = process.proportional_bytes(members)
+        self._peak_bytes = max(self._peak_bytes, used)
+        self._sampled_cpu_s = max(self._sampled_cpu_s, process.cpu_seconds(members))
+        if used > most:
+            self.stop("memory_limit", f"the run held {used} bytes of memory; {most} are allowed")
+            return
+        disk = os.statvfs(self._place.spool_dir)
+        if disk.f_bavail * disk.f_frsize < limits.DISK_RESERVE_BYTES:
+            self.stop("failed", "the disk of the working directories is nearly full")
+            return
+        pause_s = (most - used) / _GROWTH_BYTES_PER_S
+        self._later(min(max(pause_s, limits.WATCH_MIN_S), limits.WATCH_MAX_S), self._look)
+
+    def _on_exit(self, status: int, usage: Any) -> None:
+        self._result = (status, usage)
+        for timer in self._timers:
+            timer.cancel()
+        for stream in self.streams:
+            while stream.open and self._read(stream):
+                pass
+        self._later(limits.RUN_DRAIN_S, self._give_up_draining)
+        self._finish_if_over()
+
+    def _give_up_draining(self) -> None:
+        for stream in self.streams:
+            self._close(stream)
+        self._finish_if_over()
+
+    def _finish_if_over(self) -> None:
+        if self._result is None or self._finished or any(stream.open for stream in self.streams):
+            return
+        self._finished = True
+        for timer in self._timers:
+            timer.cancel()
+        self._close_lifeline()
+        self._on_end(self._ended(*self._result))
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def _ended(self, status: int, usage: Any) -> Ended:
+        ready, code, number = self._outcome(status)
+        if self._stopped is not None:
+            how, reason = self._stopped
+        elif ready:
+            how, reason = "exit", ""
+        else:
+            how, reason = "failed", "the run could not be set up: " + self._last_words()
+        unit = 1024 if process.LINUX else 1
+        # The kernel counts our own size into a process that posix_spawn started: a smaller figure says nothing.
+        largest = usage.ru_maxrss if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss else 0
+        return Ended(
+            how=how,
+            reason=reason,
+            exit_code=code,
+            signal=number,
+            duration_s=time.monotonic() - self._started_s,
+            cpu_s=max(usage.ru_utime + usage.ru_stime, self._sampled_cpu_s),
+            memory_bytes_max=max(self._peak_bytes, largest * unit),
+        )
+
+    def _outcome(self, status: int) -> tuple[bool, int | None, int | None]:
+        try:
+            said = os.read(self._status, limits.OUTPUT_CHUNK_BYTES_MAX)
+        except BlockingIOError:
+            said = b""
+        os.close(self._status)
+        waited = os.waitstatus_to_exitcode(status)
+        if self._place.sandbox is not None:
+            ready, code, number = read_status(said)
+            if ready and code is None and number is None:
+                number = waited - 128 if waited > 128 else signal.SIGKILL
+            return ready, code, None if number is None else int(number)
+        return (said.startswith(b"r"), None, -waited) if waited < 0 else (said.startswith(b"r"), waited, None)
+
+    def _last_words(self) -> str:
+        stream = self.streams[STDERR - 1]
+        stream.kept.seek(max(0, stream.size - 400))
+        return stream.kept.read(400).decode("utf-8", "replace").strip() or "it said nothing"

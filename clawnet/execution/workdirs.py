@@ -1,0 +1,102 @@
+"""Working directories of runs: made for one job, given to whom it runs as, removed with all that it left in them.
+
+Of a node that runs as root the jobs run as somebody else, who cannot pass through root's private home; then the
+directories lie below /var/tmp, in a directory that others may pass but not list.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from msgspec import Struct
+
+from clawnet.errors import ConfigError
+from clawnet.paths import Home
+
+
+class JobDirs(Struct, frozen=True):
+    """The directories of one job: `work` is where it starts, `tmp` is its TMPDIR outside the sandbox."""
+
+    root: Path
+    work: Path
+    tmp: Path
+
+    def remove_empty(self) -> bool:
+        """Removes them if the job left nothing; False if it did."""
+        try:
+            for path in (self.work, self.tmp, self.root):
+                path.rmdir()
+        except OSError:
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Removes them with everything in them, whatever modes the job gave it."""
+        remove_tree(self.root)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a tree that nobody works in any longer; directories that refuse are opened first."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError:
+        for directory, names, _ in os.walk(path):
+            os.chmod(directory, 0o700)
+            for name in names:
+                inner = os.path.join(directory, name)
+                if stat.S_ISDIR(os.lstat(inner).st_mode):
+                    os.chmod(inner, 0o700)
+        shutil.rmtree(path)
+
+
+class WorkDirs:
+    """Where the jobs' directories lie. `owner` is the uid of the jobs, None for the node's own."""
+
+    def __init__(self, home: Home, owner: int | None) -> None:
+        self.owner = owner
+        self.base = home.work_dir if owner is None else Path(f"/var/tmp/clawnet-{os.getuid()}-{home.digest}")
+
+    def open(self) -> bool:
+        """Makes the base directory; True if an earlier life of the node had left jobs in it (they are removed)."""
+        mode = 0o700 if self.owner is None else 0o711
+        self.base.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.base.mkdir(mode=mode)
+        except FileExistsError:
+            info = self.base.lstat()
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+                if self.owner is None:
+                    raise ConfigError(f"{self.base} is not a directory of this user's", hint="move it away") from None
+                # Somebody else took the name in a directory open to all.
+                self.base = Path(tempfile.mkdtemp(prefix="clawnet-", dir="/var/tmp"))
+        self.base.chmod(mode)
+        left = list(self.base.iterdir())
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            else:
+                path.unlink()
+        return bool(left)
+
+    def make(self, job: bytes) -> JobDirs:
+        """Fresh directories for a job; raises OSError."""
+        root = self.base / job.hex()
+        dirs = JobDirs(root, root / "work", root / "tmp")
+        root.mkdir(mode=0o700 if self.owner is None else 0o711)
+        for path in (dirs.work, dirs.tmp):
+            path.mkdir(mode=0o700)
+            if self.owner is not None:
+                os.chown(path, self.owner, self.owner)
+        if self.owner is not None:
+            root.chmod(0o711)  # whatever the umask took away
+        return dirs
+
+    def close(self) -> None:
+        """Removes the base directory."""
+        remove_tree(self.base)
