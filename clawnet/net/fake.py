@@ -250,7 +250,7 @@ class FakeStream(BufferedStream):
 
     def reset(self) -> None:
         """See port.Stream.reset."""
-        if not self.closed.done():
+        if not self.closed.done() and not self.error:
             self.connection.after(lambda: self.far.fail("reset by the peer", discard=True))
             self.fail("reset", discard=True)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import LinkError, RemoteError, WireError
+from clawnet.errors import LinkError, WireError
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.multiaddr import of_socket
 from clawnet.net import identify, multistream, ping, yamux
@@ -69,6 +69,7 @@ class Link(asyncio.BufferedProtocol):
         self._paused = False
         self._heard = False
         self._asked = False
+        self._streams_opened = 0
         self._timer: asyncio.TimerHandle | None = None
 
     # --- port.Connection
@@ -77,6 +78,11 @@ class Link(asyncio.BufferedProtocol):
     def rtt_s(self) -> float:
         """See port.Connection.rtt_s."""
         return self._session.rtt_s if self._session is not None else 0.0
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the socket."""
+        return self._out_bytes + (self._socket.get_write_buffer_size() if self._socket is not None else 0)
 
     async def open_stream(
         self, protocols: Sequence[str], timeout_s: float = limits.STREAM_NEGOTIATION_TIMEOUT_S
@@ -150,8 +156,6 @@ class Link(asyncio.BufferedProtocol):
                 self._on_frames(self._channel)
         except WireError as error:
             self._end(f"the peer broke the protocol: {error.message}", yamux.PROTOCOL_ERROR)
-        except RemoteError as error:
-            self._end(error.message, yamux.NORMAL)
         finally:
             self._receiving = False
         if self.closed.done():
@@ -198,10 +202,17 @@ class Link(asyncio.BufferedProtocol):
         data = bytes(self._view[: self._filled])
         self._filled = 0
         assert self._socket is not None
-        answer = upgrade.receive(data)
+        try:
+            answer = upgrade.receive(data)
+        except LinkError as error:
+            self.abort(error.message)
+            return
         if answer:
             self._socket.write(answer)
         if not upgrade.done:
+            return
+        if upgrade.peer == self._plan.identity.peer_id:
+            self.abort("the other side is this node itself")
             return
         self._upgrade = None
         self._channel = upgrade.channel
@@ -216,8 +227,6 @@ class Link(asyncio.BufferedProtocol):
             accept=self._on_stream,
             now=self._loop.time,
         )
-        if self.peer == self._plan.identity.peer_id:
-            raise LinkError("the other side is this node itself", peer=self.peer)
         self._timer = self._loop.call_later(limits.KEEPALIVE_S, self._keep_alive)
         self.ready = True
         self._plan.on_ready(self)
@@ -255,6 +264,9 @@ class Link(asyncio.BufferedProtocol):
 
     def _on_stream(self, stream: yamux.MuxedStream) -> None:
         """A new inbound stream: agree on its protocol without a task, then hand it over."""
+        self._streams_opened += 1
+        if self._streams_opened > limits.STREAMS_OPENED_PER_KEEPALIVE_MAX:
+            raise WireError("it opens streams without end")
         responder = multistream.Responder(self._desk.protocols)
         timer = self._loop.call_later(limits.STREAM_NEGOTIATION_TIMEOUT_S, stream.reset)
 
@@ -320,6 +332,7 @@ class Link(asyncio.BufferedProtocol):
         if self._asked and not self._heard:
             self.abort(f"no sign of life for {2 * limits.KEEPALIVE_S:g} s")
             return
+        self._streams_opened = 0
         self._asked = not self._heard
         self._heard = False
         if self._session is not None:

@@ -265,7 +265,7 @@ class MuxedStream(BufferedStream):
 
     def reset(self) -> None:
         """See port.Stream.reset."""
-        if not self.closed.done():
+        if not self.closed.done() and not self.error:
             if not self._flags & SYN:
                 self._session.frame(WINDOW, self._take_flags() | RST, self.number, 0)
             self.fail("reset", discard=True)

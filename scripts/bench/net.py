@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from clawnet.errors import LinkError
 from clawnet.identity import multiaddr
 from clawnet.identity.keys import KeyPair
 from clawnet.net.ping import Pinger
@@ -67,10 +69,11 @@ async def serve() -> None:
 async def sink(stream: Stream) -> None:
     """Reads to the end, then says how much that was."""
     count = 0
-    while data := await stream.read():
-        count += len(data)
-    await stream.write(count.to_bytes(8, "big"))
-    stream.close_write()
+    with contextlib.suppress(LinkError):
+        while data := await stream.read():
+            count += len(data)
+        await stream.write(count.to_bytes(8, "big"))
+        stream.close_write()
 
 
 async def source(stream: Stream) -> None:
@@ -134,11 +137,17 @@ async def measure(address: str, options: argparse.Namespace) -> dict[str, Any]:
     up = [await upload(connection, count) for _ in range(options.repeat)]
     down = [await download(connection, count) for _ in range(options.repeat)]
     cpu = process_time() - cpu
+    busy = asyncio.ensure_future(upload(connection, 4 * count))
+    loaded: list[float] = []
+    while not busy.done() and len(loaded) < options.pings:
+        loaded.append(await pinger.ping())
+    busy.cancel()
     await transport.close()
     return {
         "connect_and_first_ping_p50_ms": round(statistics.median(connects) * 1e3, 2),
         "ping_p50_us": round(statistics.median(pings) * 1e6),
         "ping_p95_us": round(statistics.quantiles(pings, n=20)[-1] * 1e6),
+        "ping_beside_bulk_p50_us": round(statistics.median(loaded) * 1e6),
         "fresh_stream_p50_us": round(statistics.median(opens) * 1e6),
         "bulk_up_mb_per_s": round(statistics.median(up)),
         "bulk_down_mb_per_s": round(statistics.median(down)),
