@@ -1,4 +1,4 @@
-"""Two nodes that dial each other at once, again and again, over a network that fails: both end on one and the same link."""
+"""Two nodes that dial each other at once, over and over, on a network that fails: both end on one and the same link."""
 
 from __future__ import annotations
 
