@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from msgspec import field
 
+from clawnet.answers_local import LOCAL_ANSWERS
 from clawnet.answers_market import *  # noqa: F403 - one vocabulary in two files
 from clawnet.answers_market import (
     Answer,
@@ -326,6 +327,7 @@ class Hello(Answer):
 
 
 ANSWERS: Final[dict[str, Any]] = {
+    **LOCAL_ANSWERS,
     "daemon start": DaemonStatus,
     "daemon status": DaemonStatus,
     "daemon stop": Stopped,

@@ -14,8 +14,6 @@ from clawnet.config_keys import KEYS, RESTART, SECTIONS, Key, Value, format_valu
 from clawnet.errors import ConfigError, DataError, UsageError
 from clawnet.paths import Home
 
-__all__ = ["KEYS", "Config", "Key", "check", "load", "set_in_file", "write_new"]
-
 _NOT_KEYS = frozenset({"CLAWNET_HOME", "CLAWNET_CONFIG", "CLAWNET_AUTOSTART", "CLAWNET_JOIN"})
 
 
@@ -145,6 +143,20 @@ def load(home: Home, environ: Mapping[str, str], flags: Mapping[str, str] | None
     file, line and key; `details["problems"]` lists every problem found.
     """
     settings, problems = _collect(home, environ, flags or {})
+    config = _checked(settings, problems)
+    if config.flag("security.check_permissions"):
+        paths.check_private(home.dir)
+        paths.check_private(home.config_file)
+    return config
+
+
+def load_layers(environ: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Config:
+    """What environment and flags alone say, over the defaults; raises ConfigError as `load` does."""
+    settings, problems = _collect(None, environ, flags or {})
+    return _checked(settings, problems)
+
+
+def _checked(settings: Mapping[str, Setting], problems: list[Problem]) -> Config:
     if problems:
         more = f" (and {len(problems) - 1} more; clawnet config check lists them)" if problems[1:] else ""
         raise ConfigError(
@@ -152,11 +164,7 @@ def load(home: Home, environ: Mapping[str, str], flags: Mapping[str, str] | None
             hint=problems[0].hint,
             problems=[problem.message for problem in problems],
         )
-    config = Config(settings)
-    if config.flag("security.check_permissions"):
-        paths.check_private(home.dir)
-        paths.check_private(home.config_file)
-    return config
+    return Config(settings)
 
 
 def check(home: Home, environ: Mapping[str, str]) -> list[Problem]:
@@ -226,14 +234,14 @@ def _setting(key: Key, raw: str | list[str], source: str) -> Setting:
 
 
 def _collect(
-    home: Home, environ: Mapping[str, str], flags: Mapping[str, str]
+    home: Home | None, environ: Mapping[str, str], flags: Mapping[str, str]
 ) -> tuple[dict[str, Setting], list[Problem]]:
     settings = _defaults()
-    path = home.config_file
     problems: list[Problem] = []
-    if path.exists():
+    path = home.config_file if home else None
+    if path is not None and path.exists():
         problems += _from_text(path, _read(path), settings)
-    elif path != home.dir / "config.yaml":
+    elif home is not None and path != home.dir / "config.yaml":
         problems.append(Problem(0, f"there is no configuration file {path}", "clawnet init writes one"))
     problems += _from_environment(environ, settings)
     for name, text in flags.items():

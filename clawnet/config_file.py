@@ -134,7 +134,7 @@ def nearest(name: str) -> str:
     """A question that names the known key most like this one, or nothing."""
     import difflib
 
-    known = [*KEYS, *SECTIONS]
+    known = list(KEYS) if "." in name else [*KEYS, *SECTIONS]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
         last = name.rpartition(".")[2]

@@ -22,6 +22,7 @@ FLOORS = {
     "rpc": 1,
     "answers": 1,
     "identity": 1,
+    "home": 2,
     "wire": 2,
     "market": 3,
     "ledger": 3,

@@ -1,0 +1,154 @@
+"""`clawnet identity`: show, export and import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clawnet import paths
+from clawnet.errors import DataError, NotFoundError, NotPermittedError, UsageError
+
+from .invocation import Invocation, NodeCommand, group, here
+from .render import pairs, show
+
+if TYPE_CHECKING:
+    from clawnet.config import Config
+
+PASSPHRASE_BYTES_MAX = 4_096
+
+app = group("This node's keys.")
+
+PassphraseFile = Annotated[
+    str, typer.Option("--passphrase-file", metavar="FILE", help="A private file whose first line is the passphrase.")
+]
+
+
+@app.command("show", cls=NodeCommand)
+def show_identity(context: typer.Context) -> None:
+    """Who this node is: peer id, account, owner, mesh. No secret is shown."""
+    from clawnet.identity.keys import KeyPair
+    from clawnet.identity.membership import load_membership
+
+    invocation = here(context)
+    config = _config(invocation)
+    check = config.flag("security.check_permissions")
+    home = config.home(invocation.home)
+    membership = load_membership(home, check_permissions=check)
+    node = KeyPair.load(home.node_key, check_permissions=check)
+    charter, mesh, member = membership.verified(node.public)
+    value = {
+        "peer_id": node.peer_id,
+        "account": node.public.hex(),
+        "owner": member.owner.hex(),
+        "mesh": mesh.hex(),
+        "mesh_name": charter.name,
+        "founded": membership.founded,
+        "issuer": node.public in charter.issuers,
+        "may_invite": member.may_invite,
+        "owner_key_here": home.owner_key.exists(),
+        "inviter": membership.inviter,
+        "home": str(home.dir),
+    }
+    pairs(invocation, value, [(label.replace("_", " "), text) for label, text in value.items()])
+
+
+@app.command("export", cls=NodeCommand)
+def export(
+    context: typer.Context,
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="Where to write (default: the pipe stdout leads to).")
+    ] = "",
+    passphrase_file: PassphraseFile = "",
+) -> None:
+    """Write keys and membership as one encrypted file, mode 0600; never to a terminal."""
+    from clawnet.identity.export import export_identity
+    from clawnet.identity.membership import load_membership
+
+    invocation = here(context)
+    config = _config(invocation)
+    home = config.home(invocation.home)
+    target = Path(file).absolute() if file and file != "-" else None
+    if target is None and sys.stdout.isatty():
+        raise UsageError("an identity is never written to a terminal", hint="name a file: clawnet identity export FILE")
+    if target is not None and target.exists():
+        raise NotPermittedError(f"{target} exists; it is not overwritten", hint="name another file")
+    check = config.flag("security.check_permissions")
+    load_membership(home, check_permissions=check)
+    passphrase = _passphrase(passphrase_file, confirm=True)
+    data = export_identity(home, passphrase, os.urandom, check_permissions=check)
+    if target is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    paths.write_private(target, data)
+    value = {"peer_id": _peer_id(home, check=check), "path": str(target)}
+    show(invocation, value, bare=str(target), lines=[("written", str(target)), ("peer id", value["peer_id"])])
+
+
+@app.command("import", cls=NodeCommand)
+def import_(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file that `identity export` wrote, or -.")],
+    passphrase_file: PassphraseFile = "",
+) -> None:
+    """Bring keys and membership of an exported file into a home that has none.
+
+    Of the two homes only one may run from then on: two that sign with one key convict each other.
+    """
+    from clawnet.identity.export import FILE_BYTES_MAX, import_identity
+
+    invocation = here(context)
+    if file == "-":
+        data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
+    else:
+        data = _read(Path(file), FILE_BYTES_MAX + 1)
+    home = _config(invocation).home(invocation.home)
+    peer_id = import_identity(home, data, _passphrase(passphrase_file, confirm=False))
+    invocation.warn("run this identity on one machine only: stop and remove it where it came from")
+    show(invocation, {"peer_id": peer_id, "path": str(home.dir)}, bare=peer_id, lines=[("peer id", peer_id)])
+
+
+def _config(invocation: Invocation) -> Config:
+    from clawnet import config
+
+    return config.load(invocation.home, os.environ, invocation.flags)
+
+
+def _peer_id(home: paths.Home, *, check: bool) -> str:
+    from clawnet.identity.keys import KeyPair
+
+    return KeyPair.load(home.node_key, check_permissions=check).peer_id
+
+
+def _read(path: Path, bytes_max: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(bytes_max)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {path}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _passphrase(file: str, *, confirm: bool) -> str:
+    """The first line of a private file, or what is typed at a terminal, unseen."""
+    if file:
+        path = Path(file)
+        paths.check_private(path, secret=True)
+        line = _read(path, PASSPHRASE_BYTES_MAX).split(b"\n", 1)[0].rstrip(b"\r")
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"the first line of {path} is not UTF-8 text") from error
+    if not sys.stdin.isatty():
+        raise UsageError("no passphrase", hint="name a private file that holds it: --passphrase-file FILE")
+    import getpass
+
+    passphrase = getpass.getpass("Passphrase: ")
+    if confirm and getpass.getpass("Again: ") != passphrase:
+        raise DataError("the two passphrases differ")
+    return passphrase
