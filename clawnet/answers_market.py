@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType, field
@@ -16,8 +15,19 @@ class Answer(Struct, kw_only=True):
 
 
 def time_text(at_ms: int) -> str:
-    """RFC 3339 in UTC with milliseconds, of Unix milliseconds."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """RFC 3339 in UTC with milliseconds, of Unix milliseconds (by the calendar alone; no clock is read)."""
+    seconds, millis = divmod(at_ms, 1000)
+    days, second = divmod(seconds, 86_400)
+    # Days are counted from 1 March of year 0, so that the leap day is the last of a year (Hinnant, civil_from_days).
+    era, day_of_era = divmod(days + 719_468, 146_097)
+    year = (day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
+    day_of_year = day_of_era - (365 * year + year // 4 - year // 100)
+    march_month = (5 * day_of_year + 2) // 153
+    day = day_of_year - (153 * march_month + 2) // 5 + 1
+    month = march_month + 3 if march_month < 10 else march_month - 9
+    full_year = year + era * 400 + (month <= 2)
+    hours, minutes = second // 3_600, second // 60 % 60
+    return f"{full_year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{second % 60:02}.{millis:03}Z"
 
 
 class Submitted(Answer):

@@ -187,6 +187,13 @@ class Client:
             else:
                 self._kept.append(event)
 
+    def kept(self, call: int) -> Event | None:
+        """An event of `call` that came while another call was waited for; None when there is none."""
+        for place, event in enumerate(self._kept):
+            if event.call == call:
+                return self._kept.pop(place)
+        return None
+
     # --- lines
 
     @staticmethod

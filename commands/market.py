@@ -1,0 +1,345 @@
+"""`clawnet market`: submit tasks, look at them, follow them, see who bid and why."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from clawnet.errors import NotFoundError, TimedOutError, UsageError
+
+from . import options as o
+from . import submission, waiting
+from .invocation import Invocation, NodeCommand, group, here
+from .render import clean, json_line, pairs, seconds, short, show, table, who, write
+
+FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
+OPEN = [
+    *("draft", "announced", "bidding", "awarded", "executing"),
+    *("reassigned", "delivered", "verified", "disputed"),
+]
+TASKS = Annotated[list[str], typer.Argument(metavar="TASK...", help="Task ids, or their starts.", show_default=False)]
+FOLLOW = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")]
+
+app = group("Submit tasks, follow them, see who bid and why.")
+
+
+@app.command(cls=NodeCommand)
+def submit(
+    context: typer.Context,
+    description: Annotated[
+        str | None, typer.Argument(metavar="[DESCRIPTION | -]", help="What is wanted; for shell, the script.")
+    ] = None,
+    type_: o.TYPE = None,
+    op: o.OP = None,
+    budget: o.BUDGET = None,
+    deadline: o.DEADLINE = None,
+    bid_timeout: o.BID_TIMEOUT = None,
+    min_reputation: o.MIN_REPUTATION = None,
+    require: o.REQUIRE = None,
+    cpu: o.CPU = None,
+    memory: o.MEMORY = None,
+    gpu: o.GPU = None,
+    model: o.MODEL = None,
+    label: o.LABEL = None,
+    os_family: o.OS = None,
+    peer: o.PEER = None,
+    exclude: o.EXCLUDE = None,
+    ring: o.RING = None,
+    prefer: o.PREFER = None,
+    input: o.INPUT = None,  # noqa: A002 - typer names the option after it
+    env: o.ENV = None,
+    retries: o.RETRIES = None,
+    priority: o.PRIORITY = None,
+    idempotency_key: o.IDEMPOTENCY_KEY = None,
+    wait: o.WAIT = False,
+    stream: o.STREAM = False,
+    spec: o.SPEC = None,
+    status_file: o.STATUS_FILE = None,
+    no_stdin: o.NO_STDIN = False,
+) -> None:
+    """Submit a task. Prints its id as soon as this node has durably accepted it; with --wait, its result."""
+    invocation = here(context)
+    if (stream or status_file) and not wait:
+        raise UsageError("--stream and --status-file go with --wait")
+    with waiting.status_file(status_file) as note:
+        base = submission.from_file(spec) if spec else {}
+        text, data = submission.described(description, no_stdin=no_stdin or spec == "-")
+        task_spec = submission.build(
+            base,
+            type=submission.task_type(type_) if type_ else None,
+            op=op,
+            description=text,
+            budget_ucr=budget,
+            deadline_s=deadline,
+            bid_timeout_s=bid_timeout,
+            min_reputation=min_reputation,
+            require=require,
+            cpu=cpu,
+            memory_bytes=memory,
+            gpu=gpu,
+            model=model,
+            labels=label,
+            os=os_family,
+            peer=peer,
+            exclude=exclude,
+            ring=ring,
+            prefer=prefer,
+            inputs=submission.inputs(input or []),
+            env=submission.environment(env or []),
+            retries=retries,
+            priority=priority,
+            idempotency_key=idempotency_key,
+        )
+        _complete(task_spec, data)
+        with invocation.client(create_home=True) as client:
+            accepted = client.call("task.submit", {"spec": task_spec})
+            if not wait:
+                show(invocation, accepted, bare=accepted["task_id"])
+                return
+            task = _follow_one(invocation, client, accepted["task_id"], stream=stream)
+            note(task)
+            code = waiting.finish(invocation, task)
+    raise typer.Exit(code)
+
+
+def _complete(spec: dict[str, Any], data: bytes | None) -> None:
+    """The type's own needs: something to do; a compute task without files works on its description."""
+    kind = spec.setdefault("type", "prompt")
+    if not (spec.get("description") or spec.get("argv") or spec.get("script") or spec.get("op") or data):
+        raise UsageError("nothing to do: give a description", hint="clawnet market submit DESCRIPTION, or - for stdin")
+    if kind == "compute" and not data and not spec.get("inputs") and spec.get("description"):
+        data = spec["description"].encode()
+    submission.attach_stdin(spec, data)
+
+
+def _follow_one(invocation: Invocation, client: Any, task_id: str, *, stream: bool) -> dict[str, Any]:
+    """Waits; the output comes as it is written with `stream`, else at the end; with --json only streamed lines."""
+    printer = waiting.Printer(invocation, client, as_lines=invocation.json)
+    try:
+        output = printer.chunk if stream else None
+        task = waiting.follow(client, task_id, output=output, deadline=invocation.deadline())
+    except KeyboardInterrupt:
+        invocation.say(f"task {short(task_id)} goes on; `clawnet market wait {short(task_id)}` waits for it")
+        raise
+    if stream or not invocation.json:
+        printer.rest(task)
+        _print_text(invocation, task)
+    return task
+
+
+def _print_text(invocation: Invocation, task: dict[str, Any]) -> None:
+    """The text of a prompt, where the answer is not stdout itself."""
+    result = task.get("result") or {}
+    text = result.get("text")
+    if text and not invocation.json and not result.get("stdout") and not result.get("stdout_bytes"):
+        write(text if text.endswith("\n") else text + "\n")
+
+
+# --- looking
+
+
+_COLUMNS = (
+    ("TASK", lambda task: task["task_id"]),
+    ("STATE", lambda task: task["state"]),
+    ("TYPE", lambda task: task["type"]),
+    ("PRICE", lambda task: task["price"]),
+    ("EXECUTOR", lambda task: (task["executor"] or {}).get("name") or short((task["executor"] or {}).get("peer_id"))),
+    ("EXIT", lambda task: task["exit_code"]),
+    ("CREATED", lambda task: task["created_at"]),
+    ("DESCRIPTION", lambda task: task["description"][:60]),
+)
+
+
+@app.command("list", cls=NodeCommand)
+def list_(context: typer.Context, limit: o.LIMIT = 100) -> None:
+    """Open tasks, newest first."""
+    _list(here(context), OPEN, limit, "no open task; `clawnet market history` shows those that ended")
+
+
+@app.command(cls=NodeCommand)
+def history(context: typer.Context, limit: o.LIMIT = 100) -> None:
+    """Tasks that have ended, newest first."""
+    _list(here(context), FINAL, limit, "no task has ended yet")
+
+
+def _list(invocation: Invocation, states: list[str], limit: int, empty: str) -> None:
+    table(invocation, invocation.call("task.list", {"states": states, "limit": limit}), _COLUMNS, empty=empty)
+
+
+@app.command(cls=NodeCommand)
+def status(
+    context: typer.Context,
+    task: Annotated[str | None, typer.Argument(metavar="[TASK]", show_default=False)] = None,
+) -> None:
+    """The state of one task; without one, how many are in each state."""
+    invocation = here(context)
+    if task is not None:
+        found = invocation.call("task.get", {"task": task})
+        show(invocation, found, bare=found["state"], lines=_task_lines(found)[:6])
+        return
+    found = invocation.call("status")
+    counts = sorted(found["tasks"].items())
+    pairs(invocation, found, [*counts, ("running here", f"{found['runs']} of {found['slots']}")])
+
+
+@app.command("show", cls=NodeCommand)
+def show_(context: typer.Context, task: o.TASK) -> None:
+    """Everything about a task."""
+    invocation = here(context)
+    found = invocation.call("task.get", {"task": task})
+    pairs(invocation, found, _task_lines(found))
+
+
+def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
+    result, error = task.get("result") or {}, task.get("error") or {}
+    rows: list[tuple[str, Any]] = [
+        ("task", task["task_id"]),
+        ("state", task["state"]),
+        ("type", task["type"]),
+        ("executor", who(task["executor"])),
+        ("price", f"{task['price'] or '-'} of {task['max_budget']}"),
+        ("error", error.get("message")),
+        ("description", task["description"]),
+        ("created", task["created_at"]),
+        ("deadline", task["deadline"]),
+        ("bids", task["bids"]),
+        ("escrow", f"{task['escrow']['state']} {task['escrow']['amount']}"),
+        ("exit code", result.get("exit_code")),
+        ("signal", result.get("signal")),
+        ("took", seconds(result.get("duration_s"))),
+        ("result sha256", result.get("sha256")),
+        ("idempotency key", task["idempotency_key"]),
+    ]
+    rows += [
+        (f"attempt {a['attempt']}", f"{who(a['executor'])} {a['state']} {a['price']} {a['reason']}")
+        for a in task["attempts"]
+    ]
+    return rows + [(f"{t['at']}", f"{t['state']} {t['reason']}") for t in task.get("transitions", [])]
+
+
+@app.command(cls=NodeCommand)
+def bids(context: typer.Context, task: o.TASK) -> None:
+    """The bids for a task with the four terms of their scores, best first."""
+    invocation = here(context)
+    columns = (
+        ("BIDDER", lambda bid: who(bid["bidder"])),
+        ("PRICE", lambda bid: bid["price"]),
+        ("SCORE", lambda bid: f"{bid['score']:.4f}"),
+        ("price", lambda bid: f"{bid['terms']['price']:.4f}"),
+        ("reputation", lambda bid: f"{bid['terms']['reputation']:.4f}"),
+        ("latency", lambda bid: f"{bid['terms']['latency']:.4f}"),
+        ("confidence", lambda bid: f"{bid['terms']['confidence']:.4f}"),
+        ("ROUND", lambda bid: bid["round"]),
+        ("WON", lambda bid: bid["won"]),
+    )
+    table(invocation, invocation.call("task.bids", {"task": task}), columns, empty="nobody bid")
+
+
+@app.command(cls=NodeCommand)
+def why(context: typer.Context, task: o.TASK) -> None:
+    """Who was asked, who declined and why, how each bid scored, why the winner won."""
+    invocation = here(context)
+    found = invocation.call("task.why", {"task": task})
+    if invocation.json:
+        write(json_line(found))
+        return
+    lines = [found["summary"]]
+    for auction in found["rounds"]:
+        declined = ", ".join(f"{count} {reason}" for reason, count in sorted(auction["declined"].items()))
+        lines.append(
+            f"round {auction['round']} ({auction['ring']}): {auction['asked']} asked, closed by {auction['closed_by']}"
+            + (f"; declined: {declined}" if declined else "")
+        )
+        for peer in auction["peers"]:
+            bid = peer["bid"]
+            told = f"{peer['answer']} {peer['reason']}".rstrip()
+            if bid:
+                terms = " + ".join(f"{name} {value:.4f}" for name, value in bid["terms"].items())
+                told = f"bid {bid['price']}: score {bid['score']:.4f} = {terms}" + (" (won)" if bid["won"] else "")
+            lines.append(f"  {who(peer['peer'])}: {told}")
+        if auction["reason"]:
+            lines.append(f"  {auction['reason']}")
+    if found["hint"]:
+        lines.append(found["hint"])
+    write("".join(clean(line) + "\n" for line in lines))
+
+
+# --- results
+
+
+@app.command(cls=NodeCommand)
+def result(context: typer.Context, task: o.TASK) -> None:
+    """The result of a task that has ended: its output on stdout and stderr, its exit code as this command's."""
+    invocation = here(context)
+    with invocation.client() as client:
+        found = client.call("task.get", {"task": task})
+        if found["state"] not in FINAL:
+            raise NotFoundError(
+                f"task {short(found['task_id'])} has no result yet (it is {found['state']})",
+                hint=f"`clawnet market wait {short(found['task_id'])}` waits for it",
+            )
+        if not invocation.json:
+            waiting.Printer(invocation, client).rest(found)
+            _print_text(invocation, found)
+        code = waiting.finish(invocation, found)
+    raise typer.Exit(code)
+
+
+@app.command(cls=NodeCommand)
+def logs(context: typer.Context, task: o.TASK, follow: FOLLOW = False) -> None:
+    """What a task has written so far; with -f, until it ends."""
+    invocation = here(context)
+    with invocation.client() as client:
+        printer = waiting.Printer(invocation, client, as_lines=invocation.json)
+        found = client.call("task.get", {"task": task})
+        if found["state"] in FINAL or follow:
+            done = waiting.follow(client, found["task_id"], output=printer.chunk, deadline=invocation.deadline())
+            printer.rest(done)
+            return
+        call = client.send("task.follow", {"task": found["task_id"], "output": True, "from": "start"})
+        # The node sends what there is before it answers anything that was asked later.
+        client.call("task.get", {"task": found["task_id"]})
+        while (event := client.kept(call)) is not None:
+            if event.method == "task.output":
+                printer.chunk(event.value)
+
+
+@app.command(cls=NodeCommand)
+def wait(context: typer.Context, task: TASKS) -> None:
+    """Wait until tasks have ended. One task: its exit code; several: 0 when all succeeded, else 1."""
+    invocation = here(context)
+    with invocation.client() as client:
+        calls = {client.send("task.follow", {"task": one, "output": False, "from": "end"}): one for one in task}
+        ended: dict[int, dict[str, Any]] = {}
+        while len(ended) < len(calls):
+            try:
+                event = client.receive(deadline=invocation.deadline())
+            except TimedOutError as error:
+                left = ", ".join(one for call, one in calls.items() if call not in ended)
+                raise TimedOutError(f"not done in time: {left}", hint="the tasks go on") from error
+            if event.error is not None:
+                raise event.error
+            if not event.method:
+                ended[event.call] = event.value
+    found = [ended[call] for call in calls]
+    codes = [waiting.exit_code(one) for one in found]
+    columns = (
+        ("TASK", lambda one: one["task_id"]),
+        ("STATE", lambda one: one["state"]),
+        ("EXIT", lambda one: waiting.exit_code(one)),
+    )
+    table(invocation, {"items": found, "next": None}, columns)
+    raise typer.Exit(codes[0] if len(codes) == 1 else int(any(codes)))
+
+
+@app.command(cls=NodeCommand)
+def cancel(
+    context: typer.Context,
+    task: o.TASK,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Told to the executor.")] = "cancelled",
+) -> None:
+    """Cancel a task: before it runs at no cost, while it runs for the metered part at most."""
+    invocation = here(context)
+    found = invocation.call("task.cancel", {"task": task, "reason": reason})
+    show(invocation, found, bare=found["state"])

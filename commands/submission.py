@@ -1,0 +1,190 @@
+"""From options, a spec file and standard input to the task that is submitted. Shared by `run` and `market submit`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+from clawnet import limits, money, units
+from clawnet.errors import DataError, NotFoundError, UsageError
+
+TYPES = ("prompt", "shell", "compute")
+LATER = ("storage", "swarm")
+WIRE_NAMES = {"shell_task": "shell", "openclaw_prompt": "prompt", "swarm_ai": "swarm"}
+
+
+def task_type(text: str) -> str:
+    """A task type by either name; raises UsageError for one that does not exist (yet)."""
+    kind = WIRE_NAMES.get(text, text)
+    if kind in LATER:
+        raise UsageError(f"{kind} tasks come with a later version", hint="use --type prompt, shell or compute")
+    if kind not in TYPES:
+        raise UsageError(f"there is no task type {text!r}", hint="use --type prompt, shell or compute")
+    return kind
+
+
+def environment(pairs: list[str]) -> dict[str, str]:
+    """K=V options as an object."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise DataError(f"--env {pair!r} is not NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def inputs(texts: list[str]) -> list[dict[str, str]]:
+    """[NAME=]PATH options; a path that is there goes before a NAME= reading. Raises NotFoundError, DataError."""
+    found: list[dict[str, str]] = []
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        named = bool(equals) and bool(name) and "/" not in name and not os.path.lexists(text)
+        path = Path(rest if named else text).expanduser().absolute()
+        try:
+            path = path.resolve(strict=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"there is no file or directory {path}", path=str(path)) from error
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        entry = {"name": name if named else (path.name or "root"), "path": str(path)}
+        if any(other["name"] == entry["name"] for other in found):
+            raise UsageError(f"two inputs are named {entry['name']!r}", hint="give one another name: --input NAME=PATH")
+        found.append(entry)
+    return found
+
+
+def standard_input(*, wanted: bool = True) -> bytes | None:
+    """Standard input where it is a regular file or a pipe (ssh's rule), else None. Raises DataError when too long."""
+    if not wanted or sys.stdin is None:
+        return None
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return None
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        return None
+    data = sys.stdin.buffer.read(limits.STDIN_BYTES_MAX + 1)
+    if len(data) > limits.STDIN_BYTES_MAX:
+        raise DataError(
+            f"standard input is longer than {units.format_size(limits.STDIN_BYTES_MAX)}",
+            hint="hand it over as a file with --input, and let the command read that",
+        )
+    return data
+
+
+def described(argument: str | None, *, no_stdin: bool) -> tuple[str, bytes | None]:
+    """The description and what else stdin holds: `-` reads the description itself from there."""
+    if argument == "-":
+        data = standard_input()
+        if data is None:
+            raise UsageError("- reads the description from standard input, which is neither a file nor a pipe")
+        try:
+            return data.decode(), None
+        except UnicodeDecodeError as error:
+            raise DataError("the description on standard input is not UTF-8") from error
+    return argument or "", standard_input(wanted=not no_stdin)
+
+
+# --- a whole task as JSON or YAML
+
+
+def from_file(name: str) -> dict[str, Any]:
+    """The task in a --spec file, or `-`; people's spellings (deadline: 5m, memory: 2GiB) become the protocol's."""
+    text = _read(name)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        value = _yaml(name, text, error)
+    except RecursionError as error:
+        raise DataError(f"{name} is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{name} does not hold one task (an object)", hint="see docs/CLI.md, --spec")
+    return _spelled_out(name, value)
+
+
+def _read(name: str) -> str:
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(limits.TASK_DOCUMENT_BYTES_MAX + 1) if sys.stdin is not None else b""
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(limits.TASK_DOCUMENT_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {name}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror}") from error
+    if len(data) > limits.TASK_DOCUMENT_BYTES_MAX:
+        raise DataError(f"{name} is longer than {units.format_size(limits.TASK_DOCUMENT_BYTES_MAX)}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8") from error
+
+
+def _yaml(name: str, text: str, first: ValueError) -> Any:
+    if text.lstrip().startswith("{"):
+        raise DataError(f"{name} is not valid JSON: {first}") from first
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise DataError(f"{name}{where}: not valid YAML or JSON: {problem}") from error
+    except RecursionError as error:
+        raise DataError(f"{name} is nested too deeply") from error
+
+
+def _spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    spec = dict(value)
+    for field, target in (("deadline", "deadline_s"), ("bid_timeout", "bid_timeout_s")):
+        if isinstance(spec.get(field), str):
+            spec[target] = units.parse_duration_ms(spec.pop(field), what=f"{name}: {field}") / 1000
+    if isinstance(spec.get("memory"), str):
+        spec["memory_bytes"] = units.parse_size(spec.pop("memory"), what=f"{name}: memory")
+    if "budget" in spec:
+        spec["budget_ucr"] = money.parse_credits(str(spec.pop("budget")), what=f"{name}: budget")
+    if isinstance(spec.get("stdin"), str):
+        spec["stdin_b64"] = base64.b64encode(spec.pop("stdin").encode()).decode()
+    if isinstance(spec.get("env"), dict):
+        spec["env"] = {
+            str(key): item if isinstance(item, str) else json.dumps(item) for key, item in spec["env"].items()
+        }
+    given = spec.get("inputs")
+    if isinstance(given, list):
+        texts = [item for item in given if isinstance(item, str)]
+        named = [f"{item.get('name')}={item.get('path')}" for item in given if isinstance(item, dict)]
+        spec["inputs"] = inputs(texts + named)
+    if isinstance(spec.get("type"), str):
+        spec["type"] = task_type(spec["type"])
+    return spec
+
+
+def build(base: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The spec file's task with the options given on the command line over it; empty options change nothing."""
+    spec = dict(base)
+    texts = {
+        "budget_ucr": lambda text: money.parse_credits(text, what="--budget"),
+        "deadline_s": lambda text: units.parse_duration_ms(text, what="--deadline") / 1000,
+        "bid_timeout_s": lambda text: units.parse_duration_ms(text, what="--bid-timeout") / 1000,
+        "memory_bytes": lambda text: units.parse_size(text, what="--memory"),
+    }
+    for name, value in options.items():
+        if value is None or value == [] or value == {} or value == "":
+            continue
+        spec[name] = texts[name](value) if name in texts else value
+    return spec
+
+
+def attach_stdin(spec: dict[str, Any], data: bytes | None) -> None:
+    """Standard input becomes the task's, unless the spec has its own."""
+    if data and "stdin_b64" not in spec:
+        spec["stdin_b64"] = base64.b64encode(data).decode()
