@@ -48,10 +48,10 @@ class BlobAnswer(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_
 class BlobWriter(Protocol):
     """A blob on its way into the store; invisible until committed."""
 
-    def write(self, data: bytes) -> object:
+    def write(self, data: bytes, /) -> object:
         """The next bytes."""
 
-    def commit(self, blob: bytes) -> object:
+    def commit(self, blob: bytes, /) -> object:
         """All is there and was verified to be `blob`; it can be read from now on."""
 
     def abort(self) -> None:
@@ -61,19 +61,19 @@ class BlobWriter(Protocol):
 class BlobStore(Protocol):
     """What the blob streams need of the store. Every call may raise a ClawnetError such as StorageFullError."""
 
-    def may_fetch(self, peer: str, task_id: bytes, blob: bytes) -> bool:
+    def may_fetch(self, peer: str, task_id: bytes, blob: bytes, /) -> bool:
         """Whether the peer is a party of that task and the blob belongs to it."""
 
-    def has(self, blob: bytes) -> bool:
+    def has(self, blob: bytes, /) -> bool:
         """Whether the blob is here, whole."""
 
-    def size(self, blob: bytes) -> int:
+    def size(self, blob: bytes, /) -> int:
         """Its size in bytes."""
 
-    def read_chunks(self, blob: bytes) -> Iterator[bytes]:
+    def read_chunks(self, blob: bytes, /) -> Iterator[bytes]:
         """Its content in chunks of limits.BLOB_CHUNK_BYTES, the last one shorter."""
 
-    def writer(self, size: int) -> BlobWriter:
+    def writer(self, size: int, /) -> BlobWriter:
         """Room for a blob of `size` bytes."""
 
 

@@ -91,7 +91,6 @@ class Link:
         self.since_ms = 0
         self.welcomed_ms = 0
         loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[str] = loop.create_future()
         self.settled: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._owner = owner
@@ -255,6 +254,9 @@ class Link:
             self._owner.note("security", "message.refused", peer=self.peer, problem=problem.message)
             self._offend(problem.message)
             return
+        if envelope.kind > Kind.DISCONNECT:
+            self._owner.link_message(self, envelope, message)
+            return
         match message:
             case Ping():
                 self._answer(Pong(message.nonce, self._owner.clock()), envelope.id)
@@ -362,7 +364,6 @@ class Link:
         if not self.settled.done():
             self.settled.set_exception(LinkError(reason, peer=self.peer))
             self.settled.exception()
-        self.ended.set_result(reason)
         self._owner.link_down(self, reason)
 
 

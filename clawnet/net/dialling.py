@@ -72,6 +72,14 @@ def parsed(addresses: Iterable[str]) -> list[Multiaddr]:
     return good[: limits.DIAL_ADDRESSES_MAX]
 
 
+def peer_in(addresses: Iterable[str]) -> str:
+    """The peer id that the addresses name, or ""."""
+    try:
+        return next((where.peer for where in parsed(addresses) if where.peer), "")
+    except LinkError:
+        return ""
+
+
 class DialOwner(Protocol):
     """What a dialler asks of the switch."""
 

@@ -19,10 +19,9 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, LinkError
 from clawnet.identity.keys import KeyPair, public_of, verify
-from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
 from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
-from clawnet.net.dialling import DUPLICATE, Dialler, parsed, race
+from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
 from clawnet.net.port import Connection, Listener, Stream, Transport
@@ -182,7 +181,7 @@ class Switch:
 
     def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:
         """Connects to a peer; `keep` tries for ever and again after every loss. A call other than 0 gets DialEnded."""
-        peer = peer or next((where.peer for where in _parsed_or_none(addresses) if where.peer), "")
+        peer = peer or peer_in(addresses)
         keep = keep and bool(peer)
         if peer == self.peer_id:
             self.dial_ended(call, peer, "this is the node itself")
@@ -219,6 +218,11 @@ class Switch:
                     visit.link.close(reason)
                 visit.connection.close(reason)
 
+    def hangup_all(self, reason: str) -> None:
+        """Ends every link and all dialling, but goes on listening: the node is about to be another one."""
+        for peer in {*self._diallers, *(visit.connection.peer for visit in self._visits.values())}:
+            self.hangup(peer, reason)
+
     def join(self, call: int, inviter: str, addresses: Sequence[str], ask: JoinAsk) -> None:
         """Redeems an invite; JoinAnswered follows."""
         self._spawn(self._joins.ask(call, inviter, partial(self.connect, inviter, addresses), ask))
@@ -241,6 +245,15 @@ class Switch:
         """The link to one peer."""
         link = self._links.get(peer)
         return link.info() if link is not None else None
+
+    def rtt_ms(self, peer: str) -> float:
+        """The smoothed round trip to a peer; 0 while unknown."""
+        link = self._links.get(peer)
+        return link.rtt_ms if link is not None else 0.0
+
+    def ups(self) -> list[PeerUp]:
+        """What a node that was rebuilt has to be told: who is connected."""
+        return [_up(link) for link in self._links.values()]
 
     def gauges(self) -> dict[str, int]:
         """What is open now, for metrics and the doctor."""
@@ -283,12 +296,10 @@ class Switch:
                 link.close("older than the present connection")
                 return
             current.close("replaced by a newer connection")
-        assert link.hello is not None
         self._links[peer] = link
         self.note("info", "link.up", peer=peer, address=link.connection.address, inbound=link.connection.inbound)
         self.count("links_up")
-        connection = link.connection
-        self._deliver(PeerUp(peer, link.hello, connection.address, connection.transport, connection.inbound))
+        self._deliver(_up(link))
         dialler = self._diallers.get(peer)
         if dialler is not None:
             dialler.linked()
@@ -456,8 +467,7 @@ class Switch:
             self._loop.call_exception_handler({"message": "a network task failed", "exception": defect, "task": task})
 
 
-def _parsed_or_none(addresses: Sequence[str]) -> list[Multiaddr]:
-    try:
-        return parsed(addresses)
-    except LinkError:
-        return []
+def _up(link: Link) -> PeerUp:
+    assert link.hello is not None
+    connection = link.connection
+    return PeerUp(link.peer, link.hello, connection.address, connection.transport, connection.inbound)

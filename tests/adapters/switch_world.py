@@ -18,7 +18,7 @@ from clawnet.net.port import Transport
 from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
 from clawnet.net.tcp import TcpTransport
 from clawnet.wire.blobid import blob_id
-from clawnet.wire.events import MessageIn, PeerDown, PeerUp, Stimulus
+from clawnet.wire.events import DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
 from clawnet.wire.messages import Hello, Message
 from clawnet.wire.session import HelloFacts
 
@@ -157,8 +157,6 @@ class SwitchNode:
 
     async def dial(self, other: SwitchNode, call: int = 1) -> str:
         """Connects to another node; the reason why not, or ""."""
-        from clawnet.wire.events import DialEnded
-
         self.switch.dial(call, other.peer, other.addresses)
         ended: DialEnded = await self.find(DialEnded, call=call)
         return ended.reason

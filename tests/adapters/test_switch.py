@@ -9,14 +9,15 @@ import msgspec
 import pytest
 
 from clawnet import limits
-from clawnet.errors import LinkError
+from clawnet.errors import ConfigError, LinkError
+from clawnet.identity.multiaddr import parse
 from clawnet.net.control import CONTROL_PROTOCOL
 from clawnet.net.switch import SwitchSettings
 from clawnet.wire.batch import Frames, frame
 from clawnet.wire.codec import decode_struct, encode
 from clawnet.wire.envelope import decode_envelope
 from clawnet.wire.events import DialEnded, MessageIn, PeerDown, PeerUp
-from clawnet.wire.messages import Ack, Disconnect, Error, LedgerPull, Output, Ping, Pong, Result
+from clawnet.wire.messages import Ack, Disconnect, Error, Hello, Kind, LedgerPull, Output, Ping, Pong, Result
 from clawnet.wire.session import Handshake, HelloFacts, Session, SignedHello
 from tests.adapters.switch_world import KEYS, MESH, SETTINGS, SwitchNode, SwitchWorld, switch_world
 
@@ -67,6 +68,8 @@ def test_a_link_shows_who_where_and_how_far(kind: str) -> None:
         (info,) = one.switch.links()
         assert (info.peer, info.inbound, info.transport) == (other.peer, False, kind)
         assert info.rtt_ms > 0
+        assert one.switch.rtt_ms(other.peer) == info.rtt_ms
+        assert one.switch.rtt_ms("nobody") == 0
         assert abs(info.skew_ms) < 5_000
 
     run(kind, body)
@@ -144,7 +147,11 @@ def test_hanging_up_is_told_and_final(kind: str) -> None:
         assert "you were removed" in (await other.find(PeerDown)).reason
         assert (await one.find(PeerDown)).reason == "you were removed"
         assert one.switch.gauges()["dialling"] == 0
-        assert one.switch.links() == []
+        assert one.switch.links() == one.switch.ups() == []
+        assert await one.dial(other, 2) == ""
+        assert one.switch.ups() == [list(one.all(PeerUp))[1]]
+        one.switch.hangup_all("another mesh")
+        await one.until(lambda: not one.up)
 
     run(kind, body)
 
@@ -226,8 +233,6 @@ class Rogue:
         self.frames = Frames(limits.BATCH_BYTES_MAX)
 
     async def connect(self) -> None:
-        from clawnet.identity.multiaddr import parse
-
         self.connection = await self.transport.dial(parse(self.victim.addresses[0]), self.victim.peer)
         self.stream = await self.connection.open_stream([CONTROL_PROTOCOL])
 
@@ -353,8 +358,6 @@ def test_a_malformed_message_is_refused_and_its_neighbours_are_taken() -> None:
     async def body(rogue: Rogue, victim: SwitchNode) -> None:
         await rogue.welcome()
         assert rogue.session is not None
-        from clawnet.wire.messages import Kind
-
         items = [(Kind.ACK, b"\x91\x01", None, None), (Kind.LEDGER_PULL, encode(PULL), None, None)]
         await rogue.stream.write(rogue.session.seal_encoded(items, victim.switch.clock()))
         assert (await victim.find(MessageIn, peer=rogue.key.peer_id)).message == PULL
@@ -433,8 +436,6 @@ def test_a_half_finished_handshake_ends_in_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_taken_port_gives_way_only_when_nobody_asked_for_it() -> None:
-    from clawnet.errors import ConfigError
-
     async def body(world: SwitchWorld) -> None:
         settings = SwitchSettings(tcp_port=4002, agent="t")
         first, second = await world.node(0, settings), await world.node(1, settings)
@@ -451,8 +452,6 @@ def test_a_taken_port_gives_way_only_when_nobody_asked_for_it() -> None:
 def test_the_signed_hello_names_the_remote() -> None:
     async def body(rogue: Rogue, victim: SwitchNode) -> None:
         raw = await rogue.next_frame()
-        from clawnet.wire.messages import Hello
-
         hello = decode_struct(Hello, decode_struct(SignedHello, raw).hello)
         assert (hello.peer, hello.remote) == (victim.peer, rogue.key.peer_id)
 

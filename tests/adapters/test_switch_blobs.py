@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from clawnet import limits
 from clawnet.errors import LinkError
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobAnswer, BlobRequest
 from clawnet.net.joining import read_frame
+from clawnet.storage.blobs import BlobStore
 from clawnet.wire.batch import frame
 from clawnet.wire.blobid import BlobHasher, blob_id
 from clawnet.wire.codec import decode_struct, encode
@@ -260,3 +262,21 @@ def test_a_damaged_blob_is_not_passed_on() -> None:
         assert blob_id(b"damaged") not in asker.blobs.kept
 
     run("fake", body)
+
+
+def test_the_real_store_serves_and_takes(tmp_path: Path) -> None:
+    async def body(asker: SwitchNode, holder: SwitchNode) -> None:
+        here, there = BlobStore(tmp_path / "here"), BlobStore(tmp_path / "there")
+        asker.switch._store = asker.switch._blobs._store = here
+        holder.switch._store = holder.switch._blobs._store = there
+        data = bytes(range(256)) * 3_000
+        blob = there.put_bytes(data)
+        there.grant(TASK, asker.peer, blob)
+        assert (await fetched(asker, holder, ((blob, len(data)),))).reason == ""
+        assert here.path(blob).read_bytes() == data
+        full = BlobStore(tmp_path / "full", bytes_max=1_000)
+        asker.switch._store = asker.switch._blobs._store = full
+        assert "do not fit" in (await fetched(asker, holder, ((blob, len(data)),))).reason
+        assert list((tmp_path / "full").iterdir()) == []
+
+    run("tcp", body)
