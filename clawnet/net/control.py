@@ -154,11 +154,11 @@ class Link:
         self._end(reason, reason)
 
     def probe(self) -> None:
-        """Asks for a sign of life now; without one in PROBE_TIMEOUT_S the link ends."""
+        """Asks for a sign of life now; without one in LINK_PROBE_S the link ends."""
         if self.state is LinkState.UP and self._ping is None:
             asked_s = self._loop.time()
             self._send_ping()
-            self._loop.call_later(limits.PROBE_TIMEOUT_S, self._probe_over, asked_s)
+            self._loop.call_later(limits.LINK_PROBE_S, self._probe_over, asked_s)
 
     # --- what arrives
 
@@ -339,7 +339,7 @@ class Link:
     def _probe_over(self, asked_s: float) -> None:
         if self.state is LinkState.UP and self._heard_s < asked_s:
             self._owner.count("links_timed_out")
-            self._end(f"no answer to a ping within {limits.PROBE_TIMEOUT_S:g} s", "ping timeout", reset=True)
+            self._end(f"no answer to a ping within {limits.LINK_PROBE_S:g} s", "ping timeout", reset=True)
 
     def _greeting_late(self) -> None:
         self.close(f"no complete handshake within {limits.HANDSHAKE_TIMEOUT_S:g} s")

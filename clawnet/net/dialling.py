@@ -191,7 +191,7 @@ class Dialler:
             if DUPLICATE not in reason:
                 break
             try:
-                async with asyncio.timeout(1.5 * limits.PROBE_TIMEOUT_S):
+                async with asyncio.timeout(1.5 * limits.LINK_PROBE_S):
                     await self._linked.wait()
                 return ""
             except TimeoutError:

@@ -98,7 +98,7 @@ def delay_everything(monkeypatch: pytest.MonkeyPatch, chance: random.Random) -> 
 def test_whatever_the_order_both_sides_agree_and_stay_agreed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "RECONNECT_MIN_S", 0.001)
     monkeypatch.setattr(limits, "RECONNECT_MAX_S", 0.004)
-    monkeypatch.setattr(limits, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(limits, "LINK_PROBE_S", 0.05)
     chance = random.Random(seed)
     delay_everything(monkeypatch, chance)
 
@@ -140,7 +140,7 @@ async def _disturb(world: SwitchWorld, one: SwitchNode, other: SwitchNode, chanc
 def test_a_peer_that_lost_its_end_gets_in_again_although_the_decider_has_not_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "PROBE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(limits, "LINK_PROBE_S", 0.02)
 
     async def main() -> None:
         async with switch_world() as world:
