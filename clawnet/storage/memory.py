@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from clawnet.errors import ClawnetError, InternalError, NotFoundError, StorageError, StorageFullError
-from clawnet.storage.queries import QUERIES, Row, page_start, prefix_bounds
+from clawnet.storage.queries import KEY_FREE, QUERIES, Row, page_start, prefix_bounds
 from clawnet.storage.schema import JOB_FINAL, TABLES, TASK_FINAL
 from clawnet.storage.store import Done, fold
 from clawnet.wire.events import Delete, Put
@@ -170,6 +170,21 @@ def _task_states(tables: Tables) -> list[Row]:
     return sorted(counts.items())
 
 
+def _keys_kept(tables: Tables) -> list[Row]:
+    rows = sorted(tables["tasks"].values(), key=lambda row: (row[2], row[0]))
+    return [(row[0], row[4]) for row in rows if row[4] and row[1] not in KEY_FREE]
+
+
+def _balances_page(tables: Tables, before: int | None, limit: int) -> list[Row]:
+    return [row for row in reversed(_of(tables, "balances")) if before is None or row[0] < before][:limit]
+
+
+def _jobs_expired(tables: Tables, before_ms: int, limit: int) -> list[Row]:
+    owed = {row[3] for row in tables["outbox"].values()}
+    rows = [row for row in _of(tables, "jobs") if row[1] in JOB_FINAL and row[2] < before_ms and row[0] not in owed]
+    return [(row[0],) for row in rows[:limit]]
+
+
 def _heads(tables: Tables) -> list[Row]:
     heads: dict[bytes, int] = {}
     for account, seq in tables["entries"]:
@@ -181,8 +196,11 @@ def _expired(tables: Tables, before_ms: int, limit: int, *, with_results: bool) 
     holding = {key[0] for table in ("results", "outputs") for key in tables[table]}
     rows = [
         row
-        for row in tables["tasks"].values()
-        if row[1] in TASK_FINAL and max(row[2], row[3]) < before_ms and (not with_results or row[0] in holding)
+        for key, row in tables["tasks"].items()
+        if key not in tables["unsettled"]
+        and row[1] in TASK_FINAL
+        and max(row[2], row[3]) < before_ms
+        and (not with_results or row[0] in holding)
     ]
     return [(row[0],) for row in sorted(rows, key=lambda row: (row[2], row[0]))[:limit]]
 
@@ -195,6 +213,16 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "task": lambda t, task_id: _of(t, "tasks", task_id),
     "task_by_prefix": _by_prefix,
     "task_by_key": _by_key,
+    "keys_kept": lambda t: [
+        (row[0], row[4])
+        for row in sorted(t["tasks"].values(), key=lambda row: (row[2], row[0]))
+        if row[4] and row[1] == "settled"
+    ],
+    "balances_page": lambda t, before, limit: [
+        row for row in reversed(_of(t, "balances")) if before is None or row[0] < before
+    ][:limit],
+    "keys_kept": _keys_kept,
+    "balances_page": _balances_page,
     "task_states": _task_states,
     "document": lambda t, task_id: _of(t, "documents", task_id),
     "transitions": lambda t, task_id: _of(t, "transitions", task_id),
@@ -219,7 +247,5 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "proof": lambda t, account: _of(t, "proofs", account),
     "tasks_expired": lambda t, before_ms, limit: _expired(t, before_ms, limit, with_results=False),
     "results_expired": lambda t, before_ms, limit: _expired(t, before_ms, limit, with_results=True),
-    "jobs_expired": lambda t, before_ms, limit: [
-        (row[0],) for row in _of(t, "jobs") if row[1] in JOB_FINAL and row[2] < before_ms
-    ][:limit],
+    "jobs_expired": _jobs_expired,
 }

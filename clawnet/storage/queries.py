@@ -14,6 +14,11 @@ from clawnet.storage.schema import JOB_FINAL, JOB_OPEN_SQL, TABLES, TASK_FINAL, 
 
 Row = tuple[Any, ...]
 
+SEQ_MAX: Final = 2**63 - 1
+
+# An idempotency key whose task ended in one of these states, that is without a result, may be used again.
+KEY_FREE: Final = ("refunded", "no_bids", "cancelled", "failed", "timed_out")
+
 
 class Query(Struct, frozen=True):
     """One read. `args` names its arguments; `quick` ones touch few rows and may run in the loop thread.
@@ -47,7 +52,7 @@ def prefix_bounds(text: str) -> tuple[bytes, bytes]:
 
 def page_start(created_ms: int | None, key: bytes | None) -> tuple[int, bytes]:
     """A page cursor as the statement wants it: None means from the newest on."""
-    return (2**63 - 1, b"\xff" * 32) if created_ms is None else (created_ms, key or b"")
+    return (SEQ_MAX, b"\xff" * 32) if created_ms is None else (created_ms, key or b"")
 
 
 def _page(args: Row) -> Row:
@@ -57,7 +62,7 @@ def _page(args: Row) -> Row:
 
 def _before(args: Row) -> Row:
     account, before_seq, limit = args
-    return (account, 2**63 - 1 if before_seq is None else before_seq, limit)
+    return (account, SEQ_MAX if before_seq is None else before_seq, limit)
 
 
 _TASKS: Final = _columns("tasks")
@@ -86,6 +91,18 @@ QUERIES: Final[dict[str, Query]] = {
         f"SELECT {_TASKS} FROM tasks WHERE idempotency_key = ? AND idempotency_key <> '' "
         "ORDER BY created_ms DESC, task_id DESC",
         ("idempotency_key",),
+    ),
+    "keys_kept": Query(
+        "SELECT task_id, idempotency_key FROM tasks WHERE idempotency_key <> '' AND state = 'settled' "
+        "ORDER BY created_ms, task_id",
+        (),
+        quick=False,
+    ),
+    "keys_kept": Query(
+        "SELECT task_id, idempotency_key FROM tasks WHERE idempotency_key <> '' "
+        f"AND state NOT IN {_words(KEY_FREE)} ORDER BY created_ms, task_id",
+        (),
+        quick=False,
     ),
     "task_states": Query("SELECT state, count(*) FROM tasks GROUP BY state ORDER BY state", (), quick=False),
     "document": Query("SELECT task_id, body FROM documents WHERE task_id = ?", ("task_id",)),
@@ -125,15 +142,25 @@ QUERIES: Final[dict[str, Query]] = {
         ("account", "before_seq", "limit"),
         prepare=_before,
     ),
+    "balances_page": Query(
+        "SELECT seq, available_ucr FROM balances WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+        ("before_seq", "limit"),
+        prepare=lambda args: (2**63 - 1 if args[0] is None else args[0], args[1]),
+    ),
+    "balances_page": Query(
+        "SELECT seq, available_ucr FROM balances WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+        ("before_seq", "limit"),
+        prepare=lambda args: (SEQ_MAX if args[0] is None else args[0], args[1]),
+    ),
     "entry_heads": Query("SELECT account, max(seq) FROM entries GROUP BY account ORDER BY account", (), quick=False),
     "segments": Query(
         f"SELECT {_columns('segments')} FROM segments WHERE account = ? ORDER BY seq, hash", ("account",)
     ),
     "proof": Query("SELECT account, proof FROM proofs WHERE account = ?", ("account",)),
-    # what the retention sweep may look at: ids of rows final for long enough
+    # what the retention sweep may look at: ids of rows final for long enough that nobody waits for
     "tasks_expired": Query(
         f"SELECT task_id FROM tasks WHERE created_ms < ? AND updated_ms < ? AND state IN {_words(TASK_FINAL)} "
-        "ORDER BY created_ms, task_id LIMIT ?",
+        "AND task_id NOT IN (SELECT task_id FROM unsettled) ORDER BY created_ms, task_id LIMIT ?",
         ("before_ms", "limit"),
         quick=False,
         prepare=lambda args: (args[0], args[0], args[1]),
@@ -142,13 +169,15 @@ QUERIES: Final[dict[str, Query]] = {
         "SELECT task_id FROM tasks WHERE created_ms < ? AND updated_ms < ? "
         f"AND state IN {_words(TASK_FINAL)} AND (EXISTS (SELECT 1 FROM results WHERE results.task_id = tasks.task_id) "
         "OR EXISTS (SELECT 1 FROM outputs WHERE outputs.task_id = tasks.task_id)) "
+        "AND task_id NOT IN (SELECT task_id FROM unsettled) "
         "ORDER BY created_ms, task_id LIMIT ?",
         ("before_ms", "limit"),
         quick=False,
         prepare=lambda args: (args[0], args[0], args[1]),
     ),
     "jobs_expired": Query(
-        f"SELECT job FROM jobs WHERE updated_ms < ? AND state IN {_words(JOB_FINAL)} ORDER BY job LIMIT ?",
+        f"SELECT job FROM jobs WHERE updated_ms < ? AND state IN {_words(JOB_FINAL)} "
+        "AND job NOT IN (SELECT about FROM outbox) ORDER BY job LIMIT ?",
         ("before_ms", "limit"),
         quick=False,
     ),

@@ -28,7 +28,7 @@ class Rule(Struct, frozen=True):
 RULES: Final = (
     Rule("tasks_expired", TASK_TABLES, TASK_RETENTION_MS),
     Rule("results_expired", RESULT_TABLES, RESULT_RETENTION_MS),
-    Rule("jobs_expired", ("jobs",), RESULT_RETENTION_MS),
+    Rule("jobs_expired", ("jobs", "documents"), RESULT_RETENTION_MS),
 )
 
 

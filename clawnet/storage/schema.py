@@ -47,6 +47,7 @@ TABLES: Final[dict[str, Table]] = {
         Table("entries", 2, ("account BLOB", "seq INTEGER", "hash BLOB", "raw BLOB"), forever="hash"),
         Table("segments", 3, ("account BLOB", "seq INTEGER", "hash BLOB", "raw BLOB")),
         Table("accounts", 1, ("account BLOB", "snapshot BLOB"), wide=True),
+        Table("balances", 1, ("seq INTEGER", "available_ucr INTEGER")),
         Table("proofs", 1, ("account BLOB", "proof BLOB"), wide=True),
         Table(
             "tasks",
@@ -62,6 +63,10 @@ TABLES: Final[dict[str, Table]] = {
             once=("created_ms", "idempotency_key"),
             wide=True,
         ),
+        Table("unsettled", 1, ("task_id BLOB",)),
+        Table("balances", 1, ("seq INTEGER", "available_ucr INTEGER")),
+        # Tasks in a final state of which an attempt still has an open line or an answer owed.
+        Table("unsettled", 1, ("task_id BLOB",)),
         Table("documents", 1, ("task_id BLOB", "body BLOB"), wide=True),
         Table("transitions", 2, ("task_id BLOB", "n INTEGER", "at_ms INTEGER", "state TEXT", "reason TEXT")),
         Table("bids", 3, ("task_id BLOB", "round INTEGER", "peer TEXT", "body BLOB")),

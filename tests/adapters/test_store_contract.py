@@ -135,6 +135,12 @@ def test_a_task_is_found_by_the_beginning_of_its_id_and_by_its_key(store: AnySto
         store.query("task_by_prefix", ("xyz", 10))
 
 
+def test_keys_are_kept_of_open_tasks_and_of_those_with_a_result(store: AnyStore) -> None:
+    store.commit([task(n, state, key=f"k{n}") for n, state in enumerate(("settled", "draft", "failed", "no_bids"))])
+    store.commit([task(9)])
+    assert store.query("keys_kept") == [(b"\x00" * 16, "k0"), (b"\x01" * 16, "k1")]
+
+
 def test_rows_of_one_task(store: AnyStore) -> None:
     t, u = b"t" * 16, b"u" * 16
     store.commit(
@@ -167,6 +173,9 @@ def test_entries_by_range_and_by_page(store: AnyStore) -> None:
     assert [row[1] for row in store.query("entries_page", (a, None, 3))] == [9, 8, 7]
     assert [row[1] for row in store.query("entries_page", (a, 1, 3))] == [0]
     assert store.query("entry", (a, 4))[0][1] == 4
+    store.commit([Put("balances", (n, -n)) for n in range(5)])
+    assert store.query("balances_page", (None, 2)) == [(4, -4), (3, -3)]
+    assert store.query("balances_page", (2, 9)) == [(1, -1), (0, 0)]
     assert store.query("entry_heads") == [(a, 9), (b"B" * 32, 0)]
     store.commit([Put("segments", (a, 3, b"h", b"void")), Put("proofs", (a, b"proof"))])
     assert store.query("segments", (a,)) == [(a, 3, b"h", b"void")]
@@ -182,6 +191,10 @@ def test_the_sweep_finds_only_what_is_final_and_old(store: AnyStore) -> None:
     assert ids(store.query("tasks_expired", (4, 10))) == [1, 2]
     assert ids(store.query("results_expired", (100, 10))) == [1, 3]
     assert ids(store.query("jobs_expired", (5, 10))) == [1]
+    store.commit([Put("unsettled", (b"\x02" * 16,)), Put("outbox", (b"o", "p", 1, b"\x05" * 16, 13, b""))])
+    assert ids(store.query("tasks_expired", (4, 10))) == [1]
+    assert ids(store.query("jobs_expired", (9, 10))) == [1]
+    store.commit([Delete("unsettled", (b"\x02" * 16,)), Delete("outbox", (b"o",))])
     for rule in RULES:
         old = [row[0] for row in store.query(rule.query, (100, 10))]
         store.commit(deletions(rule, old, kept={b"\x03" * 16}))
