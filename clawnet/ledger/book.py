@@ -186,7 +186,8 @@ class Book(Records):
                 self._dirty[payer] = None
         self._aside.take(entry.account, entry.seq)
         self._note(state, urgent=change.void_ucr > 0)
-        self._ready[entry.account] = None
+        if self._aside.holds(entry.account):
+            self._ready[entry.account] = None
         for waiter in self._aside.waiting_for(entry.account):
             self._ready[waiter] = None
         payables = change.consumed if change.cursors else change.payables
@@ -220,7 +221,7 @@ class Book(Records):
         if not signed_by(entry, state.key_at(entry.seq), self._verify):
             return Rejected("the signature is not the account's")
         if held is not None or supplied is not None:
-            state.suspect = f"two entries signed for seq {entry.seq}"
+            state.distrust(f"two entries signed for seq {entry.seq}")
             self._set_beside(state, entry)
             if entry.account in self._proofs:
                 return Branch(entry)
@@ -238,7 +239,7 @@ class Book(Records):
 
     def _off_branch(self, state: Account, entry: Parsed) -> Outcome:
         """The next seq, but on another entry than the head: a second branch whose beginning is still to be seen."""
-        state.suspect = state.suspect or f"an entry that does not continue seq {state.seq}"
+        state.distrust(f"an entry that does not continue seq {state.seq}")
         known = entry.hash in state.branch
         self._set_beside(state, entry)
         for other in list(state.branch.values()):
@@ -268,7 +269,7 @@ class Book(Records):
         proof = self._proofs.get(state.account)
         if proof is None:
             proof = self._proofs[state.account] = build_proof(held, other, rotations)
-        state.suspect = state.suspect or f"two entries signed for seq {other.seq}"
+        state.distrust(f"two entries signed for seq {other.seq}")
         self._note(state, urgent=True)
         return Forked(state.account, other.seq, proof, other)
 
@@ -295,6 +296,7 @@ class Book(Records):
             return Rejected("the fork proof is signed with a key that the account had given up")
         self._proofs[account] = proof
         if state is not None:
+            state.distrust(f"two entries signed for seq {first.seq}")
             self._note(state, urgent=True)
         return Forked(account, first.seq, proof)
 

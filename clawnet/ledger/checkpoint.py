@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from clawnet.errors import NotPermittedError, RemoteError
 from clawnet.ledger.book import Book
@@ -10,6 +11,8 @@ from clawnet.ledger.entries import Checkpoint, Parsed, Sign, Verify, parse, sign
 from clawnet.ledger.proofs import rotated_keys
 from clawnet.ledger.state import Account, HashTail, StateDocument, read_state, state_hash
 from clawnet.ledger.statements import Countersign
+
+STATEMENTS_MAX: Final = 16
 
 
 def countersign(book: Book, account: bytes, seq: int, entry_hash: bytes, sign: Sign) -> bytes:
@@ -30,7 +33,7 @@ def countersigned(
     book: Book, entry: Parsed, statements: Sequence[bytes], auditors: Collection[bytes], verify: Verify
 ) -> bool:
     """Whether one of `auditors` (public keys of own-ring nodes and of issuers) countersigned this entry."""
-    for statement in statements:
+    for statement in statements[:STATEMENTS_MAX]:
         for auditor in auditors:
             try:
                 said = Countersign.verified(statement, auditor, verify)

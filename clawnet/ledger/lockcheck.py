@@ -7,6 +7,7 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import Lock, Parsed
+from clawnet.ledger.state import Payable
 
 
 class Expected(Struct, frozen=True, gc=False):
@@ -85,3 +86,18 @@ def _limits(book: Book, lock: Parsed, expected: Expected) -> str:
     if book.exposure_ucr(lock.account, expected.account) > expected.exposure_max_ucr:
         return "exposure"
     return ""
+
+
+def check_release(book: Book, release: Payable, amount_ucr: int, key_hash: bytes, note_hash: bytes) -> str:
+    """May the payee show its key for this release (section 6, step 7)? "" or: forked, amount, key, note.
+
+    `release` comes from the book, so the payer's chain is valid up to it; the other three are of the payee's own note.
+    """
+    view = book.view(release.payer)
+    if view.refuse == "forked" and release.seq > view.good_seq:
+        return "forked"
+    if release.amount_ucr < amount_ucr:
+        return "amount"
+    if release.key_hash != key_hash:
+        return "key"
+    return "" if release.note_hash == note_hash else "note"

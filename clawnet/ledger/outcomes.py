@@ -97,7 +97,10 @@ class Rejected(Outcome, frozen=True, gc=False):
 
 
 class AccountView(Struct, frozen=True, gc=False):
-    """One account as this book sees it. `seq` -1: unknown. `refuse` says why no lock of it is accepted ("" if none)."""
+    """One account as this book sees it. `seq` -1: unknown. `refuse` says why no lock of it is accepted ("" if none).
+
+    `good_seq` is the head when the first sign of a fork was seen: what was in this book by then stays good.
+    """
 
     account: bytes
     seq: int
@@ -112,6 +115,7 @@ class AccountView(Struct, frozen=True, gc=False):
     base_seq: int
     checkpoint_seq: int
     forked: bool
+    good_seq: int
     ended: str
     upgrade: str
     refuse: str

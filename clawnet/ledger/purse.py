@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from clawnet import limits
-from clawnet.errors import FundsError, NotPermittedError
+from clawnet.errors import FundsError, NotPermittedError, WireError
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import (
     ENTRY_SIGNATURE_TAG,
@@ -32,11 +32,12 @@ from clawnet.ledger.entries import (
     Send,
     Sign,
     draft,
+    parse,
     possession_message,
     with_signature,
 )
 from clawnet.ledger.rules import Change, Fault
-from clawnet.ledger.state import Payable, state_hash
+from clawnet.ledger.state import Payable
 from clawnet.money import AMOUNT_UCR_MAX, format_credits
 
 _FUNDS: Final = frozenset({"funds", "open_lines", "grant_max", "issue_total"})
@@ -105,7 +106,7 @@ class Purse:
 
     def checkpoint(self, now_ms: int) -> Parsed:
         """States what the chain adds up to."""
-        return self._append(Checkpoint(state_hash(self.book.state_bytes(self.account))), now_ms)
+        return self._append(Checkpoint(self.book.state_hash(self.account)), now_ms)
 
     def rotate(self, new_key: bytes, new_sign: Sign, now_ms: int) -> Parsed:
         """Hands the chain to a new key, which signs every entry after this one."""
@@ -127,9 +128,12 @@ class Purse:
                 hint="clawnet doctor says what it waits for",
             )
         seq, prev = self._next_place()
-        entry = draft(self.book.mesh, self.account, seq, prev, now_ms, body)
-        if len(entry.raw) > limits.ENTRY_BYTES_MAX:
-            raise NotPermittedError(f"a ledger entry of {len(entry.raw)} bytes is above the limit")
+        try:
+            entry = parse(draft(self.book.mesh, self.account, seq, prev, now_ms, body).raw)
+        except WireError as error:
+            raise NotPermittedError(f"the ledger does not allow it: {error.message}") from error
+        if entry.defect:
+            raise NotPermittedError(f"the ledger does not allow it: {entry.defect}", reason="malformed")
         self._check_standing(entry)
         verdict = self.book.judge_next(entry)
         if isinstance(verdict, Fault):

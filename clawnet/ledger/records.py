@@ -15,6 +15,7 @@ from clawnet.ledger.state import (
     decode_snapshot,
     encode_snapshot,
     state_bytes,
+    state_hash,
 )
 from clawnet.ledger.terms import LedgerTerms
 
@@ -68,10 +69,10 @@ class Records:
         state = self._of(account)
         forked = account in self._proofs
         refuse = ""
-        if state.seq < 0:
-            refuse = "unknown"
-        elif forked or state.suspect:
+        if forked or state.suspect:
             refuse = "forked"
+        elif state.seq < 0:
+            refuse = "unknown"
         elif state.ended is not None:
             refuse = "invalid"
         elif state.upgrade:
@@ -92,6 +93,7 @@ class Records:
             state.base_seq,
             state.checkpoint_seq,
             forked,
+            state.good_seq,
             state.ended_reason if state.ended is not None else "",
             f"cannot audit beyond seq {state.seq}, upgrade ({state.upgrade})" if state.upgrade else "",
             refuse,
@@ -191,6 +193,10 @@ class Records:
     def state_bytes(self, account: bytes) -> bytes:
         """The state document at the account's head."""
         return state_bytes(self._of(account))
+
+    def state_hash(self, account: bytes) -> bytes:
+        """What a checkpoint written now would state."""
+        return state_hash(self.state_bytes(account))
 
     def snapshots(self) -> list[tuple[bytes, bytes]]:
         """(account, snapshot) of every account that changed since the last call. Write them in one transaction."""

@@ -112,6 +112,7 @@ class Account:
         "cursors",
         "ended",
         "ended_reason",
+        "good_seq",
         "granted",
         "hash",
         "issued_ucr",
@@ -170,6 +171,8 @@ class Account:
         self.upgrade = ""
         self.suspect = ""
         """Why two branches of this chain must exist, before there is a proof to show."""
+        self.good_seq = -1
+        """The head at that moment: releases up to it were in this book before, and stay good."""
         self.branch: dict[bytes, Parsed] = {}
         """Entries off the held branch, by hash: evidence, never counted."""
 
@@ -186,6 +189,12 @@ class Account:
                 break
             key = new_key
         return key
+
+    def distrust(self, why: str) -> None:
+        """Notes the first sign of a second branch."""
+        if not self.suspect:
+            self.suspect = why
+            self.good_seq = self.seq
 
     def add_payable(self, payable: Payable) -> None:
         """Remembers a payment until its payee's cursor passes it."""
@@ -295,6 +304,7 @@ class _Snapshot(Struct, frozen=True, array_like=True):
     ended_reason: str
     upgrade: str
     suspect: str
+    good_seq: int
     branch: list[bytes]
 
 
@@ -333,6 +343,7 @@ def encode_snapshot(state: Account) -> bytes:
             state.ended_reason,
             state.upgrade,
             state.suspect,
+            state.good_seq,
             [entry.raw for entry in state.branch.values()],
         )
     )
@@ -374,4 +385,5 @@ def decode_snapshot(data: bytes) -> tuple[Account, bytes, list[bytes]]:
     state.ended_reason = kept.ended_reason
     state.upgrade = kept.upgrade
     state.suspect = kept.suspect
+    state.good_seq = kept.good_seq
     return state, kept.ended, kept.branch

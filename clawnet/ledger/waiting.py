@@ -42,6 +42,10 @@ class Aside:
         """What is kept for this place."""
         return self._entries.get(account, {}).get(seq)
 
+    def holds(self, account: bytes) -> bool:
+        """Whether anything is kept of this account."""
+        return account in self._entries
+
     def keep(self, waiting: Waiting) -> bool:
         """Sets an entry aside; False when there is no room for it (it must come again)."""
         entry = waiting.entry

@@ -33,7 +33,7 @@ from clawnet.ledger.entries import (
     build,
     parse,
 )
-from clawnet.ledger.lockcheck import Expected, check_lock
+from clawnet.ledger.lockcheck import Expected, check_lock, check_release
 from clawnet.ledger.outcomes import Added, Forked, Invalid, Known, NotYet, Rejected
 from clawnet.ledger.statements import Waiver
 from tests.rules.ledger_mesh import CREDIT, MESH, NOW, ZERO, Mesh, claim, feed, release_item
@@ -380,6 +380,12 @@ def test_a_purse_signs_nothing_that_a_book_would_refuse() -> None:
         purse.genesis(NOW)
     with pytest.raises(NotPermittedError, match="not all here"):
         purse.claim([ClaimItem(bob, 99, ZERO, 0, 1, None, None)], NOW)
+    with pytest.raises(NotPermittedError, match="malformed lock"):
+        purse.lock([LockLine(ZERO, bob, 1, 0)], NOW, NOW + limits.MARGIN_MS, NOW)
+    with pytest.raises(NotPermittedError, match="malformed lock"):
+        purse.lock([LockLine(ZERO, bob, 1, 1)] * 257, NOW, NOW + limits.MARGIN_MS, NOW)
+    with pytest.raises(NotPermittedError, match="malformed release"):
+        purse.release([], NOW)
     purse.read_only_reason = "restored from a backup"
     with pytest.raises(NotPermittedError, match="read-only: restored from a backup"):
         purse.send(bob, 1, ZERO, NOW)
@@ -466,6 +472,35 @@ def test_no_work_for_a_line_that_was_taken_back() -> None:
     waiver = Waiver(MESH, m["alice"].account, m.lock_entry.hash, 0, 0).signed(m["bob"].sign)
     m.put(m["alice"].purse.refund([RefundItem(m.lock_entry.seq, 0, Proof(1, [waiver]))], NOW))
     assert check_lock(m["bob"].book, m.lock_entry, 0, expected(m), NOW) == "chain"
+
+
+def test_a_key_is_shown_only_for_the_release_that_was_asked() -> None:
+    m = offered()
+    alice, bob = m["alice"], m["bob"]
+    m.release("alice", (m.lock_entry.seq, 0, 1, 4 * CREDIT))
+    (release,) = bob.book.payables(alice.account, bob.account)
+    assert check_release(bob.book, release, 4 * CREDIT, release.key_hash, ZERO) == ""
+    assert check_release(bob.book, release, 5 * CREDIT, release.key_hash, ZERO) == "amount"
+    assert check_release(bob.book, release, 4 * CREDIT, ZERO, ZERO) == "key"
+    assert check_release(bob.book, release, 4 * CREDIT, release.key_hash, bytes([1]) * 32) == "note"
+
+
+@pytest.mark.parametrize("fork_first", [False, True])
+def test_releases_from_before_the_fork_was_seen_stay_good(fork_first: bool) -> None:
+    m = offered()
+    alice, book = m["alice"], m["bob"].book
+    lock = m.lock_entry
+    second = build(MESH, lock.account, lock.seq, lock.prev, NOW + 1, lock.body, alice.sign)
+    entry = alice.purse.release([release_item(lock.seq, 0, 1, 5 * CREDIT)], NOW)
+    for raw in (second.raw, entry.raw) if fork_first else (entry.raw, second.raw):
+        book.apply(raw, NOW)
+    (release,) = book.payables(alice.account, m["bob"].account)
+    word = check_release(book, release, 5 * CREDIT, release.key_hash, ZERO)
+    assert word == ("forked" if fork_first else "")
+    again = m.fresh_book()
+    for account in book.accounts():
+        again.restore(book.snapshot(account))
+    assert check_release(again, release, 5 * CREDIT, release.key_hash, ZERO) == word
 
 
 # --- audits that find something

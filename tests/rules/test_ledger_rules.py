@@ -31,7 +31,7 @@ from clawnet.ledger.entries import (
     pow_bits_of,
 )
 from clawnet.ledger.outcomes import Added, Invalid, NotYet, Outcome, Rejected
-from clawnet.ledger.state import state_hash
+from clawnet.ledger.state import Account, Line, read_state, state_bytes, state_hash
 from clawnet.ledger.statements import Waiver
 from clawnet.ledger.terms import LedgerTerms
 from tests.rules.ledger_mesh import CREDIT, MESH, NOW, ZERO, Mesh, part_key, release_item
@@ -431,4 +431,21 @@ def test_the_state_document_is_of_the_chain_alone() -> None:
     documents = {member.book.state_bytes(m["alice"].account) for member in m.members.values()}
     m.put(m["bob"].purse.claim([paid.sent(), paid.part(0)], NOW))
     documents |= {member.book.state_bytes(m["alice"].account) for member in m.members.values()}
+    assert len(documents) == 1
+
+
+def test_the_state_document_does_not_depend_on_the_order_of_memory() -> None:
+    """As after a restore, or in a process whose sets are ordered otherwise."""
+    names = [sha256(bytes([n])).digest() for n in range(9)]
+    documents = set()
+    for order in (names, names[::-1]):
+        state = Account(TASK)
+        state.granted = set(order)
+        state.cursors = dict.fromkeys(order, (1, 0))
+        state.lines = {(n, 0): Line(n, 0, TASK, TASK, TASK, 1, 1, 1, 0, 1, 1, 1) for n in map(names.index, order)}
+        documents.add(state_bytes(state))
+        document = read_state(documents.copy().pop())
+        assert document.granted == sorted(names)
+        assert [line.lock_seq for line in document.lines] == list(range(9))
+        assert document.cursors == sorted((payer, 1, 0) for payer in names)
     assert len(documents) == 1
