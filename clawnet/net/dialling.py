@@ -112,14 +112,16 @@ class Dialler:
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self._linked = asyncio.Event()
+        self._pausing = False
 
     def want(self, call: int, addresses: Sequence[str], keep: bool) -> None:
         """One more reason to connect; the newest addresses come first."""
+        news = bool(call) or not set(addresses) <= set(self.addresses)
         self.addresses = tuple(dict.fromkeys((*addresses, *self.addresses)))[: limits.DIAL_ADDRESSES_MAX]
         self.keep = self.keep or keep
         if call:
             self._calls.append(call)
-        if self._task is None or call:
+        if self._task is None or (self._pausing and news):
             self._start(0.0)
 
     def linked(self) -> None:
@@ -145,6 +147,7 @@ class Dialler:
 
     def _start(self, pause_s: float) -> None:
         self._stop()
+        self._pausing = False
         self._task = asyncio.ensure_future(self._run(pause_s))
 
     def _stop(self) -> None:
@@ -164,7 +167,9 @@ class Dialler:
     async def _run(self, pause_s: float) -> None:
         while True:
             if pause_s:
+                self._pausing = True
                 await asyncio.sleep(pause_s)
+            self._pausing = False
             reason = await self._attempt()
             if self._linked.is_set():
                 return

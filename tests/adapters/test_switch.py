@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from clawnet import limits
+from clawnet.config import Config
 from clawnet.errors import ConfigError, LinkError
 from clawnet.identity.multiaddr import parse
 from clawnet.net.control import CONTROL_PROTOCOL
@@ -456,3 +457,9 @@ def test_the_signed_hello_names_the_remote() -> None:
         assert (hello.peer, hello.remote) == (victim.peer, rogue.key.peer_id)
 
     with_rogue(body)
+
+
+def test_the_settings_come_from_the_configuration() -> None:
+    changes = {"network.tcp_port": "0", "node.max_peers": "7", "node.listen_addrs": "/ip4/127.0.0.1/tcp/0"}
+    settings = SwitchSettings.of(Config.defaults(changes), "clawnet/1")
+    assert settings == SwitchSettings(("/ip4/127.0.0.1/tcp/0",), 0, True, True, 7, 30.0, 15.0, "clawnet/1")
