@@ -119,7 +119,7 @@ def format_value(key: Key, value: Value) -> str:
     if key.kind == "amount":
         return format_credits(int(value))
     if key.kind == "number":
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return f"{value:.12f}".rstrip("0").rstrip(".")
     return str(value)
 
 
