@@ -119,6 +119,15 @@ class Config:
         """The keys whose value differs in another configuration."""
         return tuple(n for n, setting in self._settings.items() if setting.value != other._settings[n].value)
 
+    def adopt(self, other: Config) -> tuple[list[str], list[str]]:
+        """Takes over what may change in a running daemon; returns the keys that did, and those that need a restart."""
+        changed = self.changed(other)
+        waiting = restart_needed(changed)
+        applied = [name for name in changed if name not in waiting]
+        for name in applied:
+            self._settings[name] = other._settings[name]
+        return applied, list(waiting)
+
     def render(self) -> str:
         """The commented file that holds these settings."""
         return config_file.render({name: self.shown(name) for name in self._settings if self.is_set(name)})

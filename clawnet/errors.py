@@ -200,3 +200,8 @@ def from_dict(fields: dict[str, Any]) -> ClawnetError:
     if cls is ClawnetError:
         cls = InternalError
     return cls(str(fields.get("message", "unknown error")), hint=str(fields.get("hint", "")), **rest)
+
+
+def exit_code_of(code: str) -> int:
+    """The exit code that goes with a stable error word; 70 for an unknown one."""
+    return _tree(ClawnetError).get(code, InternalError).exit_code

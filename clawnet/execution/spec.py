@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -10,56 +10,13 @@ from msgspec import Struct, field
 
 from clawnet import limits
 from clawnet.errors import DataError
+from clawnet.wire.jobspec import InputRef, JobSpec
+
+__all__ = ["BlobPort", "BlobWriter", "ExecutionSettings", "InputRef", "JobSpec", "check"]
 
 SHELL: Final = "shell-execution"
 COMPUTE: Final = "compute"
 OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
-
-
-class InputRef(Struct, frozen=True, gc=False):
-    """One input of a run: a blob in this node's store.
-
-    `kind` is "file" or "tree" (an uncompressed tar, execution/inputs.py); `mode` is 0o755 for an executable file.
-    """
-
-    name: str
-    kind: str
-    blob: bytes
-    size: int
-    mode: int = 0o644
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> InputRef:
-        """From an item of InputsReady or of a task document: {name, kind, blob, bytes, mode}."""
-        return cls(fields["name"], fields["kind"], fields["blob"], fields["bytes"], fields.get("mode", 0o644))
-
-
-class JobSpec(Struct, frozen=True, gc=False):
-    """One run.
-
-    Shell: `argv`, or `script` for `sh -c`. Compute: `op` with `op_args`, over the inputs in their order, else over
-    `stdin`. File inputs lie in the working directory under their names; the tree input named `cwd_input` becomes the
-    working directory itself, other trees are directories in it. `sandbox` is "" (the machine's policy for `ring`
-    decides), "sandboxed" (insist) or "host" (ring own only, and only where the policy allows it). With `seal_key`
-    the result leaves the executor sealed only.
-    """
-
-    job: bytes
-    kind: str
-    argv: list[str] | None = None
-    script: str | None = None
-    op: str = ""
-    op_args: dict[str, Any] = {}
-    env: dict[str, str] = {}
-    inputs: list[InputRef] = []
-    stdin: bytes | None = None
-    cwd_input: str = ""
-    ring: str = "own"
-    sandbox: str = ""
-    seal_key: bytes | None = None
-    wall_s: float = 3_600.0
-    memory_bytes_max: int = 1024 * limits.MIB
-    output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
 
 
 class ExecutionSettings(Struct, frozen=True):
@@ -104,7 +61,7 @@ class BlobPort(Protocol):
 
 
 def check(spec: JobSpec) -> None:
-    """Raises DataError when no runner could make sense of `spec`; the node checks its own, but this came from a peer."""
+    """Raises DataError when no runner could make sense of `spec`, which may have come from a peer."""
     if spec.kind == "compute":
         if spec.op not in OPERATIONS:
             raise DataError(f"there is no operation {spec.op[:40]!r}", hint="known: " + ", ".join(OPERATIONS))

@@ -47,7 +47,11 @@ class Auctions:
         """At the end of a turn: opens waiting auctions while there is room."""
         while self._waiting and len(self.live) < self._live_max:
             task = self._rooms.tasks.open.get(self._waiting.popleft())
-            if task is not None and task.state in ("announced", "bidding", "reassigned") and task.task_id not in self.live:
+            if (
+                task is not None
+                and task.state in ("announced", "bidding", "reassigned")
+                and task.task_id not in self.live
+            ):
                 self._open_stage(task)
 
     def drop(self, task: Task) -> None:
@@ -146,7 +150,7 @@ class Auctions:
             bid,
             self._ctx.now,
             reputation=members.reputation.score(peer, self._ctx.now).total,
-            confidence=members.reputation.confidence(peer, bid.confidence),
+            confidence=members.reputation.confidence(peer, bid.confidence, self._ctx.now),
         )
         members.known_heads[peer] = (bid.known_seq, bid.known_hash)
         self._answered(peer, auction)
@@ -187,9 +191,7 @@ class Auctions:
     # --- closing
 
     def _keep(self, task: Task, auction: Auction, *, winner: str = "", closed_by: str = "") -> None:
-        record = auction.record(
-            self._ctx.now, last_award=self._order.of, winner=winner, closed_by=closed_by
-        )
+        record = auction.record(self._ctx.now, last_award=self._order.of, winner=winner, closed_by=closed_by)
         task.bids += len(record.bids)
         self._ctx.put("bids", task.task_id, task.round, "", encode_record(record))
         self._rooms.tasks.touch(task)
@@ -228,7 +230,9 @@ class Auctions:
     def _no_bid(self, task: Task) -> None:
         refusals = task.refusals
         if self._ctx.now >= task.deadline_ms:
-            error = TimedOutError("the deadline passed before anybody could take the task", hint="--deadline allows more")
+            error = TimedOutError(
+                "the deadline passed before anybody could take the task", hint="--deadline allows more"
+            )
             self._rooms.tasks.finish(task, "timed_out", error)
             return
         reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))

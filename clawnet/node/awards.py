@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError, TimedOutError, VerificationError
-from clawnet.ledger.entries import ReleaseItem
-from clawnet.ledger.seal import content_key
 from clawnet.identity.keys import verify
 from clawnet.ledger import statements
+from clawnet.ledger.entries import ReleaseItem
+from clawnet.ledger.seal import content_key
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.node.context import Context
-from clawnet.reputation.receipts import Outcome
+from clawnet.node.views import SMALL_STREAMS_BYTES
+from clawnet.reputation.receipts import Outcome, outcome_of_waiver
 from clawnet.wire.events import BlobReady, Fetch, GrantBlob, MessageIn, Open, Opened, RevokeBlobs
 from clawnet.wire.messages import (
     Accept,
@@ -228,7 +229,7 @@ class Awards:
         self._give_back(task, attempt, message.waiver)
         if task.state in FINAL_STATES:
             return
-        self._rooms.members.receipt(attempt, Outcome.FAILED, task)
+        self._rooms.members.receipt(attempt, outcome_of_waiver(message.reason), task)
         text = message.report.decode("utf-8", "replace")
         self._move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
 
@@ -342,7 +343,12 @@ class Awards:
         else:
             attempt.state = "delivering"
             item = ReleaseItem(
-                attempt.lock_seq, attempt.line, 1, attempt.released_ucr, attempt.key_hash, statements.note_hash(attempt.note)
+                attempt.lock_seq,
+                attempt.line,
+                1,
+                attempt.released_ucr,
+                attempt.key_hash,
+                statements.note_hash(attempt.note),
             )
             rooms.books.release(task, attempt, item)
 
@@ -367,7 +373,7 @@ class Awards:
         inline = self._rooms.results.pop(name, b"")
         key = content_key(attempt.key, task.secret) if attempt.key else None
         if not inline and attempt.inline:
-            self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows.rows))
+            self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows))
             return
         self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes))
 
@@ -394,15 +400,40 @@ class Awards:
         self._close(attempt, "done", event.reason)
         if task.state not in FINAL_STATES:
             rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
-            task.result = event.bundle
+            self._keep(task, attempt, event.bundle)
             rooms.tasks.move(task, "verified", "opened" if good else event.reason)
-            error = None if good else VerificationError(
-                f"the result of {attempt.peer[-8:]} does not open: {event.reason}", hint="the proof is kept with the task"
+            error = (
+                None
+                if good
+                else VerificationError(
+                    f"the result of {attempt.peer[-8:]} does not open: {event.reason}",
+                    hint="the proof is kept with the task",
+                )
             )
             rooms.tasks.finish(task, "settled", error)
         elif good and task.result is None:
-            task.result = event.bundle
+            self._keep(task, attempt, event.bundle)
         rooms.tasks.touch(task)
+
+    def _keep(self, task: Task, attempt: Attempt, bundle: Any) -> None:
+        """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one."""
+        if bundle is None:
+            return
+        ctx = self._ctx
+        result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
+        result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
+        stdout, stderr = result["stdout"], result["stderr"]
+        if stdout is None or stderr is None:
+            ctx.delete("results", task.task_id, attempt.n)
+        elif len(stdout) + len(stderr) <= SMALL_STREAMS_BYTES:
+            if attempt.inline:
+                ctx.delete("results", task.task_id, attempt.n)
+        else:
+            result["stdout"] = result["stderr"] = None
+            result["row"] = attempt.n
+            ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
+            self._rooms.views.keep_streams(task.task_id, stdout, stderr)
+        task.result = result
 
     # --- ends
 
@@ -450,7 +481,9 @@ class Awards:
         if not free:
             if task.retries_left <= 0:
                 name = self._rooms.members.name_of(attempt.peer)
-                error = ExecutorLostError(f"{name} did not finish the task: {why}", hint="clawnet market show tells more")
+                error = ExecutorLostError(
+                    f"{name} did not finish the task: {why}", hint="clawnet market show tells more"
+                )
                 self._rooms.tasks.finish(task, "failed", error)
                 return
             task.retries_left -= 1
@@ -515,13 +548,19 @@ class Awards:
                 continue
             if attempt.state == "released" and ctx.now >= attempt.delivered_ms + KEY_PULLS_MS[0]:
                 self._pull_key(task, attempt)
-            elif attempt.lock_seq >= 0 and ctx.now >= attempt.expiry_ms and attempt.state not in ("claimed", "delivering"):
+            elif (
+                attempt.lock_seq >= 0
+                and ctx.now >= attempt.expiry_ms
+                and attempt.state not in ("claimed", "delivering")
+            ):
                 if not attempt.refunded:
                     self._rooms.books.refund(task, attempt, None)
             elif attempt.lock_seq < 0 and ctx.now >= attempt.expiry_ms and attempt.state in RUNNING:
                 self._close(attempt, "lost", "no word until its expiry")
                 if task.state not in FINAL_STATES:
-                    self._rooms.tasks.finish(task, "failed", ExecutorLostError("the executor delivered nothing in time"))
+                    self._rooms.tasks.finish(
+                        task, "failed", ExecutorLostError("the executor delivered nothing in time")
+                    )
                 self._rooms.tasks.touch(task)
             elif attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
                 self._silence(task, attempt)

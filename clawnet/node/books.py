@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -283,6 +284,7 @@ class Books:
         """An own entry: durable with this turn, kept at hand, and on its way to the keepers."""
         ctx = self._ctx
         ctx.put("entries", entry.account, entry.seq, entry.hash, entry.raw)
+        ctx.put("balances", entry.seq, self.book.view(ctx.account).available_ucr)
         ctx.durable()
         self.recent.append((entry.seq, entry.raw))
         self._since_snapshot += 1
@@ -368,7 +370,9 @@ class Books:
             return False
         elif isinstance(outcome, Invalid):
             self._moved[outcome.account] = None
-            ctx.log("security", "chain.invalid", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text)
+            ctx.log(
+                "security", "chain.invalid", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text
+            )
             ctx.count("chains_refused_total", outcome.reason)
         elif isinstance(outcome, Forked):
             self.chains.forked(outcome)
@@ -376,7 +380,9 @@ class Books:
             parsed = outcome.parsed
             ctx.put("segments", parsed.account, parsed.seq, parsed.hash, parsed.raw)
         elif isinstance(outcome, Unauditable):
-            ctx.log("warn", "chain.unauditable", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text)
+            ctx.log(
+                "warn", "chain.unauditable", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text
+            )
         elif isinstance(outcome, Rejected):
             ctx.log("security", "entry.rejected", peer=peer, reason=outcome.reason)
             ctx.count("messages_refused_total", "entry")
@@ -390,6 +396,7 @@ class Books:
         self._since_snapshot += 1
         self._moved[parsed.account] = None
         if parsed.account == ctx.account:
+            ctx.put("balances", parsed.seq, self.book.view(ctx.account).available_ucr)
             self.recent.append((parsed.seq, parsed.raw))
             return
         body = parsed.body
@@ -435,6 +442,11 @@ class Books:
         if peer is not None:
             self._settle({peer: None}, RELEASE, entry.seq)
         return entry
+
+    @staticmethod
+    def memo_hash(memo: str) -> bytes:
+        """How a memo stands on the chain; zeros for none."""
+        return hashlib.sha256(b"clawnet/memo/1" + memo.encode()).digest() if memo else bytes(32)
 
     def grant(self, payee: bytes, amount_ucr: int, invite: bytes) -> None:
         """An issuer's grant to a newcomer."""

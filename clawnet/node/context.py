@@ -12,6 +12,7 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.config import Config
 from clawnet.errors import ClawnetError
+from clawnet.identity.keys import KeyPair
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.events import Count, Delete, Durable, Effect, Log, Notify, Put, Reply, Send, Wake
 from clawnet.wire.messages import KIND_OF, PAYLOADS, Kind, Message
@@ -20,11 +21,12 @@ Rebuild = Callable[[bytes], "Message | None"]
 
 
 class Ports(Struct, frozen=True):
-    """What a node cannot have of its own: entropy and signatures (node key; owner key where it lies on this machine)."""
+    """What a node cannot have of its own: entropy, its signature, measured round trips, the owner key where it lies here."""
 
     entropy: Callable[[int], bytes]
     sign: Callable[[bytes], bytes]
-    owner_sign: Callable[[bytes], bytes] | None = None
+    rtt_ms: Callable[[str], float]
+    owner: KeyPair | None = None
 
 
 class Link(Struct):
@@ -154,7 +156,7 @@ class Outbox:
             ctx.now.to_bytes(8, "big") + len(ctx.out).to_bytes(4, "big") + peer.encode() + about + ctx.entropy(8),
             digest_size=16,
         ).digest()
-        payload = b"" if kind in self._rebuild else encode_payload(message)
+        payload = b"" if kind in self._rebuild else encode_payload(message)[1]
         row = Obligation(identifier, peer, ctx.now, about, kind, payload)
         self._add(row)
         ctx.put("outbox", identifier, peer, ctx.now, about, int(kind), payload)

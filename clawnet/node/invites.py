@@ -8,9 +8,9 @@ import msgspec
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, NotPermittedError, UnreachableError
+from clawnet.identity import invite as tokens
 from clawnet.identity.certificates import certify_node, certify_owner, verify_chain
-from clawnet.identity.invite import Invite
-from clawnet.identity.keys import peer_id_of, verify
+from clawnet.identity.keys import verify
 from clawnet.ledger.entries import EntryKind
 from clawnet.mesh.roster import InviteRecord, clean_name, join_bytes, secret_hash
 from clawnet.money import format_credits
@@ -47,7 +47,7 @@ class Invites:
         """Answers with a one-line token."""
         ctx, members = self._ctx, self._rooms.members
         facts = members.facts
-        if ctx.ports.owner_sign is None:
+        if ctx.ports.owner is None:
             holder = members.name_of(facts.inviter) if facts.inviter else "another machine of yours"
             raise NotPermittedError(
                 f"the owner key is not on this machine, so it cannot invite; {holder} holds it",
@@ -74,7 +74,7 @@ class Invites:
         record = InviteRecord(ctx.entropy(16), secret_hash(secret), ring, expires_ms, uses, credits_ucr, ctx.now)
         self._records[record.secret_hash] = record
         self._save(record)
-        token = Invite(facts.mesh, ctx.me, members.addresses[:8], secret, ring, expires_ms).encode()
+        token = tokens.Invite(facts.mesh, ctx.me, tuple(members.addresses[:8]), secret, ring, expires_ms).encode()
         given = self._gift_ucr(record)
         ctx.reply(
             call,
@@ -146,14 +146,19 @@ class Invites:
         body = join_bytes(ask.mesh, ask.secret, ask.node_key, ask.owner_key, ask.name, ask.time_ms)
         if not (verify(ask.node_key, body, ask.node_proof) and verify(ask.owner_key, body, ask.owner_proof)):
             raise NotPermittedError("the joiner does not prove that it holds its keys")
-        sign = ctx.ports.owner_sign
-        if sign is None:
+        owner = ctx.ports.owner
+        if owner is None:
             raise NotPermittedError("the inviter's owner key is on another machine")
         if record.ring == "own":
-            chain = [*facts.certificates[:-1], certify_node(facts.mesh, ask.node_key, facts.owner, ctx.now, ctx.me, sign)]
+            chain = [
+                *facts.certificates[:-1],
+                certify_node(owner, facts.mesh, ask.node_key, issued_ms=ctx.now, inviter=ctx.me),
+            ]
         else:
             may_invite = facts.founded and ctx.config.flag("mesh.members_may_invite")
-            certificate = certify_owner(facts.mesh, ask.owner_key, facts.owner, may_invite, ctx.now, ctx.me, sign)
+            certificate = certify_owner(
+                owner, facts.mesh, ask.owner_key, may_invite=may_invite, issued_ms=ctx.now, inviter=ctx.me
+            )
             chain = [*facts.certificates[:-1], certificate]
         if not again:
             self._first_credits(record, ask)
@@ -185,7 +190,7 @@ class Invites:
     def join(self, call: int, params: dict[str, Any]) -> None:
         """Redeems somebody's token; the answer comes over the join stream."""
         ctx = self._ctx
-        invite = Invite.decode(str(params.get("token", "")))
+        invite = tokens.decode(str(params.get("token", "")))
         if invite.mesh == self._rooms.members.facts.mesh:
             raise NotPermittedError("this node is a member of that mesh already")
         if invite.expires_ms < ctx.now:
@@ -195,14 +200,12 @@ class Invites:
                 "this home belongs to a mesh in which it has a history",
                 hint="--leave archives that database and joins; or use another --home",
             )
-        if ctx.ports.owner_sign is None:
+        if ctx.ports.owner is None:
             raise NotPermittedError("this machine's owner key is elsewhere, so it cannot join another mesh on its own")
-        secret, name = invite.secret, self._rooms.members.name
-        owner = self._rooms.members.facts.owner
-        body = join_bytes(invite.mesh, secret, ctx.account, owner, name, ctx.now)
-        ask = JoinAsk(
-            invite.mesh, secret, ctx.account, owner, name, ctx.now, ctx.ports.sign(body), ctx.ports.owner_sign(body)
-        )
+        secret, name, owner = invite.secret, self._rooms.members.name, ctx.ports.owner
+        body = join_bytes(invite.mesh, secret, ctx.account, owner.public, name, ctx.now)
+        proofs = ctx.ports.sign(body), owner.sign(body)
+        ask = JoinAsk(invite.mesh, secret, ctx.account, owner.public, name, ctx.now, *proofs)
         ctx.out.append(JoinSend(call, invite.inviter, tuple(invite.addresses), ask))
 
     def _untouched(self) -> bool:
@@ -224,12 +227,10 @@ class Invites:
             return
         answer = event.answer
         if answer.refusal:
-            ctx.fail(event.call, NotPermittedError(f"the inviter refused: {answer.refusal}", hint="ask for a new token"))
+            ctx.fail(
+                event.call, NotPermittedError(f"the inviter refused: {answer.refusal}", hint="ask for a new token")
+            )
             return
         party = {"peer_id": event.inviter, "name": answer.peers[0].name if answer.peers else "", "ring": answer.ring}
         value = {"ring": answer.ring, "inviter": party, "peers": len(answer.peers), "granted": "0"}
         ctx.out.append(Adopt(event.call, answer, value))
-
-    def me(self) -> str:
-        """The peer id that certificates of this node name."""
-        return peer_id_of(self._ctx.account)

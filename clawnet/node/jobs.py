@@ -12,16 +12,28 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.errors import RemoteError
 from clawnet.ledger import taskdoc
-from clawnet.ledger.lockcheck import check_lock
+from clawnet.ledger.entries import parse
+from clawnet.ledger.lockcheck import Expected, check_lock
 from clawnet.ledger.seal import content_key, derive_key, key_hash
-from clawnet.ledger.statements import Note, Waiver as WaiverStatement, note_hash
+from clawnet.ledger.statements import Note, note_hash
+from clawnet.ledger.statements import Waiver as WaiverStatement
 from clawnet.market import taskspec
 from clawnet.market.pricing import Durations, Rates, Workload, duration_keys, price, quote, rates_from
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job, encode
 from clawnet.node.context import Context
 from clawnet.reputation.receipts import Outcome
-from clawnet.wire.events import BlobReady, Fetch, GrantBlob, MessageIn, RevokeBlobs, Run, StopRun, TaskExited, TaskOutput
+from clawnet.wire.events import (
+    BlobReady,
+    Fetch,
+    GrantBlob,
+    MessageIn,
+    RevokeBlobs,
+    Run,
+    StopRun,
+    TaskExited,
+    TaskOutput,
+)
 from clawnet.wire.jobspec import InputRef, JobSpec
 from clawnet.wire.messages import (
     Accept,
@@ -88,7 +100,9 @@ class Jobs:
 
     def workload(self) -> Workload:
         """What stands before one more task."""
-        committed = len(self.running) + len(self._queue) + sum(1 for job in self.jobs.values() if job.state == "fetching")
+        committed = (
+            len(self.running) + len(self._queue) + sum(1 for job in self.jobs.values() if job.state == "fetching")
+        )
         ahead_s = sum(self.jobs[job].estimated_s for job in (*self.running, *self._queue))
         return Workload(self.slots, committed, ahead_s, self._queue_max)
 
@@ -205,23 +219,23 @@ class Jobs:
         if head is None or head[0] < lock.lock_seq:
             if not books.dead(job.account):
                 return  # entries are missing and being pulled; the requester repeats its award meanwhile
-        estimate_ms = int(job.estimated_s * 1000)
-        verdict = check_lock(
-            books.book,
-            payer=job.account,
-            lock_seq=lock.lock_seq,
-            lock_hash=lock.lock_hash,
-            line=lock.line,
-            payee=self._ctx.account,
+        lock_entry = next((raw for raw in lock.entries if parse(raw).hash == lock.lock_hash), None)
+        if lock_entry is None:
+            self._awards.pop(job.job, None)
+            self._refuse(job.peer, job.task_id, job.attempt, "chain", "the lock is not among the entries sent")
+            return
+        job.lock_seq, job.lock_hash, job.line = lock.lock_seq, lock.lock_hash, lock.line
+        expected = Expected(
+            account=self._ctx.account,
             task=job.task_hash,
-            price_ucr=job.price_ucr,
-            now_ms=self._ctx.now,
-            estimate_ms=estimate_ms,
+            bid_ucr=job.price_ucr,
+            estimate_ms=int(job.estimated_s * 1000),
             exposure_max_ucr=self._ctx.config.amount_ucr("ledger.exposure_max"),
+            open_lines_max=books.terms.open_lines_max,
             banned=self._rooms.members.banned(job.peer),
             used=(job.account, lock.lock_seq, lock.line) in self.by_line,
         )
-        job.lock_seq, job.lock_hash, job.line = lock.lock_seq, lock.lock_hash, lock.line
+        verdict = check_lock(books.book, parse(lock_entry), lock.line, expected, self._ctx.now)
         self._awards.pop(job.job, None)
         if verdict:
             self._ctx.log("warn", "lock.refused", peer=job.peer, reason=verdict)
@@ -532,6 +546,12 @@ class Jobs:
             job.state = "done"
             self._end(job)
 
+    def result_acknowledged(self, identifier: bytes) -> None:
+        """Ring own: the requester has the result, and nothing is owed."""
+        job = self.jobs.get(identifier)
+        if job is not None and job.lock_seq < 0:
+            self.acknowledged(job)
+
     def line_ended(self, payer: bytes, lock_seq: int, line: int) -> None:
         """The payer refunded the line: what was delivered is not paid any more."""
         job = self.released(payer, lock_seq, line)
@@ -596,6 +616,11 @@ class Jobs:
         for job in [job for job in self.jobs.values() if job.state in ("fetching", "queued")]:
             self._give_up(job, "draining", "the executor is stopping")
         return not self.running
+
+    def drain_now(self) -> None:
+        """The drain timeout is over: what still runs is stopped and handed back."""
+        for identifier in self.running:
+            self._ctx.out.append(StopRun(identifier))
 
     def told(self, identifier: bytes) -> None:
         """The requester has our refusal or hand-back: it will not send that award again."""

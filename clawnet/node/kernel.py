@@ -230,6 +230,9 @@ class Node:
             e.JoinAnswered: rooms.invites.answered,
             e.DialEnded: rooms.calls.dial_ended,
             e.CapacityChanged: rooms.members.capacity_changed,
+            e.Listening: rooms.members.listening,
+            e.MeetPeers: rooms.members.meet,
+            e.Reloaded: rooms.members.reloaded,
             e.Drain: self._drain,
         }
 
@@ -265,7 +268,9 @@ class Node:
         except ClawnetError as error:
             if error.exit_code == 70:
                 raise
-            self.ctx.log("security", "message.refused", peer=event.peer, kind=type(event.message).__name__, reason=error.message)
+            self.ctx.log(
+                "security", "message.refused", peer=event.peer, kind=type(event.message).__name__, reason=error.message
+            )
             self.ctx.count("messages_refused_total", error.code)
 
     def _settlement(self, event: e.MessageIn) -> None:
@@ -345,5 +350,11 @@ class Node:
         return members.facts.mesh, members.name, members.facts.certificates, rotations
 
     def admit(self, peer: str, hello: m.Hello) -> str:
-        """"" when the peer may speak on the control stream, else the refusal."""
+        """ "" when the peer may speak on the control stream, else the refusal."""
         return self.rooms.members.admit(peer, hello)
+
+    def kept_ids(self) -> frozenset[bytes]:
+        """Ids of tasks and jobs that an open line, an unclaimed release or the outbox still needs."""
+        rooms = self.rooms
+        owed = {row.about[:16] for row in rooms.outbox.rows.values()}
+        return frozenset((*rooms.tasks.open, *rooms.jobs.jobs, *owed))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clawnet import PROTOCOL_ID, __version__, limits
+from clawnet import __version__, limits
 from clawnet.errors import DataError, NotPermittedError, RemoteError
 from clawnet.identity.certificates import Charter, verify_chain
 from clawnet.identity.keys import public_of, verify
@@ -18,7 +18,7 @@ from clawnet.node.context import Context, Link
 from clawnet.reputation.receipts import Outcome, Receipt
 from clawnet.reputation.standing import Reputation
 from clawnet.wire.codec import decode_struct, encode
-from clawnet.wire.events import CapacityChanged, Dial, Hangup, PeerDown, PeerUp
+from clawnet.wire.events import CapacityChanged, Dial, Hangup, Listening, MeetPeers, PeerDown, PeerUp, Reloaded
 from clawnet.wire.messages import Hello, PeerCard, PeerInfo
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Members:
         return self.name
 
     def admit(self, peer: str, hello: Hello) -> str:
-        """"" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
+        """ "" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
         if hello.mesh != self.facts.mesh:
             return "another mesh"
         record = self.records.get(peer)
@@ -140,7 +140,15 @@ class Members:
             account = public_of(peer)
             taken = (self.name, *(other.shown for other in self.records.values()))
             record = PeerRecord(
-                peer, account, ring, hello.name, pin_name(hello.name, taken), membership.owner, membership.inviter, [], self._ctx.now
+                peer,
+                account,
+                ring,
+                hello.name,
+                pin_name(hello.name, taken),
+                membership.owner,
+                membership.inviter,
+                [],
+                self._ctx.now,
             )
             self.records[peer] = record
             self._accounts[account] = peer
@@ -189,7 +197,7 @@ class Members:
             version=f"clawnet/{__version__}",
             addresses=self.addresses[:16],
             capabilities=sorted(offered),
-            labels=config.words("node.labels"),
+            labels=list(config.words("node.labels")),
             os=getattr(jobs, "os_family", ""),
             cpu=capacity.cpu,
             memory_bytes=capacity.memory_bytes,
@@ -265,9 +273,26 @@ class Members:
         self._rooms.jobs.slots = configured or max(2, event.cpu)
         self.refresh_card()
 
-    def listening(self, addresses: list[str]) -> None:
+    def listening(self, event: Listening) -> None:
         """The switch listens at these multiaddrs."""
-        self.addresses = list(addresses)
+        self.addresses = list(event.addresses)
+        self.refresh_card()
+
+    def meet(self, event: MeetPeers) -> None:
+        """Members the inviter named: they are dialled; their certificates are checked at the handshake."""
+        for peer in event.peers:
+            if peer.peer != self._ctx.me and peer.addresses:
+                self._ctx.out.append(Dial(0, peer.peer, tuple(peer.addresses)))
+
+    def reloaded(self, event: Reloaded) -> None:
+        """The configuration changed: what the card says may have."""
+        self.name = self._ctx.config.text("node.name")
+        self.refresh_card()
+
+    def take_over(self, previous: Members) -> None:
+        """A node built again while the process lives: capacity and addresses are still what they were."""
+        self.addresses, self.capacity = previous.addresses, previous.capacity
+        self._rooms.jobs.slots = previous._rooms.jobs.slots
         self.refresh_card()
 
     # --- who is who
@@ -371,9 +396,17 @@ class Members:
             self._ctx.delete("reputation", dropped)
         self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
 
-    def protocol(self) -> str:
-        """The control protocol this node speaks."""
-        return PROTOCOL_ID
+    def skew_ms(self) -> int | None:
+        """The median of how far peers' clocks are ahead of ours; None without a peer."""
+        skews = sorted(link.skew_ms for link in self._ctx.links.values())
+        return skews[len(skews) // 2] if skews else None
+
+    def warnings(self) -> list[str]:
+        """What the owner should know of this node's peers and clock."""
+        skew_ms = self.skew_ms()
+        if skew_ms is not None and abs(skew_ms) > limits.CLOCK_STOP_MS:
+            return [f"this machine's clock is {skew_ms / 1000:.0f} s off its peers'; nothing is written to the ledger"]
+        return []
 
 
 def _merge(card: PeerCard, record: PeerRecord) -> list[str]:

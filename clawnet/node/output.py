@@ -80,9 +80,7 @@ class Followers:
     def state(self, task_id: bytes, state: str, reason: str, at_ms: int) -> None:
         """A transition, to those who follow."""
         for follower in self._of.get(task_id, {}).values():
-            self._ctx.notify(
-                follower.call, "task.state", {"state": state, "reason": reason, "at": rfc3339(at_ms)}
-            )
+            self._ctx.notify(follower.call, "task.state", {"state": state, "reason": reason, "at": rfc3339(at_ms)})
 
     def output(self, task_id: bytes, stream: int, offset: int, data: bytes) -> None:
         """Bytes of a running task; a gap or a repeat is left to the result to fill."""
@@ -112,7 +110,7 @@ class Followers:
             value: dict[str, Any] = {"stream": STREAMS[stream - 1], "offset": sent + at, **text_or_b64(chunk, "data")}
             self._ctx.notify(follower.call, "task.output", value)
 
-    def finish(self, task: Task) -> list[int]:
+    def finish(self, task: Task, streams: tuple[bytes, bytes] | None) -> list[int]:
         """Ends following: tells what the previews left out, and returns the calls to answer."""
         self._previews.pop(task.task_id, None)
         followers = self._of.pop(task.task_id, {})
@@ -121,7 +119,7 @@ class Followers:
             self._calls.pop(follower.call, None)
             if follower.output and result is not None:
                 for stream, name in ((1, "stdout"), (2, "stderr")):
-                    whole = result.get(name)
+                    whole = streams[stream - 1] if streams is not None else result.get(name)
                     if isinstance(whole, bytes):
                         self._tell(follower, stream, whole)
         return list(followers)

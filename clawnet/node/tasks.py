@@ -28,8 +28,8 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
 from clawnet.node.context import Context
-from clawnet.wire.events import InputsReady, PackInputs
 from clawnet.node.output import Followers
+from clawnet.wire.events import InputsReady, PackInputs
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -120,6 +120,13 @@ class Tasks:
         """A task held in memory: open, or finished lately."""
         return self.open.get(task_id) or self.finished.get(task_id)
 
+    def task_of_hash(self, wanted: bytes) -> str | None:
+        """The id of the open or lately finished task with this salted hash."""
+        for task in (*self.open.values(), *self.finished.values()):
+            if task.task_hash == wanted:
+                return task.task_id.hex()
+        return None
+
     # --- states
 
     def move(self, task: Task, state: str, reason: str = "") -> None:
@@ -150,7 +157,8 @@ class Tasks:
     def answer(self, task: Task) -> None:
         """Gives the task as it stands to everybody who waits for its end."""
         view = self._rooms.views.task(task)
-        for call in self.followers.finish(task):
+        streams = self._rooms.views.streams.get(task.task_id)
+        for call in self.followers.finish(task, streams):
             self._ctx.reply(call, view)
 
     # --- submissions
@@ -294,7 +302,8 @@ class Tasks:
             kind=taskspec.KINDS[task.kind],
             payload=msgspec.msgpack.encode(payload),
             inputs=[
-                TaskInput(item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0)) for item in task.inputs
+                TaskInput(item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0))
+                for item in task.inputs
             ],
             acceptance=[],
             lease_s=limits.LEASE_S,
@@ -317,7 +326,7 @@ class Tasks:
         if task.state in FINAL_STATES or task.shown_lost:
             if output and task.result is not None:
                 self.followers.add(call, task, output=True, from_end=from_end)
-                self.followers.finish(task)
+                self.followers.finish(task, self._rooms.views.streams.get(task.task_id))
             self._ctx.reply(call, self._rooms.views.task(task))
             return
         self.followers.add(call, task, output=output, from_end=from_end)

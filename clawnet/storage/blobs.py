@@ -1,204 +1,292 @@
-"""Blobs on the disk: content-addressed files, whole or not there, and who may fetch which for what task."""
+"""The blob directory: content-addressed files, written aside and renamed when whole, and who may fetch which."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-from collections import Counter
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from clawnet import limits
-from clawnet.errors import NotFoundError, StorageError, StorageFullError
-from clawnet.wire.blobid import BlobHasher
+from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
+from clawnet.wire.blobid import BlobHasher, blob_id, leaf
 
-FREE_BYTES_MIN: Final = 16 * limits.MIB
-_PART: Final = ".part"
+_TEMPORARY: Final = "tmp"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlobStore:
-    """Files named by their blob id under `directory` (0700), each 0600.
+    """Blobs of one node, each in a file named by its id. Writers may be used in any thread, one thread each.
 
-    Grants live in memory; the node tells them again after a start. All methods may raise StorageError, and those that
-    write StorageFullError when the disk or `bytes_max` leaves no room.
+    A blob is here whole or not at all: what a crash leaves half written lies in a directory of its own, which is
+    emptied at the start. `bytes_max` bounds the whole; beyond it writing raises StorageFullError.
     """
 
-    def __init__(self, directory: Path, bytes_max: int = 0) -> None:
-        self._dir = directory
-        self._bytes_max = bytes_max
-        self._grants: dict[bytes, dict[str, set[bytes]]] = {}
-        self._uses: Counter[bytes] = Counter()
-        self._number = 0
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, directory: Path, bytes_max: int | None = None) -> None:
+        """Raises StorageError when the directory cannot be used."""
+        self.directory = directory
+        self.bytes_max = bytes_max
+        self._temporary = directory / _TEMPORARY
+        self._lock = threading.Lock()
         self._bytes = 0
-        for entry in os.scandir(directory):
-            if entry.name.endswith(_PART):
-                os.unlink(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                self._bytes += entry.stat(follow_symlinks=False).st_size
+        self._serial = 0
+        # task -> (peer, blob) pairs granted, and how many grants a blob has in all.
+        self._grants: dict[bytes, set[tuple[str, bytes]]] = {}
+        self._uses: dict[bytes, int] = {}
+        try:
+            self._temporary.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for stale in self._temporary.iterdir():
+                stale.unlink()
+            self._bytes = sum(file.stat().st_size for _, file in self._files())
+        except OSError as err:
+            raise _translate(err, directory) from err
 
-    # --- content
+    # --- writing
+
+    def put_bytes(self, data: bytes) -> bytes:
+        """Stores a blob held in memory; its id."""
+        blob = blob_id(data)
+        if not self.has(blob):
+            writer = self.writer(len(data))
+            try:
+                writer.write(data)
+                writer.commit()
+            finally:
+                writer.abort()
+        return blob
+
+    def writer(self, size: int = 0) -> BlobWriter:
+        """A new blob, of `size` bytes where that is known; StorageFullError when there is no room for it."""
+        self._check_room(size)
+        with self._lock:
+            self._serial += 1
+            path = self._temporary / f"{os.getpid()}-{self._serial}"
+        try:
+            file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600), "wb")
+        except OSError as err:
+            raise _translate(err, path) from err
+        return BlobWriter(self, path, file)
+
+    def _check_room(self, more: int) -> None:
+        if self.bytes_max is not None and self._bytes + more > self.bytes_max:
+            raise StorageFullError(
+                f"the blob store is full: {self._bytes} of {self.bytes_max} bytes are taken, {more} more are needed",
+                hint="raise storage.max_size, or wait until old results are forgotten",
+            )
+
+    def _reserve(self, more: int) -> None:
+        """Room for `more` bytes of a blob being written; given back by _release."""
+        with self._lock:
+            self._check_room(more)
+            self._bytes += more
+
+    def _release(self, fewer: int) -> None:
+        with self._lock:
+            self._bytes -= fewer
+
+    # --- reading
 
     def path(self, blob: bytes) -> Path:
-        """Where a blob lies (or would)."""
-        return self._dir / blob.hex()
+        """Where the blob lies, or would."""
+        name = blob.hex()
+        return self.directory / name[:2] / name
 
     def has(self, blob: bytes) -> bool:
-        """Whether the whole blob is here."""
+        """Whether the blob is here, whole."""
         return self.path(blob).is_file()
 
     def size(self, blob: bytes) -> int:
         """Its size in bytes; NotFoundError when it is not here."""
         try:
             return self.path(blob).stat().st_size
-        except OSError as error:
-            raise NotFoundError(f"the blob {blob.hex()[:16]} is not stored here") from error
+        except FileNotFoundError as err:
+            raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all blobs."""
-        return self._bytes
-
-    def put_bytes(self, data: bytes) -> bytes:
-        """Stores bytes and returns their blob id."""
-        writer = self.writer(len(data))
-        try:
-            writer.write(data)
-            return writer.commit()
-        finally:
-            writer.abort()
-
-    def writer(self, size: int = 0) -> BlobWriter:
-        """Room for a blob of `size` bytes (0: not known yet)."""
-        self.check_room(size)
-        self._number += 1
-        return BlobWriter(self, self._dir / f"{os.getpid()}-{self._number}{_PART}")
-
-    def check_room(self, size: int) -> None:
-        """Raises StorageFullError when `size` more bytes do not fit."""
-        if self._bytes_max and self._bytes + size > self._bytes_max:
-            raise StorageFullError(
-                f"{size} bytes do not fit: blobs hold {self._bytes} of at most {self._bytes_max} bytes",
-                hint="raise storage.max_size, or wait until tasks are forgotten",
-            )
-        free = os.statvfs(self._dir) if hasattr(os, "statvfs") else None
-        if free is not None and free.f_bavail * free.f_frsize < size + FREE_BYTES_MIN:
-            raise StorageFullError(f"the disk of {self._dir} is full", hint="free some space")
-
-    def read_chunks(self, blob: bytes) -> Iterator[bytes]:
-        """Its bytes in chunks of BLOB_CHUNK_BYTES; NotFoundError when it is not here."""
-        try:
-            with self.path(blob).open("rb") as file:
-                while chunk := file.read(limits.BLOB_CHUNK_BYTES):
-                    yield chunk
-        except FileNotFoundError as error:
-            raise NotFoundError(f"the blob {blob.hex()[:16]} is not stored here") from error
-        except OSError as error:
-            raise StorageError(f"a blob cannot be read: {error.strerror}") from error
-
-    def read_at(self, blob: bytes, offset: int, length: int) -> bytes:
-        """At most `length` bytes from `offset` on."""
+    def read_chunks(self, blob: bytes, offset: int = 0) -> Iterator[bytes]:
+        """Its content from `offset` on, in chunks of limits.BLOB_CHUNK_BYTES; NotFoundError when it is not here."""
         try:
             with self.path(blob).open("rb") as file:
                 file.seek(offset)
-                return file.read(length)
-        except FileNotFoundError as error:
-            raise NotFoundError(f"the blob {blob.hex()[:16]} is not stored here") from error
-        except OSError as error:
-            raise StorageError(f"a blob cannot be read: {error.strerror}") from error
+                while chunk := file.read(limits.BLOB_CHUNK_BYTES):
+                    yield chunk
+        except FileNotFoundError as err:
+            raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
+        except OSError as err:
+            raise _translate(err, self.path(blob)) from err
+
+    def leaves(self, blob: bytes) -> list[bytes]:
+        """The hashes of its chunks, computed from the file."""
+        return [leaf(chunk) for chunk in self.read_chunks(blob)]
+
+    def total_bytes(self) -> int:
+        """Bytes of all blobs, those being written included."""
+        return self._bytes
+
+    # --- forgetting
 
     def delete(self, blob: bytes) -> None:
-        """Forgets a blob; one that is not here is no error."""
+        """Removes the blob; nothing happens when it is not here."""
         path = self.path(blob)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             size = path.stat().st_size
             path.unlink()
-            self._bytes -= size
+        except FileNotFoundError:
+            return
+        except OSError as err:
+            raise _translate(err, path) from err
+        self._release(size)
 
-    def stored(self, size: int) -> None:
-        """A writer has added a file (internal to this module)."""
-        self._bytes += size
+    def sweep(self, before_ms: int) -> int:
+        """Deletes blobs that nobody may fetch and that were last written before this time; how many."""
+        old = [
+            blob
+            for blob, file in list(self._files())
+            if blob not in self._uses and file.stat().st_mtime_ns < before_ms * 1_000_000
+        ]
+        for blob in old:
+            self.delete(blob)
+        return len(old)
+
+    def _files(self) -> Iterator[tuple[bytes, Path]]:
+        for shelf in self.directory.iterdir():
+            if shelf.name == _TEMPORARY or not shelf.is_dir():
+                continue
+            for file in shelf.iterdir():
+                try:
+                    yield bytes.fromhex(file.name), file
+                except ValueError:
+                    continue
 
     # --- who may fetch
 
     def grant(self, task_id: bytes, peer: str, blob: bytes) -> None:
-        """From now on `peer` may fetch `blob` for this task."""
-        blobs = self._grants.setdefault(task_id, {}).setdefault(peer, set())
-        if blob not in blobs:
-            blobs.add(blob)
-            self._uses[blob] += 1
+        """From now on `peer` may fetch `blob` by naming `task_id`; a second grant changes nothing."""
+        granted = self._grants.setdefault(task_id, set())
+        if (peer, blob) not in granted:
+            granted.add((peer, blob))
+            self._uses[blob] = self._uses.get(blob, 0) + 1
+
+    def load_grants(self, rows: Iterable[tuple[bytes, str, bytes]]) -> None:
+        """The rows of blob_grants; called at the start, before anything is revoked."""
+        for row in rows:
+            self.grant(*row)
 
     def revoke(self, task_id: bytes) -> None:
-        """The task needs its blobs no longer: nobody may fetch them for it, and those no other task uses are deleted."""
-        for blobs in self._grants.pop(task_id, {}).values():
-            for blob in blobs:
-                self._uses[blob] -= 1
-                if self._uses[blob] <= 0:
-                    del self._uses[blob]
-                    self.delete(blob)
+        """Nobody may fetch the task's blobs any longer; those granted for no other task are deleted."""
+        for _, blob in self._grants.pop(task_id, ()):
+            left = self._uses[blob] - 1
+            if left:
+                self._uses[blob] = left
+            else:
+                del self._uses[blob]
+                self.delete(blob)
 
     def may_fetch(self, peer: str, task_id: bytes, blob: bytes) -> bool:
-        """Whether `peer` is a party of the task and the blob belongs to it."""
-        return blob in self._grants.get(task_id, {}).get(peer, ())
+        """Whether this peer was granted this blob for this task."""
+        return (peer, blob) in self._grants.get(task_id, ())
 
 
 class BlobWriter:
-    """A blob on its way into the store: a temporary file, hashed as it grows, renamed when it is whole and synced."""
+    """A blob on its way into the store; invisible until committed."""
 
-    def __init__(self, store: BlobStore, path: Path) -> None:
+    def __init__(self, store: BlobStore, path: Path, file: BinaryIO) -> None:
         self._store = store
         self._path = path
+        self._file: BinaryIO | None = file
         self._hasher = BlobHasher()
-        self._size = 0
-        self._open = True
-        try:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        except OSError as error:
-            raise _full_or(error) from error
 
-    def write(self, data: bytes) -> None:
-        """The next bytes."""
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._hasher.size
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """The next bytes; StorageFullError when they do not fit."""
+        assert self._file is not None, "the blob is already committed or aborted"
+        self._store._reserve(len(data))
+        self._hasher.update(data)
         try:
             self._file.write(data)
-        except OSError as error:
-            raise _full_or(error) from error
-        self._hasher.update(data)
-        self._size += len(data)
+        except OSError as err:
+            raise _translate(err, self._path) from err
+        return len(data)
 
-    def commit(self, expected: bytes | None = None) -> bytes:
-        """Makes the blob durable and visible, and returns its id; StorageError when it is not `expected`."""
+    def commit(self, expected: bytes | None = None, durable: bool | None = None) -> bytes:
+        """Makes the blob readable under its id, which is returned.
+
+        With `expected` the content must be that blob, else DataError and nothing is kept. A `durable` blob is on the
+        disk when this returns; when not said, that holds for expected ones: they came from elsewhere, and what is
+        written about them next may promise that they are here.
+        """
+        assert self._file is not None, "the blob is already committed or aborted"
         blob = self._hasher.digest()
         if expected is not None and blob != expected:
             self.abort()
-            raise StorageError("a blob's content is not what its id says")
+            raise DataError(f"the content is blob {blob.hex()}, not {expected.hex()}")
+        durable = expected is not None if durable is None else durable
+        target = self._store.path(blob)
         try:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if durable:
+                _sync(self._file.fileno())
             self._file.close()
-            target = self._store.path(blob)
-            known = target.exists()
+            known = target.is_file()
+            target.parent.mkdir(mode=0o700, exist_ok=True)
             os.replace(self._path, target)
-        except OSError as error:
+            if durable:
+                _sync_directory(target.parent)
+        except OSError as err:
             self.abort()
-            raise _full_or(error) from error
-        self._open = False
-        if not known:
-            self._store.stored(self._size)
+            raise _translate(err, target) from err
+        self._file = None
+        if known:
+            self._store._release(self._hasher.size)
         return blob
 
     def abort(self) -> None:
-        """Forgets what was written; after commit it does nothing."""
-        if self._open:
-            self._open = False
-            self._file.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+        """Forgets what was written. After commit it does nothing."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            file.close()
+        except OSError:
+            # A full disk may refuse the last buffer once more; the file goes anyway.
+            pass
+        self._path.unlink(missing_ok=True)
+        self._store._release(self._hasher.size)
 
 
-def _full_or(error: OSError) -> StorageError | StorageFullError:
-    import errno
+_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFullError("the disk is full; nothing of the blob was kept", hint="free some space")
-    return StorageError(f"a blob cannot be written: {error.strerror}")
+
+def _sync(fd: int) -> None:
+    try:
+        import fcntl
+
+        # macOS: fsync alone leaves the data in the drive's cache.
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    except (ImportError, AttributeError, OSError):
+        os.fsync(fd)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes renames in the directory and the directory itself last; Windows has no such call and needs none."""
+    if os.name != "posix":
+        return
+    for each in (directory, directory.parent):
+        fd = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _translate(err: OSError, path: Path) -> StorageError:
+    if err.errno in _FULL:
+        return StorageFullError(
+            f"cannot write {path}: {err.strerror}", hint="make room on the disk, then try again", path=str(path)
+        )
+    return StorageError(f"the blob store does not work: {path}: {err.strerror}", path=str(path))

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, Message
+from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, JoinPeer, Message
 
 
 class Stimulus(Struct, frozen=True, gc=False):
@@ -165,6 +165,22 @@ class CapacityChanged(Stimulus, frozen=True, gc=False):
     models: tuple[str, ...] = ()
 
 
+class Listening(Stimulus, frozen=True, gc=False):
+    """The switch listens at these multiaddrs."""
+
+    addresses: tuple[str, ...]
+
+
+class MeetPeers(Stimulus, frozen=True, gc=False):
+    """Members named by the inviter: connect to them."""
+
+    peers: list[JoinPeer]
+
+
+class Reloaded(Stimulus, frozen=True, gc=False):
+    """The configuration was read again."""
+
+
 class Drain(Stimulus, frozen=True, gc=False):
     """SIGTERM or `daemon stop`: no new bids or tasks; finish or hand back what runs."""
 
@@ -275,6 +291,15 @@ class Open(Effect, frozen=True, gc=False):
     inline: bytes
     blob: bytes
     blob_bytes: int
+
+
+class ReadBlob(Effect, frozen=True, gc=False):
+    """Answer a local call with a piece of a stored blob: {"data_b64", "size", "eof"} (rpc task.read)."""
+
+    call: int
+    blob: bytes
+    offset: int
+    length: int
 
 
 class Load(Effect, frozen=True, gc=False):

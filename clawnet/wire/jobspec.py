@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
 
+from clawnet import limits
 
-class InputRef(Struct, frozen=True):
-    """One input of a job: `kind` is "file" or "tree" (a tar); `blob` names its stored bytes."""
+
+class InputRef(Struct, frozen=True, gc=False):
+    """One input of a run: a blob in this node's store.
+
+    `kind` is "file" or "tree" (an uncompressed tar, execution/inputs.py); `mode` is 0o755 for an executable file.
+    """
 
     name: str
     kind: str
     blob: bytes
-    bytes: int
+    size: int
     mode: int = 0o644
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> InputRef:
+        """From an item of InputsReady or of a task document: {name, kind, blob, bytes, mode}."""
+        return cls(fields["name"], fields["kind"], fields["blob"], fields["bytes"], fields.get("mode", 0o644))
 
-class JobSpec(Struct, frozen=True):
-    """A job: `kind` is shell (argv, or script for `sh -c`) or compute (op, op_args).
 
-    `cwd_input` names the tree input that becomes the working directory ("": a fresh one). `ring` and the node's
-    policy decide the sandbox. With `seal_key` the result bundle leaves the adapter sealed. Sizes in bytes.
+class JobSpec(Struct, frozen=True, gc=False):
+    """One run.
+
+    Shell: `argv`, or `script` for `sh -c`. Compute: `op` with `op_args`, over the inputs in their order, else over
+    `stdin`. File inputs lie in the working directory under their names; the tree input named `cwd_input` becomes the
+    working directory itself, other trees are directories in it. `sandbox` is "" (the machine's policy for `ring`
+    decides), "sandboxed" (insist) or "host" (ring own only, and only where the policy allows it). With `seal_key`
+    the result leaves the executor sealed only.
     """
 
     job: bytes
     kind: str
-    ring: str
     argv: list[str] | None = None
     script: str | None = None
     op: str = ""
@@ -35,7 +48,9 @@ class JobSpec(Struct, frozen=True):
     inputs: list[InputRef] = []
     stdin: bytes | None = None
     cwd_input: str = ""
+    ring: str = "own"
+    sandbox: str = ""
     seal_key: bytes | None = None
-    wall_s: float = 3600.0
-    memory_bytes_max: int = 0
-    output_bytes_max: int = 0
+    wall_s: float = 3_600.0
+    memory_bytes_max: int = 1024 * limits.MIB
+    output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX

@@ -1,0 +1,496 @@
+"""The composition root: one plain function builds a node's daemon out of its parts and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import platform
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clawnet import PROTOCOL_ID, __version__, config, limits, paths, rpc
+from clawnet.config import Config
+from clawnet.errors import ClawnetError, ConfigError, StorageError
+from clawnet.execution.executor import Executor
+from clawnet.execution.spec import ExecutionSettings
+from clawnet.identity import membership
+from clawnet.identity.certificates import certify_node, read_charter
+from clawnet.identity.keys import KeyPair
+from clawnet.identity.membership import LocalMembership
+from clawnet.ipc.server import IpcServer
+from clawnet.ledger.terms import LedgerTerms
+from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
+from clawnet.net.tcp import TcpTransport
+from clawnet.node.context import Ports
+from clawnet.node.kernel import Node
+from clawnet.node.members import MeshFacts
+from clawnet.observe.logs import Observer
+from clawnet.paths import Home
+from clawnet.runtime import Runtime
+from clawnet.storage.blobs import BlobStore
+from clawnet.storage.filelock import FileLock
+from clawnet.storage.retention import sweep
+from clawnet.storage.store import Store
+from clawnet.wire import events as e
+from clawnet.wire.messages import Hello
+from clawnet.wire.session import HelloFacts
+
+SWEEP_EVERY_S = 3_600.0
+GROWTH_CHECK_S = 15.0
+OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
+
+
+def clock_ms() -> int:
+    """Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def run(
+    home: Home,
+    environ: Mapping[str, str],
+    flags: Mapping[str, str] | None = None,
+    *,
+    ready: Callable[[list[str]], None] = lambda addresses: None,
+    worker_argv: tuple[str, ...] = (),
+) -> int:
+    """Runs the daemon of `home` in the foreground until SIGTERM, SIGINT or `daemon stop`; returns the exit code.
+
+    A home that was never initialised is initialised with defaults. `ready` is told the addresses once the daemon
+    answers. Raises ConfigError when another daemon has the home, or its configuration or keys cannot be used.
+    """
+    settings = config.load(home, environ, flags)
+    data_dir = settings.path("node.data_dir")
+    if data_dir is not None:
+        home = home.with_data_dir(data_dir)
+    check = settings.flag("security.check_permissions")
+    initial_ucr = settings.amount_ucr("market.initial_wallet_balance")
+    made = membership.create_home(
+        home,
+        settings.text("node.name"),
+        secrets.token_bytes,
+        clock_ms(),
+        initial_balance_ucr=initial_ucr,
+        check_permissions=check,
+    )
+    if not home.config_file.exists():
+        config.write_new(home.config_file, {})
+    lock = FileLock.take(home.lock_file, what=f"the home {home.dir}")
+    try:
+        daemon = Daemon(home, settings, environ, flags or {}, made.node, worker_argv)
+        return asyncio.run(daemon.serve(ready))
+    finally:
+        lock.release()
+
+
+class Daemon:
+    """One node as a process: the parts that live as long as it does, and the node and store that a join replaces."""
+
+    def __init__(
+        self,
+        home: Home,
+        settings: Config,
+        environ: Mapping[str, str],
+        flags: Mapping[str, str],
+        key: KeyPair,
+        worker_argv: tuple[str, ...],
+    ) -> None:
+        self.home = home
+        self.config = settings
+        self.environ = environ
+        self.flags = flags
+        self.key = key
+        self.observer = Observer.open(settings, home)
+        self.started_ms = clock_ms()
+        self.exit_code = 0
+        self._worker_argv = worker_argv
+        self._store: Store
+        self._node: Node
+        self._warnings: list[str] = []
+
+    async def serve(self, ready: Callable[[list[str]], None]) -> int:
+        """Builds, runs, and takes everything down again."""
+        loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self.blobs = BlobStore(self.home.blobs_dir, self.config.integer("storage.max_size"))
+        self._store = Store.open(self.home.database)
+        self.ipc = IpcServer(self._socket_name(), self._call, self._gone)
+        self.executor = Executor(
+            self._execution(), self.home, self.blobs, entropy=secrets.token_bytes, deliver=self._deliver
+        )
+        try:
+            self.switch = self._make_switch()
+            self._compose()
+            await self.executor.start()
+            addresses = await self.switch.start()
+            self._listening(addresses)
+            await self.ipc.start()
+            self._handle_signals(loop)
+            self._every(SWEEP_EVERY_S, self._sweep)
+            metrics = await self._metrics()
+            self._log("info", "daemon.ready", pid=os.getpid(), peer=self.key.peer_id, listen=" ".join(addresses))
+            ready(addresses)
+            gc.collect()
+            gc.freeze()
+            await self._over.wait()
+            if metrics is not None:
+                metrics.close()
+        finally:
+            await self._take_down()
+        return self.exit_code
+
+    # --- composition
+
+    def _compose(self) -> None:
+        """The node, the runtime and the switch around it."""
+        self.runtime = Runtime(
+            self.key.peer_id,
+            clock=clock_ms,
+            store=self._store,
+            blobs=self.blobs,
+            executor=self.executor,
+            ipc=self.ipc,
+            observer=self.observer,
+            rebuild=self._build,
+            adopt=self._adopt,
+            drained=self._over.set,
+            fail=self._failed,
+        )
+        self.runtime.switch = self.switch
+        self._node, effects = self._build()
+        self.runtime.node = self._node
+        self.runtime.perform(effects)
+
+    def _make_switch(self) -> Switch:
+        agent = f"clawnet/{__version__}"
+        return Switch(
+            self.key,
+            SwitchSettings.of(self.config, agent),
+            clock=clock_ms,
+            entropy=secrets.token_bytes,
+            transport=TcpTransport(self.key, PROTOCOLS, agent),
+            local_hello=self._hello,
+            admit=self._admit,
+            deliver=self._deliver,
+            blobs=self.blobs,
+            log=self.observer.log,
+        )
+
+    def _build(self) -> tuple[Node, list[e.Effect]]:
+        """A node from what the database and the home hold."""
+        check = self.config.flag("security.check_permissions")
+        local = membership.load_membership(self.home, check_permissions=check)
+        charter, mesh, proven = local.verified(self.key.public)
+        owner = KeyPair.load(self.home.owner_key, check_permissions=check) if self.home.owner_key.exists() else None
+        facts = MeshFacts(
+            charter=charter,
+            charter_bytes=local.charter,
+            mesh=mesh,
+            owner=proven.owner,
+            certificates=list(local.certificates),
+            mesh_key=membership.load_mesh_key(self.home, check_permissions=check),
+            inviter=local.inviter,
+            founded=local.founded,
+        )
+        terms = LedgerTerms(
+            issuers=frozenset(charter.issuers),
+            grant_max_ucr=charter.grant_max_ucr,
+            issue_total_max_ucr=charter.issue_total_max_ucr,
+            open_lines_max=charter.open_lines_max,
+            margin_ms=charter.margin_ms,
+            lock_max_ms=charter.lock_max_ms,
+            stranger_credit_ucr=charter.stranger_credit_ucr,
+            pow_bits=charter.pow_bits,
+            open_mesh=charter.mode == "open",
+        )
+        ports = Ports(secrets.token_bytes, self.key.sign, self._rtt_ms, owner)
+        node = Node(
+            self.config,
+            ports,
+            me=self.key.peer_id,
+            account=self.key.public,
+            facts=facts,
+            terms=terms,
+            escrow_seed=membership.load_escrow_seed(self.home, check_permissions=check),
+            os_family=OS_FAMILIES.get(sys.platform, sys.platform),
+            version=__version__,
+        )
+        effects = node.load(clock_ms(), self._read)
+        previous = getattr(self, "_node", None)
+        if previous is not None:
+            node.rooms.members.take_over(previous.rooms.members)
+            for up in self.switch.ups():
+                self.runtime.feed(up)
+        self._node = node
+        return node, effects
+
+    def _read(self, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if name.startswith("table:"):
+            return list(self._store.load_all(name.removeprefix("table:")))
+        return self._store.query(name, args)
+
+    def _execution(self) -> ExecutionSettings:
+        read = self.config
+        offers = set(read.words("node.capabilities")) if read.flag("market.enabled") else set()
+        return ExecutionSettings(
+            shell_own=read.text("execution.shell.own"),
+            shell_member=read.text("execution.shell.member"),
+            shell_stranger=read.text("execution.shell.stranger"),
+            user=read.text("execution.user"),
+            slots=read.integer("execution.slots"),
+            memory_bytes_max=read.integer("execution.memory_max"),
+            wall_s_max=read.seconds("execution.wall_max"),
+            output_bytes_max=read.integer("execution.output_max"),
+            offers=tuple(word for word in ("compute", "shell-execution") if word in offers),
+            worker_argv=self._worker_argv,
+            backlog=lambda: self.runtime.backlog > limits.INBOX_TURN_MAX,
+        )
+
+    def _socket_name(self) -> Path | str:
+        return self.home.pipe_name if sys.platform == "win32" else self.home.socket
+
+    def _rtt_ms(self, peer: str) -> float:
+        return self.switch.rtt_ms(peer)
+
+    def _hello(self) -> HelloFacts:
+        return HelloFacts(*self._node.hello_facts())
+
+    def _admit(self, peer: str, hello: Hello) -> str:
+        return self._node.admit(peer, hello)
+
+    def _deliver(self, stimulus: e.Stimulus) -> None:
+        self.runtime.feed(stimulus)
+
+    def _listening(self, addresses: list[str]) -> None:
+        self.runtime.feed(e.Listening(tuple(addresses)))
+
+    def _log(self, level: str, event: str, **fields: Any) -> None:
+        self.observer.log(level, event, fields)
+
+    # --- local calls
+
+    def _call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
+        """A call of a local client: what only the process knows is answered here, all else by the node."""
+        own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
+        handler = own.get(method)
+        if handler is None:
+            self.runtime.feed(e.RpcCall(call, method, params, client))
+            return
+        try:
+            self.ipc.reply(call, handler(params))
+        except ClawnetError as error:
+            self.ipc.reply(call, None, error.as_dict())
+
+    def _gone(self, call: int) -> None:
+        self.runtime.feed(e.CallGone(call))
+
+    def _status(self, params: dict[str, Any]) -> dict[str, Any]:
+        node = self._node.rooms.views.status()
+        node["warnings"] = [*self._warnings, *node["warnings"]]
+        modes = {ring: self.executor.shell_mode(ring) for ring in ("own", "member", "stranger")}
+        return {
+            **node,
+            "home": str(self.home.dir),
+            "pid": os.getpid(),
+            "rpc_version": rpc.RPC_VERSION,
+            "protocol": PROTOCOL_ID,
+            "started_at": self._node.rooms.views.time(self.started_ms),
+            "uptime_s": (clock_ms() - self.started_ms) / 1000,
+            "shell": modes,
+            "memory_rss_bytes": rss_bytes(),
+            "storage_bytes": self._store.size() + self.blobs.total_bytes,
+        }
+
+    def _stop(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.drain("daemon stop")
+        return {"pid": os.getpid(), "draining": True}
+
+    def _reload(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Reads the configuration again: what may change in a running daemon does, the rest is named."""
+        fresh = config.load(self.home, self.environ, self.flags)
+        applied, restart = self.config.adopt(fresh)
+        self.observer.set_level(self.config.text("log.level"))
+        if applied or restart:
+            self._log("security", "config.changed", applied=" ".join(applied), restart=" ".join(restart))
+        self.runtime.feed(e.Reloaded())
+        return {"applied": applied, "restart": restart}
+
+    def _doctor(self, params: dict[str, Any]) -> dict[str, Any]:
+        findings = self._node.rooms.calls.findings()
+        probe = self.executor.probe
+        if probe is not None:
+            level, text = ("ok", "shell tasks run sandboxed") if probe.passed else ("warn", probe.reason)
+            findings.append({"check": "sandbox", "level": level, "message": text, "remedy": probe.remedy})
+        listen = self.switch.addresses()
+        text = "listening at " + ", ".join(listen) if listen else "listening nowhere: other machines cannot connect"
+        remedy = "" if listen else "clawnet config set network.enable_tcp true"
+        findings.append({"check": "ports", "level": "ok" if listen else "warn", "message": text, "remedy": remedy})
+        return {"ok": all(finding["level"] != "error" for finding in findings), "findings": findings}
+
+    # --- joining another mesh
+
+    def _adopt(self, effect: e.Adopt) -> None:
+        """Writes the new membership, archives the old database, and builds the node again as a member."""
+        task = asyncio.get_running_loop().create_task(self._adopt_later(effect))
+        task.add_done_callback(lambda done: done.exception())
+
+    async def _adopt_later(self, effect: e.Adopt) -> None:
+        try:
+            value = await self._become_member(effect)
+        except ClawnetError as error:
+            self.ipc.reply(effect.call, None, error.as_dict())
+        else:
+            self.ipc.reply(effect.call, value)
+
+    async def _become_member(self, effect: e.Adopt) -> dict[str, Any]:
+        answer = effect.answer
+        charter, mesh = read_charter(answer.charter)
+        chain = list(answer.certificates)
+        owner = KeyPair.load(self.home.owner_key)
+        if answer.ring == "member":
+            chain.append(certify_node(owner, mesh, self.key.public, issued_ms=clock_ms(), inviter=answer.inviter))
+        local = LocalMembership(
+            charter=answer.charter,
+            certificates=tuple(chain),
+            founded=False,
+            inviter=answer.inviter,
+            ring=answer.ring,
+        )
+        local.verified(self.key.public)
+        self.runtime.stopped = True
+        self.switch.hangup_all("this node joins another mesh")
+        self._store.close()
+        archive(self.home, keep_owner=answer.ring == "member")
+        membership.save_mesh_key(self.home, answer.mesh_key)
+        membership.save_membership(self.home, local)
+        self._store = Store.open(self.home.database)
+        del self._node
+        self._compose()
+        self._listening(self.switch.addresses())
+        self.runtime.feed(self.executor.capacity())
+        self.runtime.feed(e.MeetPeers(answer.peers))
+        self._log("security", "mesh.joined", mesh=mesh.hex()[:16], ring=answer.ring, inviter=answer.inviter)
+        return {**effect.value, "mesh": mesh.hex()}
+
+    # --- the end
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        if sys.platform == "win32":
+            signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(self.drain, "SIGINT"))
+            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.drain, "SIGTERM"))
+            return
+        loop.add_signal_handler(signal.SIGTERM, self.drain, "SIGTERM")
+        loop.add_signal_handler(signal.SIGINT, self.drain, "SIGINT")
+        loop.add_signal_handler(signal.SIGHUP, self._reload, {})
+
+    def drain(self, why: str) -> None:
+        """Stops bidding, hands back what has not started, lets the rest finish, exits; a second time: at once."""
+        self._log("info", "daemon.stopping", why=why)
+        if self._node.ctx.draining or self.runtime.stopped:
+            self._over.set()
+            return
+        self.runtime.feed(e.Drain())
+
+    def _failed(self, reason: str) -> None:
+        self._log("error", "daemon.failed", reason=reason)
+        self.exit_code = 70
+        self._over.set()
+
+    async def _take_down(self) -> None:
+        if hasattr(self, "runtime"):
+            self.runtime.stopped = True
+            if hasattr(self, "switch"):
+                await self.switch.stop("the node stops")
+        try:
+            await self.executor.close()
+        finally:
+            await self.ipc.stop()
+            self._store.close()
+            self._log("info", "daemon.stopped", pid=os.getpid())
+            self.observer.close()
+
+    # --- upkeep
+
+    def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            work()
+            loop.call_later(seconds, again)
+
+        loop.call_later(seconds, again)
+
+    def _sweep(self) -> None:
+        """Forgets what is past its retention and needed by nobody."""
+        if self.runtime.stopped:
+            return
+        try:
+            for task_id in sweep(self._store, clock_ms(), self._node.kept_ids()):
+                self.blobs.revoke(task_id)
+        except StorageError as error:
+            self._log("error", "storage.sweep_failed", reason=error.message)
+
+    async def _metrics(self) -> Any:
+        port = self.config.integer("metrics.port")
+        if not port:
+            return None
+        from clawnet.observe.metrics import serve
+
+        try:
+            return await serve(port, self.observer, self._gauges)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port {port} cannot be used: {error.strerror}", hint="choose another port, or 0 for none"
+            ) from error
+
+    def _gauges(self) -> dict[str, float]:
+        rooms = self._node.rooms
+        rtts = [link.rtt_ms for link in self.switch.links() if link.rtt_ms]
+        return {
+            "peers_connected": len(self._node.ctx.links),
+            "auctions_active": len(rooms.auctions.live),
+            "tasks_open": len(rooms.tasks.open),
+            "runs_active": len(rooms.jobs.running),
+            "wallet_balance": rooms.books.purse.available_ucr / 1_000_000,
+            "rtt_seconds": sum(rtts) / len(rtts) / 1000 if rtts else 0.0,
+            "memory_bytes": rss_bytes(),
+            "storage_bytes": self._store.size() + self.blobs.total_bytes,
+        }
+
+
+def archive(home: Home, *, keep_owner: bool) -> None:
+    """Moves database and membership of the mesh left behind into archive/; the owner key too unless it stays in use."""
+    paths.make_private_dir(home.archive_dir)
+    target = home.archive_dir / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    number = 0
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{target.name.split('.')[0]}.{number}")
+    paths.make_private_dir(target)
+    names = [home.mesh_file, home.mesh_key]
+    names += [home.database.with_name(home.database.name + suffix) for suffix in ("", "-wal", "-shm")]
+    if not keep_owner:
+        names.append(home.owner_key)
+    for path in names:
+        if path.exists():
+            os.replace(path, target / path.name)
+
+
+def rss_bytes() -> int:
+    """This process's resident memory; 0 where the platform does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        pass
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if platform.system() == "Darwin" else used * 1024

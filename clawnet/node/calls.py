@@ -1,0 +1,362 @@
+"""Local calls: what each method of the local socket does, and the errors it answers with."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from clawnet import limits
+from clawnet.errors import ClawnetError, DataError, NotFoundError, UnreachableError
+from clawnet.identity import multiaddr
+from clawnet.ledger.entries import Claim, EntryKind, Grant, Lock, Parsed, Send, parse
+from clawnet.market.records import FINAL_STATES, Task, decode_task
+from clawnet.money import format_credits, parse_credits
+from clawnet.node.audit import Audit
+from clawnet.node.context import Context
+from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+Params = dict[str, Any]
+PAGE_MAX = 500
+
+
+class Calls:
+    """One method a name; every failure is answered as a ClawnetError."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self._methods: dict[str, Callable[[int, Params], None]] = {
+            "node.status": self._status,
+            "task.submit": lambda call, params: rooms.tasks.submit(call, params.get("spec") or {}),
+            "task.get": self._with_task(self._task_get),
+            "task.bids": self._with_task(self._task_bids),
+            "task.why": self._with_task(self._task_why),
+            "task.follow": self._with_task(self._task_follow),
+            "task.read": self._with_task(self._task_read),
+            "task.cancel": self._with_task(self._task_cancel),
+            "task.list": self._task_list,
+            "peer.list": self._peer_list,
+            "peer.show": self._peer_show,
+            "peer.connect": self._peer_connect,
+            "peer.disconnect": self._peer_disconnect,
+            "peer.invite": rooms.invites.invite,
+            "peer.join": rooms.invites.join,
+            "peer.ban": lambda call, params: self._ban(call, params, True),
+            "peer.unban": lambda call, params: self._ban(call, params, False),
+            "peer.reputation": self._reputation,
+            "wallet.balance": lambda call, params: ctx.reply(call, rooms.views.balance()),
+            "wallet.escrows": lambda call, params: ctx.reply(call, {"items": rooms.views.escrows(), "next": None}),
+            "wallet.history": self._history,
+            "wallet.send": self._send,
+            "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
+        }
+
+    def call(self, event: RpcCall) -> None:
+        """Runs a method; what goes wrong is the answer."""
+        method = self._methods.get(event.method)
+        try:
+            if method is None:
+                raise NotFoundError(f"there is no method {event.method!r}", hint="command and daemon differ in version")
+            method(event.call, event.params)
+        except ClawnetError as error:
+            if error.exit_code == 70 and error.code == "internal":
+                raise
+            self._ctx.fail(event.call, error)
+
+    def gone(self, event: CallGone) -> None:
+        """A client left; its tasks go on."""
+        self._rooms.tasks.followers.gone(event.call)
+
+    # --- tasks
+
+    def _with_task(self, then: Callable[[int, Params, Task], None]) -> Callable[[int, Params], None]:
+        """Finds the task named by id or prefix, in memory or in the database."""
+
+        def run(call: int, params: Params) -> None:
+            text = str(params.get("task") or "").strip().lower()
+            if len(text) == 32:
+                try:
+                    task = self._rooms.tasks.get(bytes.fromhex(text))
+                except ValueError:
+                    task = None
+                if task is not None:
+                    then(call, params, task)
+                    return
+            self._rooms.loads.ask("task_by_prefix", (text, 9), lambda rows: found(call, params, text, rows), call=call)
+
+        def found(call: int, params: Params, text: str, rows: tuple[Any, ...]) -> None:
+            if not rows:
+                raise NotFoundError(f"no task {text!r}", hint="clawnet market list shows the newest")
+            if len(rows) > 1:
+                names = ", ".join(row[0].hex()[:12] for row in rows[:8])
+                raise NotFoundError(f"{text!r} begins several task ids: {names}", hint="give more of the id")
+            task = self._rooms.tasks.get(rows[0][0]) or decode_task(rows[0][-1])
+            then(call, params, task)
+
+        return run
+
+    def _task_get(self, call: int, params: Params, task: Task) -> None:
+        self._with_streams(task, call, lambda: self._task_reply(call, task))
+
+    def _task_reply(self, call: int, task: Task) -> None:
+        view = self._rooms.views.task(task)
+
+        def done(rows: tuple[Any, ...]) -> None:
+            self._ctx.reply(call, {**view, "transitions": self._rooms.views.transitions(rows)})
+
+        self._rooms.loads.ask("transitions", (task.task_id,), done, call=call)
+
+    def _with_streams(self, task: Task, call: int, then: Callable[[], None]) -> None:
+        """Large output lies in a row of its own; it is read before the task is shown."""
+        if not self._rooms.views.needs_streams(task):
+            then()
+            return
+        assert task.result is not None
+
+        def done(rows: tuple[Any, ...]) -> None:
+            if rows:
+                size = int.from_bytes(rows[0][-1][:4], "big")
+                body = rows[0][-1][4:]
+                self._rooms.views.keep_streams(task.task_id, body[:size], body[size:])
+            then()
+
+        self._rooms.loads.ask("result", (task.task_id, task.result["row"]), done, call=call)
+
+    def _task_bids(self, call: int, params: Params, task: Task) -> None:
+        self._rooms.loads.ask(
+            "bids",
+            (task.task_id,),
+            lambda rows: self._ctx.reply(call, {"items": self._rooms.views.bids(rows), "next": None}),
+            call=call,
+        )
+
+    def _task_why(self, call: int, params: Params, task: Task) -> None:
+        loads, views = self._rooms.loads, self._rooms.views
+
+        def bids(rows: tuple[Any, ...]) -> None:
+            loads.ask(
+                "transitions",
+                (task.task_id,),
+                lambda moves: self._ctx.reply(call, views.why(task, rows, moves)),
+                call=call,
+            )
+
+        loads.ask("bids", (task.task_id,), bids, call=call)
+
+    def _task_follow(self, call: int, params: Params, task: Task) -> None:
+        output, from_end = bool(params.get("output", True)), params.get("from") == "end"
+        self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, from_end=from_end))
+
+    def _task_read(self, call: int, params: Params, task: Task) -> None:
+        """A piece of a stored stream: of a result over 1 MiB from its blob, else from the row."""
+        stream = str(params.get("stream") or "stdout")
+        if stream not in ("stdout", "stderr") or task.result is None:
+            raise NotFoundError(f"the task has no {stream} to read", hint="it has no result yet")
+        offset = max(0, int(params.get("offset") or 0))
+        length = max(1, min(int(params.get("length") or limits.MIB), limits.MIB))
+        blob = task.result.get(stream + "_blob") or b""
+        size = task.result[stream + "_bytes"]
+        if blob:
+            self._ctx.out.append(ReadBlob(call, blob, offset, length))
+            return
+
+        def small() -> None:
+            assert task.result is not None
+            streams = self._rooms.views.streams.get(task.task_id)
+            data = task.result.get(stream) if streams is None else streams[stream == "stderr"]
+            part = (data or b"")[offset : offset + length]
+            body = {"data_b64": base64.b64encode(part).decode(), "size": size, "eof": offset + len(part) >= size}
+            self._ctx.reply(call, body)
+
+        self._with_streams(task, call, small)
+
+    def _task_cancel(self, call: int, params: Params, task: Task) -> None:
+        reason = str(params.get("reason") or "cancelled by the requester")[:200]
+        self._rooms.tasks.cancel(task, reason)
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "state": task.state})
+
+    def _task_list(self, call: int, params: Params) -> None:
+        limit = max(1, min(int(params.get("limit") or 20), PAGE_MAX))
+        states = params.get("states") or []
+        after_ms, after_id = None, None
+        if params.get("after"):
+            try:
+                stamp, _, identifier = str(params["after"]).partition("-")
+                after_ms, after_id = int(stamp), bytes.fromhex(identifier)
+            except ValueError:
+                raise DataError(f"{params['after']!r} is no continuation of a list") from None
+        if states == ["open"] or (len(states) > 1 and not FINAL_STATES & set(states)):
+            tasks = [task for task in self._rooms.tasks.open.values() if task.state not in FINAL_STATES]
+            if states != ["open"]:
+                tasks = [task for task in tasks if task.state in states]
+            newest = sorted(tasks, key=lambda task: -task.created_ms)[:limit]
+            self._ctx.reply(call, {"items": [self._rooms.views.summary(task) for task in newest], "next": None})
+            return
+
+        def done(rows: tuple[Any, ...]) -> None:
+            items = [self._rooms.views.summary(self._rooms.tasks.get(row[0]) or decode_task(row[-1])) for row in rows]
+            following = f"{rows[-1][2]}-{rows[-1][0].hex()}" if len(rows) == limit else None
+            self._ctx.reply(call, {"items": items, "next": following})
+
+        state = states[0] if len(states) == 1 else ""
+        self._rooms.loads.ask("tasks_page", (state, after_ms, after_id, limit), done, call=call)
+
+    # --- peers
+
+    def _named(self, params: Params) -> str:
+        peer = self._rooms.members.resolve(str(params.get("peer") or ""))
+        if peer not in self._rooms.members.records:
+            raise DataError("that is this node itself", hint="name another peer")
+        return peer
+
+    def _peer_list(self, call: int, params: Params) -> None:
+        views, members = self._rooms.views, self._rooms.members
+        order = sorted(
+            members.records.values(), key=lambda r: (r.ring != "own", r.peer not in self._ctx.links, r.shown)
+        )
+        self._ctx.reply(call, {"items": [views.peer(record.peer) for record in order], "next": None})
+
+    def _peer_show(self, call: int, params: Params) -> None:
+        self._ctx.reply(call, self._rooms.views.peer(self._named(params)))
+
+    def _peer_connect(self, call: int, params: Params) -> None:
+        text = str(params.get("address") or "")
+        address = multiaddr.parse(text)
+        if address.peer is None:
+            raise DataError(
+                f"{text} does not name a peer", hint="add its /p2p/12D3KooW... part, as peer show prints it"
+            )
+        if address.peer == self._ctx.me:
+            raise DataError("that is this node's own address")
+        record = self._rooms.members.records.get(address.peer)
+        if record is not None:
+            record.muted = False
+        self._ctx.out.append(Dial(call, address.peer, (text,)))
+
+    def dial_ended(self, event: DialEnded) -> None:
+        """A dial for a command ended; keepers that cannot be reached are not waited for."""
+        if event.call == 0:
+            if event.reason:
+                self._rooms.books.chains.checked(event.peer)
+            return
+        if event.reason:
+            error = UnreachableError(
+                f"cannot connect to {event.peer[-8:]}: {event.reason}", hint="is its daemon running?"
+            )
+            self._ctx.fail(event.call, error)
+            return
+        party = self._rooms.members.party(event.peer)
+        self._ctx.reply(event.call, {"peer": party, "state": "connected", "changed": True})
+
+    def _peer_disconnect(self, call: int, params: Params) -> None:
+        peer = self._named(params)
+        connected = peer in self._ctx.links
+        record = self._rooms.members.records[peer]
+        record.muted = True
+        self._rooms.members.save(record)
+        self._ctx.out.append(Hangup(peer, "disconnected by the user"))
+        self._ctx.reply(call, {"peer": self._rooms.members.party(peer), "state": "known", "changed": connected})
+
+    def _ban(self, call: int, params: Params, on: bool) -> None:
+        peer = self._named(params)
+        changed = self._rooms.members.ban(peer, on)
+        state = "banned" if on else ("connected" if peer in self._ctx.links else "known")
+        self._ctx.reply(call, {"peer": self._rooms.members.party(peer), "state": state, "changed": changed})
+
+    def _reputation(self, call: int, params: Params) -> None:
+        members, views = self._rooms.members, self._rooms.views
+        peers = [self._named(params)] if params.get("peer") else [r.peer for r in members.records.values()]
+        items = sorted((views.reputation(peer) for peer in peers), key=lambda item: -item["score"])
+        self._ctx.reply(call, {"items": items, "next": None})
+
+    # --- wallet
+
+    def _send(self, call: int, params: Params) -> None:
+        peer = self._named(params)
+        if params.get("amount_ucr") is not None:
+            amount_ucr = int(params["amount_ucr"])
+        else:
+            amount_ucr = parse_credits(str(params.get("amount") or ""))
+        memo = str(params.get("memo") or "")
+        entry = self._rooms.books.send(
+            self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)
+        )
+        self._ctx.reply(
+            call,
+            {
+                "to": self._rooms.members.party(peer),
+                "amount": format_credits(amount_ucr),
+                "seq": entry.seq,
+                "hash": entry.hash.hex(),
+            },
+        )
+
+    def _history(self, call: int, params: Params) -> None:
+        limit = max(1, min(int(params.get("limit") or 20), PAGE_MAX))
+        before = int(params["after"]) if params.get("after") not in (None, "") else None
+        account = self._ctx.account
+
+        def entries(rows: tuple[Any, ...]) -> None:
+            loads.ask("balances_page", (before, limit + 1), lambda found: done(rows, dict(found)), call=call)
+
+        def done(rows: tuple[Any, ...], balances: dict[int, int]) -> None:
+            items = [self._entry(parse(row[-1]), balances) for row in rows]
+            following = str(rows[-1][1]) if len(rows) == limit and rows[-1][1] else None
+            self._ctx.reply(call, {"items": items, "next": following})
+
+        loads = self._rooms.loads
+        loads.ask("entries_page", (account, before, limit), entries, call=call)
+
+    def _entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
+        """One entry of the own chain: what it did to the available amount, and with whom."""
+        body, other, task = entry.body, None, None
+        after_ucr = balances.get(entry.seq, 0)
+        amount_ucr = after_ucr - balances.get(entry.seq - 1, 0)
+        if isinstance(body, (Grant, Send)):
+            other = body.payee
+        elif isinstance(body, Lock):
+            other, task = body.lines[0].payee, self._rooms.tasks.task_of_hash(body.lines[0].task)
+        elif isinstance(body, Claim):
+            other = body.items[0].payer
+        return {
+            "seq": entry.seq,
+            "kind": EntryKind(entry.kind).name.lower(),
+            "at": self._rooms.views.time(entry.time_ms),
+            "amount": format_credits(amount_ucr),
+            "balance": format_credits(after_ucr),
+            "counterparty": None if other is None else self._rooms.views.account_party(other),
+            "task_id": task,
+            "hash": entry.hash.hex(),
+        }
+
+    # --- the node
+
+    def _status(self, call: int, params: Params) -> None:
+        self._ctx.reply(call, self._rooms.views.status())
+
+    def warnings(self) -> list[str]:
+        """What the owner should know, in sentences."""
+        found = []
+        reason = self._rooms.books.purse.read_only_reason
+        if reason:
+            found.append(f"the wallet is read-only: {reason}")
+        found.extend(self._rooms.members.warnings())
+        return found
+
+    def findings(self) -> list[dict[str, str]]:
+        """What the node itself finds for `doctor`: wallet, clock, peers."""
+        findings = [
+            {"check": "node", "level": "warn", "message": text, "remedy": "clawnet daemon logs tells more"}
+            for text in self.warnings()
+        ]
+        skew_ms = self._rooms.members.skew_ms()
+        if skew_ms is not None:
+            level = "ok" if abs(skew_ms) <= limits.CLOCK_STOP_MS else "error"
+            remedy = "" if level == "ok" else "set this machine's clock (an NTP service keeps it right)"
+            text = f"this machine's clock differs from its peers' by {abs(skew_ms) / 1000:.1f} s"
+            findings.append({"check": "clock", "level": level, "message": text, "remedy": remedy})
+        return findings
