@@ -150,3 +150,14 @@ def feed(book: Book, entries: Sequence[Parsed], now_ms: int = NOW) -> list[Outco
         outcomes.append(book.apply(entry.raw, now_ms))
         outcomes += book.drain(now_ms)
     return outcomes
+
+
+def next_of(member: Member, body: Body, time_ms: int = NOW) -> Parsed:
+    """An entry at the member's head, signed without asking the rules."""
+    head = member.book.head(member.account)
+    assert head is not None
+    return member.sign_any(head[0] + 1, head[1], body, time_ms=time_ms)
+
+
+def book_payable(payer: Member, like: Parsed, *, amount_ucr: int, entry: Parsed) -> Payable:
+    return Payable(payer.account, like.body.payee, entry.seq, 0, entry.hash, 2, amount_ucr)
