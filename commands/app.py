@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": (".demo", "app", "A throw-away mesh on this machine, with real tasks through the whole market."),
     "completion": (".completion", "app", "Shell completion for bash, zsh, fish or PowerShell."),
     "version": (".version", "version", "Version, protocol, Python and platform."),
-    "_worker": (".worker", "app", ""),
+    "_worker": (".worker", "serve", ""),
 }
 HIDDEN = {"_worker"}
 
@@ -146,8 +146,8 @@ def _run(words: list[str], invocation: Invocation) -> int:
     except typer.Exit as done:
         return done.exit_code
     except _CLICK_ERROR as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "clawnet"
+        named = getattr(error, "ctx", None)
+        path = named.command_path if named is not None else "clawnet"
         message = error.format_message()  # type: ignore[attr-defined]
         raise UsageError(message.strip().rstrip("."), hint=f"`{path} --help` shows what there is") from error
 
@@ -189,7 +189,7 @@ def unexpected(error: Exception, invocation: Invocation) -> InternalError:
     text = "".join(traceback.format_exception(error))
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as file:
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as file:
             file.write(f"{stamp} error command.failed id={number} argv0={sys.argv[0]!r}\n{text}")
         hint = f"look up {number} in {log}"
     except OSError as unwritable:

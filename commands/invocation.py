@@ -1,4 +1,4 @@
-"""What the command line says to every command: where home is, how to answer, how long to wait; and the way to the node."""
+"""What the command line says to every command: which home, how to answer, how long to wait; the way to the node."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def _spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
 def build(base: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The spec file's task with the options given on the command line over it; empty options change nothing."""
     spec = dict(base)
-    texts = {
+    texts: dict[str, Callable[[str], float]] = {
         "budget_ucr": lambda text: money.parse_credits(text, what="--budget"),
         "deadline_s": lambda text: units.parse_duration_ms(text, what="--deadline") / 1000,
         "bid_timeout_s": lambda text: units.parse_duration_ms(text, what="--bid-timeout") / 1000,
