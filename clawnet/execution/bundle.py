@@ -118,9 +118,7 @@ def decode(plain: bytes) -> Bundle:
     if len(plain) != start + head.stdout_bytes + head.stderr_bytes:
         raise _bad("its length is not what its head says")
     middle = start + head.stdout_bytes
-    return Bundle(
-        head.exit_code, head.signal, plain[start:middle], plain[middle:], head.text, head.usage, head.outputs
-    )
+    return Bundle(head.exit_code, head.signal, plain[start:middle], plain[middle:], head.text, head.usage, head.outputs)
 
 
 def _split_head(plain: bytes) -> tuple[Head, int]:
@@ -331,5 +329,3 @@ class _Cut:
     def end(self) -> None:
         if self._held or any(self._parts):
             raise _bad("its length is not what its head says")
-
-

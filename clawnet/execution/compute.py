@@ -189,6 +189,9 @@ class ComputePool:
             worker.kill()
             if worker.out is not None:
                 worker.out.close()
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.wait()
 
     @property
     def pids(self) -> list[int]:
@@ -255,7 +258,7 @@ class ComputePool:
         ours, theirs = socket.socketpair()
         try:
             worker.process = subprocess.Popen(
-                self._argv, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True
+                self._argv, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
             )
         except OSError:
             ours.close()

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from clawnet import limits
@@ -247,9 +246,7 @@ class Executor:
             self._remove(dirs)
             self._deliver(exited)
 
-        self._in_thread(
-            placed, inputs.place_inputs, list(spec.inputs), spec.cwd_input, dirs.work, self._blobs, owner
-        )
+        self._in_thread(placed, inputs.place_inputs, list(spec.inputs), spec.cwd_input, dirs.work, self._blobs, owner)
 
     def _start_shell(self, spec: JobSpec, dirs: JobDirs, mode: str) -> None:
         job = spec.job
@@ -338,7 +335,7 @@ class Executor:
     # --- inputs
 
     def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
-        """Stores local files and directories as blobs; InputsReady tells them, or the error of the first that failed."""
+        """Stores local files and directories as blobs; InputsReady tells them, or the first error."""
         private = (self._home.dir.resolve(), self._home.data_dir.resolve())
 
         def work() -> tuple[dict[str, Any], ...]:

@@ -13,7 +13,7 @@ import tarfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, NotPermittedError, StorageFullError
@@ -62,7 +62,8 @@ def pack_path(name: str, path: str, blobs: BlobPort, *, private: tuple[Path, ...
         real = where.resolve(strict=True)
         if any(real == secret or secret in real.parents for secret in private):
             raise NotPermittedError(
-                f"{path} lies in clawnet's own home, which never leaves this machine", hint="copy what you need elsewhere"
+                f"{path} lies in clawnet's own home, which never leaves this machine",
+                hint="copy what you need elsewhere",
             )
         info = real.stat()
         if stat.S_ISDIR(info.st_mode):
@@ -149,7 +150,7 @@ def _pack_tree(name: str, root: Path, blobs: BlobPort, private: tuple[Path, ...]
     left_out: list[str] = []
     try:
         # Plain stream mode pads to 10 KiB records; the tar is bounded by what is written, not by what is read.
-        with tarfile.open(mode="w|", fileobj=writer, format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+        with tarfile.open(mode="w|", fileobj=cast(Any, writer), format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
             for count, (path, relative) in enumerate(_walk(root, private, left_out), start=1):
                 if count > limits.TREE_FILES_MAX:
                     raise DataError(f"{root} holds more than {limits.TREE_FILES_MAX} files", path=str(root))
@@ -231,7 +232,7 @@ def place_inputs(inputs: list[InputRef], cwd_input: str, directory: Path, blobs:
     Raises DataError for names, archives or sizes that break the rules.
     """
     names = [check_name(item.name) for item in inputs]
-    if len(set(name.casefold() for name in names)) != len(names):
+    if len({name.casefold() for name in names}) != len(names):
         raise DataError("two inputs have the same name")
     if cwd_input and not any(item.name == cwd_input and item.kind == "tree" for item in inputs):
         raise DataError(f"no directory among the inputs is called {cwd_input[:60]!r}")

@@ -1,4 +1,4 @@
-"""Where shell runs may happen on this machine: the sandbox if the probe passes, the host by policy, or nowhere. POSIX."""
+"""Where shell runs happen on this machine: the sandbox if the probe passes, the host by policy, or nowhere. POSIX."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_as(user: str) -> int | None:
             f"execution.user is {user!r}, and there is no such user", hint="clawnet config set execution.user nobody"
         ) from error
     if uid == 0:
-        raise ConfigError("execution.user is root", hint="tasks never run as root: clawnet config set execution.user nobody")
+        raise ConfigError("execution.user is root", hint="tasks never run as root: set it to nobody")
     return uid
 
 
@@ -67,7 +67,8 @@ class Places:
             return impossible
         program, said = probe.find_bubblewrap()
         if not program:
-            return probe.not_installed() if "not installed" in said else ProbeResult(False, said, probe.remedy_for(said))
+            missing = "not installed" in said
+            return probe.not_installed() if missing else ProbeResult(False, said, probe.remedy_for(said))
         base = self.dirs.base
         hidden = tuple({self._home.dir.resolve(), self._home.data_dir.resolve()})
         sandbox = Bubblewrap(program, base, uid=self.uid, hidden=hidden)

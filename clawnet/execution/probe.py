@@ -2,7 +2,8 @@
 
 A small script runs twice, outside and inside, as the same user and through the same code as any run. It tries to read
 a file of this machine and one in clawnet's home, to reach a listener on this machine's loopback, to be among its
-processes, to write below /usr, to make a user namespace. Only when all is refused inside is shell offered beyond ring own.
+processes, to write below /usr, to make a user namespace. Only when all is refused inside is shell offered beyond ring
+own.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def find_bubblewrap() -> tuple[str, str]:
     if program is None:
         return "", "bubblewrap is not installed"
     try:
-        said = subprocess.run([program, "--help"], capture_output=True, timeout=limits.PROBE_TIMEOUT_S, check=False)
+        said = subprocess.run([program, "--help"], capture_output=True, timeout=limits.SANDBOX_PROBE_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"bubblewrap does not run: {error}"
     return program, (said.stdout + said.stderr).decode("utf-8", "replace")
@@ -87,7 +88,9 @@ def unsupported() -> ProbeResult | None:
     """Why this machine cannot have the sandbox at all, if so."""
     if not sys.platform.startswith("linux"):
         return ProbeResult(
-            False, f"there is no sandbox for {sys.platform} in this version", "shell tasks run for your own machines only"
+            False,
+            f"there is no sandbox for {sys.platform} in this version",
+            "shell tasks run for your own machines only",
         )
     if seccomp.build(seccomp.machine()) is None:
         return ProbeResult(
@@ -102,8 +105,8 @@ def remedy_for(said: str) -> str:
     """What helps against the ways in which bubblewrap is known to fail."""
     if "uid map" in said or "Creating new namespace failed" in said or "No permissions to create" in said:
         return (
-            "let unprivileged users make namespaces: sysctl kernel.unprivileged_userns_clone=1, on Ubuntu 24.04 and later "
-            "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile for bwrap, in a container "
+            "let unprivileged users make namespaces: sysctl kernel.unprivileged_userns_clone=1, on Ubuntu 24.04 and "
+            "later kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile for bwrap, in a container "
             "--security-opt seccomp=unconfined --security-opt apparmor=unconfined"
         )
     if "Can't mount proc" in said or "mount proc" in said:
@@ -145,7 +148,7 @@ async def probe(outside: Place, inside: Place, job_dirs: tuple[Path, Path], home
 
 
 def judge(token: str, outside: dict[str, str], inside: dict[str, str], owner: int) -> ProbeResult:
-    """Compares what the script could do outside with what it could do inside; `owner` is whose a file made inside is."""
+    """Compares what the script could do outside with what it could do inside; `owner` has a file made inside."""
     reached = outside.get("loopback") == token
     listed = outside.get("listed", "0") not in ("", "0")
     if not reached and not listed:
@@ -191,7 +194,7 @@ async def _run(place: Place, directory: Path, words: list[str]) -> tuple[Ended, 
         job=os.urandom(16),
         kind="shell",
         argv=["sh", "-c", _SCRIPT, "probe", *words],
-        wall_s=limits.PROBE_TIMEOUT_S,
+        wall_s=limits.SANDBOX_PROBE_TIMEOUT_S,
         memory_bytes_max=512 * limits.MIB,
         output_bytes_max=64 * limits.KIB,
     )

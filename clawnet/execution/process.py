@@ -1,8 +1,9 @@
-"""Starting a process with exact descriptors, hearing of its end, and finding and killing all that came from it. POSIX."""
+"""Starting a process with exact descriptors, hearing of its end, finding and killing all that came from it. POSIX."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import signal
@@ -90,10 +91,8 @@ class Child:
         self._loop = loop
         self._pidfd = -1
         if hasattr(os, "pidfd_open"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel before 5.3: a thread waits instead
                 self._pidfd = os.pidfd_open(pid)
-            except OSError:
-                pass  # a kernel before 5.3: a thread waits instead
         if self._pidfd >= 0:
             loop.add_reader(self._pidfd, self._reap)
         else:
@@ -110,18 +109,14 @@ class Child:
 
     def _wait(self) -> None:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
             self._loop.call_soon_threadsafe(self._reap)
-        except RuntimeError:
-            pass  # the loop is closed: nobody asks any longer
 
     def signal_group(self, number: int) -> None:
         """Signals the process group, which is the session's first; nothing when the process has ended."""
         if not self.ended:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS's word for zombies only
                 os.killpg(self.pid, number)
-            except (ProcessLookupError, PermissionError):
-                pass  # gone, or macOS's word for a group of zombies
 
     def kill(self) -> None:
         """SIGKILL to this one process."""
@@ -131,10 +126,8 @@ class Child:
 
 def send(pid: int, number: int) -> None:
     """A signal to a process that may be gone already."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def children(pid: int) -> list[int]:

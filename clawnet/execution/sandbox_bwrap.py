@@ -20,8 +20,8 @@ PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STATUS_FD, SECCOMP_FD, OPTIONS_FD = 3, 4, 5
 _TOP: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
-# Inside, as process 1: the limits, a mark that the set-up is done, then the command in a process of its own. The shell's
-# stderr is the status pipe, so that its report of a fatal signal ("Killed") tells 128+N from a command that exits so.
+# Inside, as process 1: the limits, a mark that the set-up is done, then the command in a process of its own. The
+# shell's stderr is the status pipe: it reports a fatal signal there ("Killed"), which tells 128+N from an exit code.
 SCRIPT: Final = (
     "ulimit -c 0 && ulimit -t {cpu_s} && ulimit -f {file_blocks} && ulimit -v {address_kib} && ulimit -n {files} && "
     "{{ ulimit -p {processes} 2>/dev/null || ulimit -u {processes}; }} && printf r >&3 || exit 125; "

@@ -33,7 +33,8 @@ _SPOOL_BYTES: Final = limits.MIB
 # The same limits as inside the sandbox. The guardian, outside the command's ancestry but in its process group, kills
 # that group when the daemon is gone: then the lifeline's other end closes.
 _HOST_SCRIPT: Final = (
-    'cd "$1" && shift && unset OLDPWD && ulimit -c 0 && ulimit -t {cpu_s} && ulimit -f {file_blocks} && ulimit -n {files} && '
+    'cd "$1" && shift && unset OLDPWD && ulimit -c 0 && ulimit -t {cpu_s} && '
+    "ulimit -f {file_blocks} && ulimit -n {files} && "
     "{{ ulimit -v {address_kib} 2>/dev/null || :; }} && "
     "{{ ulimit -p {processes} 2>/dev/null || ulimit -u {processes}; }} && printf r >&3 || exit 125; "
     '( (trap "" TERM HUP INT; read -r _; kill -KILL 0) <&5 3>&- >/dev/null 2>&1 & ); '
@@ -108,7 +109,7 @@ class _Stream:
         self.number = number
         self.descriptor = descriptor
         self.size = 0
-        self.kept = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=spool_dir)
+        self.kept = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=str(spool_dir))  # noqa: SIM115
 
     @property
     def open(self) -> bool:

@@ -104,8 +104,9 @@ def op_wordcount(args: dict[str, Any], sources: Sources) -> bytes:
             inside = bool(piece[-1:].strip())
         rows.append((lines, words, size, _name(source)))
     if len(rows) > 1:
-        rows.append((*(sum(row[column] for row in rows) for column in range(3)), "total"))  # type: ignore[arg-type]
-    return "".join(f"{lines} {words} {size} {name}".rstrip() + "\n" for lines, words, size, name in rows).encode()
+        lines, words, size = (sum(column) for column in zip(*(row[:3] for row in rows), strict=True))
+        rows.append((lines, words, size, "total"))
+    return "".join([" ".join(map(str, row)).rstrip() + "\n" for row in rows]).encode()
 
 
 def _primes_below(limit: int) -> list[int]:

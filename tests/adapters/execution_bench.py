@@ -1,0 +1,168 @@
+"""A real executor on a bench of its own: home, blob store, and what it delivered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from clawnet.execution import bundle
+from clawnet.execution.executor import Executor
+from clawnet.execution.spec import ExecutionSettings, JobSpec
+from clawnet.paths import Home
+from clawnet.wire.blobid import BlobHasher
+from clawnet.wire.events import Stimulus, TaskExited, TaskOutput
+
+WORKER = (sys.executable, "-c", "from clawnet.execution.worker import main; main()")
+T = TypeVar("T")
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap not installed")
+
+
+class _Writer:
+    def __init__(self, store: Files) -> None:
+        self._store = store
+        self._hasher = BlobHasher()
+        handle, name = tempfile.mkstemp(dir=store.directory)
+        self._file = os.fdopen(handle, "wb")
+        self._path = Path(name)
+
+    def write(self, data: bytes) -> int:
+        self._hasher.update(data)
+        return self._file.write(data)
+
+    def commit(self) -> bytes:
+        self._file.close()
+        blob = self._hasher.digest()
+        self._path.rename(self._store.path(blob))
+        return blob
+
+    def abort(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Files:
+    """The blob port over a directory, with nothing of the real store but its ids."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.directory = directory
+
+    def path(self, blob: bytes) -> Path:
+        return self.directory / blob.hex()
+
+    def writer(self) -> _Writer:
+        return _Writer(self)
+
+    def put_bytes(self, data: bytes) -> bytes:
+        writer = self.writer()
+        writer.write(data)
+        return writer.commit()
+
+
+class Bench:
+    """`events` is all that was delivered; `public` a directory that any user of this machine may read and write."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.public = Path(tempfile.mkdtemp(prefix="clawnet-test-", dir="/var/tmp"))
+        self.public.chmod(0o777)
+        self.home = Home(self.public / "home")
+        self.home.dir.mkdir(mode=0o755)
+        self.blobs = Files(self.public / "blobs")
+        self.events: list[Stimulus] = []
+        self.settings = ExecutionSettings(**{"worker_argv": WORKER, **settings})
+        self.executor = Executor(self.settings, self.home, self.blobs, entropy=os.urandom, deliver=self._take)
+        self._heard = asyncio.Event()
+
+    def _take(self, stimulus: Stimulus) -> None:
+        self.events.append(stimulus)
+        self._heard.set()
+
+    async def until(self, condition: Callable[[], T | None]) -> T:
+        """Waits on events until the condition holds."""
+        async with asyncio.timeout(60):
+            while not (found := condition()):
+                self._heard.clear()
+                await self._heard.wait()
+        return found
+
+    def start(self, **fields: Any) -> bytes:
+        job = os.urandom(16)
+        self.executor.run(job, JobSpec(job=job, **fields))
+        return job
+
+    async def exited(self, job: bytes) -> TaskExited:
+        return await self.until(
+            lambda: next((e for e in self.events if isinstance(e, TaskExited) and e.job == job), None)
+        )
+
+    def output(self, job: bytes, stream: int = 1) -> bytes:
+        """What was streamed so far; each piece must be where its offset says."""
+        data = b""
+        for event in self.events:
+            if isinstance(event, TaskOutput) and event.job == job and event.stream == stream:
+                assert event.offset == len(data)
+                data += event.data
+        return data
+
+    async def said(self, job: bytes, text: bytes) -> None:
+        await self.until(lambda: text in self.output(job))
+
+    async def run(self, **fields: Any) -> tuple[TaskExited, bundle.Bundle | None]:
+        exited = await self.exited(self.start(**fields))
+        if exited.ended != "exit":
+            return exited, None
+        if exited.inline:
+            return exited, bundle.decode(exited.inline)
+        return exited, bundle.decode(self.blobs.path(exited.blob).read_bytes())
+
+    async def shell(self, script: str, sandbox: str = "sandboxed", **fields: Any) -> bundle.Bundle:
+        """Runs a script that must end by itself."""
+        exited, found = await self.run(kind="shell", argv=["sh", "-c", script], sandbox=sandbox, **fields)
+        assert found is not None, exited
+        return found
+
+
+def with_bench(body: Callable[[Bench], Awaitable[None]], **settings: Any) -> None:
+    """Runs the body on a bench; nothing may be left over when it ends."""
+
+    async def main() -> None:
+        bench = Bench(**settings)
+        try:
+            await bench.executor.start()
+            await body(bench)
+        finally:
+            await bench.executor.close()
+            shutil.rmtree(bench.public)
+        assert not bench.executor.worker_pids or not any(map(_lives, bench.executor.worker_pids))
+        assert not Path(f"/var/tmp/clawnet-{os.getuid()}-{bench.home.digest}").exists()
+
+    asyncio.run(main())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def running(marker: str) -> list[int]:
+    """Processes of this machine with the marker among their arguments."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and int(path.name) != os.getpid() and _lives(int(path.name)):
+            try:
+                if marker.encode() in (path / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+            except OSError:
+                continue
+    return found
