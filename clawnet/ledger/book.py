@@ -12,7 +12,7 @@ from typing import Final
 from clawnet import limits
 from clawnet.errors import DataError, RemoteError, WireError
 from clawnet.ledger.branches import Branches
-from clawnet.ledger.entries import ClaimItem, Parsed, Verify, parse, signed_by
+from clawnet.ledger.entries import ClaimItem, Parsed, RefundItem, Verify, parse, signed_by
 from clawnet.ledger.outcomes import (
     Added,
     Branch,
@@ -26,7 +26,7 @@ from clawnet.ledger.outcomes import (
 )
 from clawnet.ledger.proofs import build_proof, verify_proof
 from clawnet.ledger.records import Records
-from clawnet.ledger.rules import Change, Court, Fault, Income, Missing, Verdict, commit, judge
+from clawnet.ledger.rules import Change, Court, Fault, Income, Missing, Verdict, commit, judge, waived
 from clawnet.ledger.state import (
     Account,
 )
@@ -106,6 +106,11 @@ class Book(Records):
         if state.ended is not None:
             return Fault("ended", f"the chain ended: {state.ended_reason}")
         return judge(self._court, state, entry)
+
+    def refundable(self, account: bytes, item: RefundItem, now_ms: int) -> bool:
+        """Whether this item could stand in a refund written now, so that a false waiver spoils no batch."""
+        line = self.line(account, item.lock_seq, item.line)
+        return line is not None and (now_ms >= line.expiry_ms or waived(self._court, account, line, item.proof))
 
     def _place(self, entry: Parsed, now_ms: int, keep: bool, verified_by: bytes) -> Outcome:
         """Finds where an entry belongs: behind the head, at it, beyond it, or off this branch."""

@@ -252,7 +252,7 @@ def _refund(court: Court, state: Account, entry: Parsed, body: Body) -> Verdict:
         line = state.lines.get(key)
         if line is None or key in seen:
             return Fault("line", f"line {item.line} of lock {item.lock_seq} is not open")
-        if entry.time_ms < line.expiry_ms and not _waived(court, entry.account, line, item.proof):
+        if entry.time_ms < line.expiry_ms and not waived(court, entry.account, line, item.proof):
             return Fault("expiry", f"line {item.line} of lock {item.lock_seq} taken back before its expiry, not waived")
         seen.add(key)
         change.available_ucr += line.left_ucr
@@ -261,7 +261,7 @@ def _refund(court: Court, state: Account, entry: Parsed, body: Body) -> Verdict:
     return change
 
 
-def _waived(court: Court, payer: bytes, line: Line, proof: Proof | None) -> bool:
+def waived(court: Court, payer: bytes, line: Line, proof: Proof | None) -> bool:
     """Whether the payee, under any key it ever had, gave back what comes after the parts already released."""
     if proof is None:
         return False

@@ -320,9 +320,14 @@ def test_less_than_the_line_is_asked_and_the_rest_waived_at_once() -> None:
     lock = m.lock("alice", ("bob", 5 * CREDIT, 1))
     waiver = Waiver(MESH, m["alice"].account, lock.hash, 0, 1).signed(m["bob"].sign)
     item = RefundItem(lock.seq, 0, Proof(1, [waiver]))
+    alice = m["alice"]
     with pytest.raises(NotPermittedError, match="before its expiry"):
-        m["alice"].purse.refund([item], NOW)
+        alice.purse.refund([item], NOW)
+    assert not alice.book.refundable(alice.account, item, NOW)
+    assert alice.book.refundable(alice.account, item, lock.body.expiry_ms)
+    assert not alice.book.refundable(alice.account, RefundItem(lock.seq, 1, None), lock.body.expiry_ms)
     m.release("alice", (lock.seq, 0, 1, 2 * CREDIT))
+    assert alice.book.refundable(alice.account, item, NOW)
     m.put(m["alice"].purse.refund([item], NOW))
     m.claim_all("bob")
     assert m["bob"].book.view(m["alice"].account).available_ucr == 98 * CREDIT

@@ -175,6 +175,31 @@ def test_void_income_that_was_spent_is_a_debt_at_the_head() -> None:
     assert dave.conservation().conserved
 
 
+def test_a_branch_counts_as_evidence_only_from_where_it_leaves_the_held_chain() -> None:
+    f = Fork()
+    alice, carol, dave = f.m["alice"], f.m["carol"], f.m["dave"].book
+    later = [
+        alice.sign_any(entry.seq + 1, entry.hash, Send(carol.account, amount_ucr, ZERO))
+        for entry, amount_ucr in ((f.held, 1), (f.other, 2))
+    ]
+    feed(dave, [f.held, later[0]])
+    looked_up(dave, later[1], later[0])
+    wanted = book_payable(alice, later[1], amount_ucr=2, entry=later[1])
+    claimed = next_of(carol, Claim([claim_item(wanted, None)]))
+    assert isinstance(dave.apply(claimed.raw, NOW), NotYet)
+    chain = [e.raw for e in f.m.log if e.account == alice.account] + [f.held.raw, later[0].raw]
+    missing = dave.check_branch(alice.account, chain, NOW)
+    assert missing is not None
+    assert (missing.need, missing.first) == ("branch", f.other.seq)
+    assert all(isinstance(outcome, NotYet) for outcome in dave.drain(NOW))
+    assert isinstance(dave.apply(f.other.raw, NOW), Branch)
+    assert dave.check_branch(alice.account, chain, NOW) is None
+    (voided,) = dave.drain(NOW)
+    assert isinstance(voided, Added)
+    assert voided.void_ucr == 2
+    assert dave.conservation().conserved
+
+
 def test_a_branch_that_breaks_a_rule_makes_the_claim_on_it_invalid() -> None:
     f = Fork()
     alice, dave = f.m["alice"], f.m["dave"].book
