@@ -9,7 +9,7 @@ from clawnet.errors import DataError
 DURATION_MS_MAX = 366 * 86_400_000
 SIZE_BYTES_MAX = 2**60
 
-_DURATION = re.compile(r"(\d{1,9})(?:\.(\d{1,3}))?(ms|s|m|h|d)\Z", re.ASCII)
+_DURATION = re.compile(r"(\d{1,11})(?:\.(\d{1,3}))?(ms|s|m|h|d)\Z", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18})(?:\.(\d{1,3}))?\s?(B|[KMGT]i?B)?\Z", re.ASCII)
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _UNIT_BYTES = {
