@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
 from clawnet.wire.blobid import BlobHasher, blob_id, leaf
+
+FREE_BYTES_MIN: Final = 16 * limits.MIB
 
 _TEMPORARY: Final = "tmp"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,10 +25,11 @@ class BlobStore:
     """Blobs of one node, each in a file named by its id. Writers may be used in any thread, one thread each.
 
     A blob is here whole or not at all: what a crash leaves half written lies in a directory of its own, which is
-    emptied at the start. `bytes_max` bounds the whole; beyond it writing raises StorageFullError.
+    emptied at the start. `bytes_max` bounds the whole (0: no bound), and FREE_BYTES_MIN of the disk are left to the
+    database; beyond either, writing raises StorageFullError.
     """
 
-    def __init__(self, directory: Path, bytes_max: int | None = None) -> None:
+    def __init__(self, directory: Path, bytes_max: int = 0) -> None:
         """Raises StorageError when the directory cannot be used."""
         self.directory = directory
         self.bytes_max = bytes_max
@@ -36,7 +41,8 @@ class BlobStore:
         self._grants: dict[bytes, set[tuple[str, bytes]]] = {}
         self._uses: dict[bytes, int] = {}
         try:
-            self._temporary.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._temporary.mkdir(mode=0o700, exist_ok=True)
             for stale in self._temporary.iterdir():
                 stale.unlink()
             self._bytes = sum(file.stat().st_size for _, file in self._files())
@@ -59,7 +65,7 @@ class BlobStore:
 
     def writer(self, size: int = 0) -> BlobWriter:
         """A new blob, of `size` bytes where that is known; StorageFullError when there is no room for it."""
-        self._check_room(size)
+        self.check_room(size)
         with self._lock:
             self._serial += 1
             path = self._temporary / f"{os.getpid()}-{self._serial}"
@@ -69,17 +75,30 @@ class BlobStore:
             raise _translate(err, path) from err
         return BlobWriter(self, path, file)
 
-    def _check_room(self, more: int) -> None:
-        if self.bytes_max is not None and self._bytes + more > self.bytes_max:
+    def check_room(self, size: int) -> None:
+        """Raises StorageFullError when `size` more bytes do not fit."""
+        self._check_bound(size)
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as err:
+            raise _translate(err, self.directory) from err
+        if free < size + FREE_BYTES_MIN:
             raise StorageFullError(
-                f"the blob store is full: {self._bytes} of {self.bytes_max} bytes are taken, {more} more are needed",
+                f"the disk of {self.directory} is full: {free} bytes are free, {size} more are needed",
+                hint="make room on the disk, then try again",
+            )
+
+    def _check_bound(self, size: int) -> None:
+        if self.bytes_max and self._bytes + size > self.bytes_max:
+            raise StorageFullError(
+                f"{size} bytes do not fit: blobs take {self._bytes} of at most {self.bytes_max} bytes",
                 hint="raise storage.max_size, or wait until old results are forgotten",
             )
 
     def _reserve(self, more: int) -> None:
         """Room for `more` bytes of a blob being written; given back by _release."""
         with self._lock:
-            self._check_room(more)
+            self._check_bound(more)
             self._bytes += more
 
     def _release(self, fewer: int) -> None:
@@ -116,10 +135,22 @@ class BlobStore:
         except OSError as err:
             raise _translate(err, self.path(blob)) from err
 
+    def read_at(self, blob: bytes, offset: int, length: int) -> bytes:
+        """At most `length` bytes from `offset` on; NotFoundError when the blob is not here."""
+        try:
+            with self.path(blob).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except FileNotFoundError as err:
+            raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
+        except OSError as err:
+            raise _translate(err, self.path(blob)) from err
+
     def leaves(self, blob: bytes) -> list[bytes]:
         """The hashes of its chunks, computed from the file."""
         return [leaf(chunk) for chunk in self.read_chunks(blob)]
 
+    @property
     def total_bytes(self) -> int:
         """Bytes of all blobs, those being written included."""
         return self._bytes
@@ -138,12 +169,12 @@ class BlobStore:
             raise _translate(err, path) from err
         self._release(size)
 
-    def sweep(self, before_ms: int) -> int:
-        """Deletes blobs that nobody may fetch and that were last written before this time; how many."""
+    def sweep(self, before_ms: int, kept: Set[bytes] = frozenset()) -> int:
+        """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many."""
         old = [
             blob
             for blob, file in list(self._files())
-            if blob not in self._uses and file.stat().st_mtime_ns < before_ms * 1_000_000
+            if blob not in self._uses and blob not in kept and file.stat().st_mtime_ns < before_ms * 1_000_000
         ]
         for blob in old:
             self.delete(blob)
@@ -250,11 +281,9 @@ class BlobWriter:
         if self._file is None:
             return
         file, self._file = self._file, None
-        try:
+        # A full disk may refuse the last buffer once more; the file goes anyway.
+        with contextlib.suppress(OSError):
             file.close()
-        except OSError:
-            # A full disk may refuse the last buffer once more; the file goes anyway.
-            pass
         self._path.unlink(missing_ok=True)
         self._store._release(self._hasher.size)
 
@@ -266,8 +295,8 @@ def _sync(fd: int) -> None:
     try:
         import fcntl
 
-        # macOS: fsync alone leaves the data in the drive's cache.
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        # macOS: fsync alone leaves the data in the drive's cache. Elsewhere there is no such command.
+        fcntl.fcntl(fd, getattr(fcntl, "F_FULLFSYNC"))  # noqa: B009
     except (ImportError, AttributeError, OSError):
         os.fsync(fd)
 

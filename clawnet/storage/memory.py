@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from clawnet.errors import ClawnetError, InternalError, NotFoundError, StorageError, StorageFullError
-from clawnet.storage.queries import KEY_FREE, QUERIES, Row, page_start, prefix_bounds
+from clawnet.storage.queries import QUERIES, Row, page_start, prefix_bounds
 from clawnet.storage.schema import JOB_FINAL, TABLES, TASK_FINAL
 from clawnet.storage.store import Done, fold
 from clawnet.wire.events import Delete, Put
@@ -172,7 +172,7 @@ def _task_states(tables: Tables) -> list[Row]:
 
 def _keys_kept(tables: Tables) -> list[Row]:
     rows = sorted(tables["tasks"].values(), key=lambda row: (row[2], row[0]))
-    return [(row[0], row[4]) for row in rows if row[4] and row[1] not in KEY_FREE]
+    return [(row[0], row[4]) for row in rows if row[4] and row[1] == "settled"]
 
 
 def _balances_page(tables: Tables, before: int | None, limit: int) -> list[Row]:
@@ -213,14 +213,6 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "task": lambda t, task_id: _of(t, "tasks", task_id),
     "task_by_prefix": _by_prefix,
     "task_by_key": _by_key,
-    "keys_kept": lambda t: [
-        (row[0], row[4])
-        for row in sorted(t["tasks"].values(), key=lambda row: (row[2], row[0]))
-        if row[4] and row[1] == "settled"
-    ],
-    "balances_page": lambda t, before, limit: [
-        row for row in reversed(_of(t, "balances")) if before is None or row[0] < before
-    ][:limit],
     "keys_kept": _keys_kept,
     "balances_page": _balances_page,
     "task_states": _task_states,

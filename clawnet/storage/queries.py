@@ -16,9 +16,6 @@ Row = tuple[Any, ...]
 
 SEQ_MAX: Final = 2**63 - 1
 
-# An idempotency key whose task ended in one of these states, that is without a result, may be used again.
-KEY_FREE: Final = ("refunded", "no_bids", "cancelled", "failed", "timed_out")
-
 
 class Query(Struct, frozen=True):
     """One read. `args` names its arguments; `quick` ones touch few rows and may run in the loop thread.
@@ -98,12 +95,6 @@ QUERIES: Final[dict[str, Query]] = {
         (),
         quick=False,
     ),
-    "keys_kept": Query(
-        "SELECT task_id, idempotency_key FROM tasks WHERE idempotency_key <> '' "
-        f"AND state NOT IN {_words(KEY_FREE)} ORDER BY created_ms, task_id",
-        (),
-        quick=False,
-    ),
     "task_states": Query("SELECT state, count(*) FROM tasks GROUP BY state ORDER BY state", (), quick=False),
     "document": Query("SELECT task_id, body FROM documents WHERE task_id = ?", ("task_id",)),
     "transitions": Query(
@@ -145,11 +136,6 @@ QUERIES: Final[dict[str, Query]] = {
     "balances_page": Query(
         "SELECT seq, available_ucr FROM balances WHERE seq < ? ORDER BY seq DESC LIMIT ?",
         ("before_seq", "limit"),
-        prepare=lambda args: (2**63 - 1 if args[0] is None else args[0], args[1]),
-    ),
-    "balances_page": Query(
-        "SELECT seq, available_ucr FROM balances WHERE seq < ? ORDER BY seq DESC LIMIT ?",
-        ("before_seq", "limit"),
         prepare=lambda args: (SEQ_MAX if args[0] is None else args[0], args[1]),
     ),
     "entry_heads": Query("SELECT account, max(seq) FROM entries GROUP BY account ORDER BY account", (), quick=False),
@@ -166,11 +152,10 @@ QUERIES: Final[dict[str, Query]] = {
         prepare=lambda args: (args[0], args[0], args[1]),
     ),
     "results_expired": Query(
-        "SELECT task_id FROM tasks WHERE created_ms < ? AND updated_ms < ? "
-        f"AND state IN {_words(TASK_FINAL)} AND (EXISTS (SELECT 1 FROM results WHERE results.task_id = tasks.task_id) "
-        "OR EXISTS (SELECT 1 FROM outputs WHERE outputs.task_id = tasks.task_id)) "
-        "AND task_id NOT IN (SELECT task_id FROM unsettled) "
-        "ORDER BY created_ms, task_id LIMIT ?",
+        # From the results to their tasks: there are many more tasks than results of them.
+        "SELECT task_id FROM (SELECT task_id FROM results UNION SELECT task_id FROM outputs) CROSS JOIN tasks "
+        f"USING (task_id) WHERE created_ms < ? AND updated_ms < ? AND state IN {_words(TASK_FINAL)} "
+        "AND task_id NOT IN (SELECT task_id FROM unsettled) ORDER BY created_ms, task_id LIMIT ?",
         ("before_ms", "limit"),
         quick=False,
         prepare=lambda args: (args[0], args[0], args[1]),

@@ -64,9 +64,7 @@ TABLES: Final[dict[str, Table]] = {
             wide=True,
         ),
         Table("unsettled", 1, ("task_id BLOB",)),
-        Table("balances", 1, ("seq INTEGER", "available_ucr INTEGER")),
         # Tasks in a final state of which an attempt still has an open line or an answer owed.
-        Table("unsettled", 1, ("task_id BLOB",)),
         Table("documents", 1, ("task_id BLOB", "body BLOB"), wide=True),
         Table("transitions", 2, ("task_id BLOB", "n INTEGER", "at_ms INTEGER", "state TEXT", "reason TEXT")),
         Table("bids", 3, ("task_id BLOB", "round INTEGER", "peer TEXT", "body BLOB")),
