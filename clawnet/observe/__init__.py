@@ -1,0 +1,1 @@
+"""Seeing: log lines, the security log, counters and gauges, and the figures for Prometheus."""
