@@ -60,6 +60,16 @@ class Root(TyperGroup):
         command.name = cmd_name
         return command
 
+    def resolve_command(self, ctx: Click, args: list[str]) -> Click:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = f"did you mean `clawnet {near[0]}`?" if near else "`clawnet --help` shows what there is"
+            raise UsageError(f"there is no command {name!r}", hint=hint)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Click, formatter: Click) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
