@@ -86,7 +86,7 @@ def build(name: str, wheel: Path) -> Path:
     site = collect(name, wheel)
     shutil.rmtree(site / "bin", ignore_errors=True)
     target = DIST / f"clawnet-{name}.pyz"
-    shiv = (sys.executable, "-m", "shiv", "--quiet", "--compile-pyc", "--reproducible")
+    shiv = (sys.executable, "-m", "shiv", "--compile-pyc", "--reproducible")
     run(*shiv, "--site-packages", site, "--python", "/usr/bin/env python3", "-e", ENTRY_POINT, "-o", target)
     return target
 
