@@ -8,6 +8,7 @@ others are pure and are simply asked again of the next.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -71,6 +72,10 @@ class _Pipes:
 
     def close(self) -> None:
         self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not flushed goes nowhere
+                    pipe.close()
 
 
 class _Worker(asyncio.Protocol):
@@ -175,8 +180,7 @@ class ComputePool:
                     busy = index == 0 and self.loop.time() - worker.since_s > limits.WORKER_STUCK_S
                     del worker.unanswered[number]
                     if busy:
-                        self._requeue(worker)
-                        worker.kill()
+                        self._retire(worker)
                     return True
         return False
 
@@ -190,6 +194,7 @@ class ComputePool:
             if worker.out is not None:
                 worker.out.close()
         for worker in self._workers:
+            worker.gone = True
             if worker.process is not None:
                 worker.process.wait()
 
@@ -211,18 +216,25 @@ class ComputePool:
 
     def on_gone(self, worker: _Worker) -> None:
         """A worker died: the operation it was at fails, the others are asked again."""
-        self._workers.remove(worker)
-        if worker.process is not None:
-            worker.process.kill()
-            threading.Thread(target=worker.process.wait, name="clawnet-worker-wait", daemon=True).start()
         if self._stopped:
             return
-        if worker.ready and worker.unanswered:
-            asked = worker.unanswered.pop(next(iter(worker.unanswered)))
-            asked.answer(b"", "the worker process died", 0.0)
-        self._requeue(worker)
         if not worker.ready:
             self._failed_starts += 1
+        asked = worker.unanswered.pop(next(iter(worker.unanswered))) if worker.ready and worker.unanswered else None
+        self._retire(worker)
+        if asked is not None:
+            asked.answer(b"", "the worker process died", 0.0)
+
+    def _retire(self, worker: _Worker) -> None:
+        """Kills a worker and forgets it; what it had not answered is asked of another."""
+        worker.gone = True
+        self._workers.remove(worker)
+        self._requeue(worker)
+        worker.kill()
+        if worker.out is not None:
+            worker.out.close()
+        if worker.process is not None:
+            threading.Thread(target=worker.process.wait, name="clawnet-worker-wait", daemon=True).start()
         if self._failed_starts >= _FAILED_STARTS_MAX:
             self._break("the worker process does not start: " + " ".join(self._argv))
         elif not self._workers:
@@ -308,7 +320,8 @@ class ComputePool:
             age_s = now_s - worker.since_s
             if not worker.ready:
                 if age_s > _START_S:
-                    worker.kill()
+                    self._failed_starts += 1
+                    self._retire(worker)
             elif worker.unanswered and age_s > limits.WORKER_STUCK_S:
                 self._check_busy(worker, age_s)
         self.flush_soon()
@@ -318,8 +331,7 @@ class ComputePool:
         number, head = next(iter(worker.unanswered.items()))
         if age_s > head.time_s + _OVERRUN_S:
             del worker.unanswered[number]
-            self._requeue(worker)
-            worker.kill()
+            self._retire(worker)
             head.answer(b"", "wall_limit", age_s)
         elif len(worker.unanswered) > 1 and self._other_for(worker):
             del worker.unanswered[number]

@@ -62,7 +62,9 @@ class Executor:
         self._stop_asked: dict[bytes, str] = {}
         self._computing: dict[bytes, JobSpec] = {}
         self._busy: set[Future[Any]] = set()
+        self._started = False
         self._idle: asyncio.Event
+        self._pool: ComputePool
 
     # --- life
 
@@ -73,18 +75,26 @@ class Executor:
         self._pool = ComputePool(
             self.settings.worker_argv, self._loop, workers_max=self.settings.slots, on_broken=self._on_broken
         )
-        if COMPUTE in self.settings.offers:
-            self._pool.start()
         if sys.platform != "win32":
             self._places = Places(self.settings, self._home)
             self._dirs: WorkDirs = self._places.dirs
+        self._started = True
+        if COMPUTE in self.settings.offers:
+            self._pool.start()
+        if sys.platform != "win32":
             self.probe = await self._places.open()
         else:
             self.probe = ProbeResult(False, "shell tasks on Windows come with a later version", "use --type compute")
         return self._tell()
 
     async def close(self) -> None:
-        """Ends everything that runs (TaskExited says cancelled) and leaves no process and no file behind."""
+        """Ends everything that runs (TaskExited says cancelled) and leaves no process and no file behind.
+
+        Also after a start that failed, or none.
+        """
+        if not self._started:
+            self._threads.shutdown()
+            return
         for job in [*self._running, *self._preparing, *self._computing]:
             self._stop(job, "the node stops")
         while self._running or self._preparing or self._busy:
@@ -96,8 +106,8 @@ class Executor:
             self._places.close()
 
     def shell_mode(self, ring: str) -> str:
-        """How a shell task from this ring runs here: sandboxed, host or off."""
-        if sys.platform == "win32" or SHELL not in self.settings.offers:
+        """How a shell task from this ring runs here: sandboxed, host or off; before the start, off."""
+        if not self._started or sys.platform == "win32" or SHELL not in self.settings.offers:
             return "off"
         return self._places.mode(ring)
 
@@ -299,7 +309,7 @@ class Executor:
             close()
             try:
                 exited = _with_result(spec.job, head, future.result())
-            except (OSError, StorageFullError) as error:
+            except (OSError, ClawnetError) as error:
                 reason = f"the result cannot be stored: {error}"
                 exited = _without_result(spec.job, "failed", reason, head.usage.duration_s, head.usage.cpu_s)
             self._deliver(exited)

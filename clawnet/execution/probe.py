@@ -70,7 +70,9 @@ def find_bubblewrap() -> tuple[str, str]:
     if program is None:
         return "", "bubblewrap is not installed"
     try:
-        said = subprocess.run([program, "--help"], capture_output=True, timeout=limits.SANDBOX_PROBE_TIMEOUT_S, check=False)
+        said = subprocess.run(
+            [program, "--help"], capture_output=True, timeout=limits.SANDBOX_PROBE_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"bubblewrap does not run: {error}"
     return program, (said.stdout + said.stderr).decode("utf-8", "replace")

@@ -61,6 +61,7 @@ class WorkDirs:
     def __init__(self, home: Home, owner: int | None) -> None:
         self.owner = owner
         self.base = home.work_dir if owner is None else Path(f"/var/tmp/clawnet-{os.getuid()}-{home.digest}")
+        self._ours = False
 
     def open(self) -> bool:
         """Makes the base directory; True if an earlier life of the node had left jobs in it (they are removed)."""
@@ -75,6 +76,7 @@ class WorkDirs:
                     raise ConfigError(f"{self.base} is not a directory of this user's", hint="move it away") from None
                 # Somebody else took the name in a directory open to all.
                 self.base = Path(tempfile.mkdtemp(prefix="clawnet-", dir="/var/tmp"))
+        self._ours = True
         self.base.chmod(mode)
         left = list(self.base.iterdir())
         for path in left:
@@ -98,5 +100,6 @@ class WorkDirs:
         return dirs
 
     def close(self) -> None:
-        """Removes the base directory."""
-        remove_tree(self.base)
+        """Removes the base directory, if it could be had."""
+        if self._ours:
+            remove_tree(self.base)

@@ -17,55 +17,13 @@ from clawnet.execution import bundle
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings, JobSpec
 from clawnet.paths import Home
-from clawnet.wire.blobid import BlobHasher
+from clawnet.storage.blobs import BlobStore
 from clawnet.wire.events import Stimulus, TaskExited, TaskOutput
 
 WORKER = (sys.executable, "-c", "from clawnet.execution.worker import main; main()")
 T = TypeVar("T")
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap not installed")
-
-
-class _Writer:
-    def __init__(self, store: Files) -> None:
-        self._store = store
-        self._hasher = BlobHasher()
-        handle, name = tempfile.mkstemp(dir=store.directory)
-        self._file = os.fdopen(handle, "wb")
-        self._path = Path(name)
-
-    def write(self, data: bytes) -> int:
-        self._hasher.update(data)
-        return self._file.write(data)
-
-    def commit(self) -> bytes:
-        self._file.close()
-        blob = self._hasher.digest()
-        self._path.rename(self._store.path(blob))
-        return blob
-
-    def abort(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
-class Files:
-    """The blob port over a directory, with nothing of the real store but its ids."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir()
-        self.directory = directory
-
-    def path(self, blob: bytes) -> Path:
-        return self.directory / blob.hex()
-
-    def writer(self) -> _Writer:
-        return _Writer(self)
-
-    def put_bytes(self, data: bytes) -> bytes:
-        writer = self.writer()
-        writer.write(data)
-        return writer.commit()
 
 
 class Bench:
@@ -76,7 +34,7 @@ class Bench:
         self.public.chmod(0o777)
         self.home = Home(self.public / "home")
         self.home.dir.mkdir(mode=0o755)
-        self.blobs = Files(self.public / "blobs")
+        self.blobs = BlobStore(self.public / "blobs")
         self.events: list[Stimulus] = []
         self.settings = ExecutionSettings(**{"worker_argv": WORKER, **settings})
         self.executor = Executor(self.settings, self.home, self.blobs, entropy=os.urandom, deliver=self._take)

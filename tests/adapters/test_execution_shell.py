@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,11 @@ import sys
 import pytest
 
 from clawnet import limits
+from clawnet.errors import ConfigError
 from clawnet.execution import bundle
+from clawnet.execution.places import Places
+from clawnet.execution.spec import InputRef
+from clawnet.execution.workdirs import WorkDirs
 from clawnet.wire.events import InputsReady, Open, Opened, TaskOutput
 from tests.adapters.execution_bench import WORKER, Bench, needs_bubblewrap, running, with_bench
 
@@ -225,8 +231,6 @@ def test_inputs_lie_where_they_were_named(sandbox: str) -> None:
         bench.executor.pack(b"r", (("project", str(source)), ("extra.bin", str(bench.public / "extra"))))
         ready = await bench.until(lambda: next((e for e in bench.events if isinstance(e, InputsReady)), None))
         assert ready.error is None
-        from clawnet.execution.spec import InputRef
-
         refs = [InputRef.of(item) for item in ready.inputs]
         _, found = await bench.run(kind="shell", argv=["./run.sh"], sandbox=sandbox, inputs=refs, cwd_input="project")
         assert found is not None
@@ -321,7 +325,7 @@ def test_a_member_never_gets_the_host() -> None:
     with_bench(body)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+@pytest.mark.skipif(os.getuid() != 0, reason="the node must be root for it")
 def test_a_root_node_without_a_user_runs_nothing_on_the_host() -> None:
     async def body(bench: Bench) -> None:
         exited, _ = await bench.run(kind="shell", argv=["id", "-u"])
@@ -364,8 +368,9 @@ async def main():
     await bench.executor.start()
     print(bench.public, bench.executor._places.dirs.base, flush=True)
     for sandbox in sys.argv[2:]:
-        script = f"setsid sleep {sys.argv[1]} & sleep {sys.argv[1]} & echo up; wait"
-        await bench.said(bench.start(kind="shell", script=script, sandbox=sandbox), b"up")
+        nap = f"sh -c 'echo up; exec sleep {sys.argv[1]}' {sys.argv[1]}"
+        script = f"setsid {nap} & {nap} & wait"
+        await bench.said(bench.start(kind="shell", script=script, sandbox=sandbox), b"up\\nup\\n")
     bench.start(kind="compute", op="primes", op_args={"limit": 10_000_000})
     print("up", *bench.executor.worker_pids, flush=True)
     await asyncio.Event().wait()
@@ -376,8 +381,6 @@ asyncio.run(main())
 @pytest.mark.slow
 @pytest.mark.parametrize("sandbox", [pytest.param("sandboxed", marks=needs_bubblewrap), "host"])
 def test_killing_the_node_kills_its_jobs(sandbox: str) -> None:
-    import shutil
-
     number = _seconds(f"node{sandbox}{os.getpid()}")
     node = subprocess.Popen([sys.executable, "-c", _DRIVER, number, sandbox], stdout=subprocess.PIPE)
     assert node.stdout is not None
@@ -426,3 +429,46 @@ def test_worker_arguments_are_those_of_the_program() -> None:
 
     assert DEFAULT_ARGV[-1] == "_worker"
     assert WORKER[0] == DEFAULT_ARGV[0]
+
+
+def test_closing_works_after_a_failed_start_or_none() -> None:
+    async def main() -> None:
+        bench = Bench()
+        await bench.executor.close()
+        shutil.rmtree(bench.public)
+        bench = Bench(user="no-such-user-here")
+        try:
+            if os.getuid() == 0:
+                with pytest.raises(ConfigError, match="no-such-user-here"):
+                    await bench.executor.start()
+            else:
+                await bench.executor.start()
+        finally:
+            await bench.executor.close()
+            shutil.rmtree(bench.public)
+
+    asyncio.run(main())
+
+
+def test_a_working_directory_that_is_no_directory_is_a_clear_error() -> None:
+    async def main() -> None:
+        bench = Bench()
+        places = Places(bench.settings, bench.home)
+        places.dirs.base.symlink_to(bench.public / "elsewhere")
+        (bench.public / "elsewhere").mkdir()
+        (bench.public / "elsewhere" / "precious").touch()
+        try:
+            if places.uid is None:
+                with pytest.raises(ConfigError):
+                    await places.open()
+            else:
+                await places.open()
+                assert not places.dirs.base.is_symlink()
+        finally:
+            places.close()
+            link = WorkDirs(bench.home, places.uid).base
+            assert (bench.public / "elsewhere" / "precious").exists()
+            link.unlink()
+            shutil.rmtree(bench.public)
+
+    asyncio.run(main())
