@@ -136,7 +136,7 @@ class ComputePool:
         self.broken = ""
         self._argv = list(argv or DEFAULT_ARGV)
         self._workers: list[_Worker] = []
-        self._workers_max = workers_max or max(1, min(limits.WORKERS_MAX, os.cpu_count() or 1))
+        self._workers_max = max(1, min(workers_max or os.cpu_count() or 1, limits.WORKERS_MAX))
         self._waiting: deque[_Asked] = deque()
         self._number = 0
         self._failed_starts = 0

@@ -264,9 +264,11 @@ class ShellRun:
             return
         self._stopped = (how, reason)
         if how in ("cancelled", "wall_limit"):
-            for pid in self._members():
+            members = self._members()
+            for pid in members:
                 process.send(pid, signal.SIGTERM)
-            self._later(limits.KILL_GRACE_S, self._kill)
+            # None yet: the sandbox is still being set up, and there is nobody to be given a grace.
+            self._later(limits.KILL_GRACE_S if members or not process.LINUX else 0.0, self._kill)
         else:
             self._kill()
 

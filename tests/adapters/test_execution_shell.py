@@ -145,6 +145,21 @@ def test_cancelling_takes_every_process_along(sandbox: str) -> None:
     with_bench(body)
 
 
+@BOTH
+def test_a_run_can_be_cancelled_at_any_moment_of_its_start(sandbox: str) -> None:
+    async def body(bench: Bench) -> None:
+        for turns in range(0, 12, 3):
+            job = bench.start(kind="shell", argv=["sleep", "60"], sandbox=sandbox)
+            for _ in range(turns):
+                await asyncio.to_thread(os.getpid)
+            bench.executor.stop(job)
+            bench.executor.stop(job)
+            assert (await bench.exited(job)).ended == "cancelled"
+            bench.executor.stop(job)
+
+    with_bench(body)
+
+
 def _seconds(marker: str) -> str:
     """An unusual number of seconds that names one test's processes."""
     return f"8{int.from_bytes(marker.encode(), 'big') % 100_000:05d}"
