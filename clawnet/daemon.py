@@ -35,7 +35,6 @@ from clawnet.paths import Home
 from clawnet.runtime import Runtime
 from clawnet.storage.blobs import BlobStore
 from clawnet.storage.filelock import FileLock
-from clawnet.storage.retention import sweep
 from clawnet.storage.store import Store
 from clawnet.wire import events as e
 from clawnet.wire.messages import Hello
@@ -236,7 +235,7 @@ class Daemon:
 
     def _execution(self) -> ExecutionSettings:
         read = self.config
-        offers = set(read.words("node.capabilities")) if read.flag("market.enabled") else set()
+        offers = read.words("node.capabilities")
         return ExecutionSettings(
             shell_own=read.text("execution.shell.own"),
             shell_member=read.text("execution.shell.member"),
@@ -427,6 +426,8 @@ class Daemon:
 
     def _sweep(self) -> None:
         """Forgets what is past its retention and needed by nobody."""
+        from clawnet.storage.retention import sweep
+
         if self.runtime.stopped:
             return
         try:

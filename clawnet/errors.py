@@ -61,6 +61,12 @@ class UnreachableError(ClawnetError):
     exit_code = 69
 
 
+class BusyError(UnreachableError):
+    """The daemon has more to do than it can take; nothing was begun, asking again later may help."""
+
+    code = "busy"
+
+
 class InternalError(ClawnetError):
     """A defect of clawnet; the log holds the traceback under the id named."""
 

@@ -1,4 +1,8 @@
-"""THE loop: inbox -> Node.step -> one transaction -> effects go out. Durable first, then speak."""
+"""THE loop: inbox -> Node.step -> one transaction -> effects go out. Durable first, then speak.
+
+When a turn cannot be committed, or a step raises, nothing of it leaves, and the node is made again from the database as
+after a crash: the one way of recovery there is, and the one that is tried every day.
+"""
 
 from __future__ import annotations
 
@@ -7,77 +11,21 @@ import base64
 import heapq
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, InternalError, StorageFullError
+from clawnet.errors import BusyError, ClawnetError, InternalError, StorageError, StorageFullError, UnreachableError
+from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
+from clawnet.storage.queries import is_quick
 from clawnet.wire import events as e
-from clawnet.wire.messages import Message
 
-Item = tuple[Message, bytes | None, bytes | None]
-"""A message, what it replies to, its obligation."""
-
-
-class NodeLike(Protocol):
-    """The node as the loop sees it."""
-
-    def step(self, now_ms: int, stimulus: e.Stimulus) -> list[e.Effect]: ...
-    def end_turn(self, now_ms: int) -> list[e.Effect]: ...
-
-
-class StorePort(Protocol):
-    """Where rows become durable."""
-
-    def commit(self, rows: Sequence[e.Put | e.Delete], durable: bool = False) -> None: ...
-    def query(self, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]: ...
-    def query_later(self, name: str, args: tuple[Any, ...], done: Callable[[Any], None]) -> None: ...
-
-
-class SwitchPort(Protocol):
-    """The network."""
-
-    def send(self, peer: str, items: list[Any]) -> bool: ...
-    def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None: ...
-    def hangup(self, peer: str, reason: str) -> None: ...
-    def join(self, call: int, inviter: str, addresses: Sequence[str], ask: Any) -> None: ...
-    def join_reply(self, call: int, answer: Any) -> None: ...
-    def fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
-    ) -> None: ...
-
-
-class ExecutorPort(Protocol):
-    """What runs tasks and touches files."""
-
-    def run(self, job: bytes, spec: Any) -> None: ...
-    def stop(self, job: bytes) -> None: ...
-    def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None: ...
-    def open_result(self, effect: e.Open) -> None: ...
-
-
-class IpcPort(Protocol):
-    """The local socket."""
-
-    def reply(self, call: int, value: Any, error: dict[str, Any] | None = None) -> None: ...
-    def notify(self, call: int, method: str, value: Any) -> None: ...
-
-
-class BlobsPort(Protocol):
-    """Which blobs whom may fetch, and their bytes."""
-
-    def grant(self, task_id: bytes, peer: str, blob: bytes) -> None: ...
-    def revoke(self, task_id: bytes) -> None: ...
-    def has(self, blob: bytes) -> bool: ...
-    def size(self, blob: bytes) -> int: ...
-    def read_at(self, blob: bytes, offset: int, length: int) -> bytes: ...
-
-
-class Observer(Protocol):
-    """Logs and counters."""
-
-    def log(self, level: str, event: str, fields: dict[str, Any]) -> None: ...
-    def count(self, name: str, label: str, by: int) -> None: ...
+REST_MS = 1_000
+"""So long a node waits that could not even write what it owes at its start, for the disk was full."""
+TIMER_MS_MAX = 30_000
+"""The longest sleep: the wall clock may be set, and the loop's clock stands still while the machine is suspended."""
+FAILURES_MAX = 8
+FAILURES_WITHIN_MS = 10_000
 
 
 class Runtime:
@@ -123,7 +71,17 @@ class Runtime:
         self._timer_count = 0
         self._handle: asyncio.TimerHandle | None = None
         self._handle_ms = 0
-        self._rebuilds: deque[int] = deque(maxlen=8)
+        # Answers to what an earlier node asked for are of no use to the present one.
+        self._generation = 0
+        self._calls: set[int] = set()
+        self._jobs: set[bytes] = set()
+        # Jobs an earlier node had started, being stopped, each with the Run of the present node that waits for its end.
+        self._stopping: dict[bytes, e.Run | None] = {}
+        self._alone = 0
+        self._resting: ClawnetError | None = None
+        self._draining = False
+        self._full = False
+        self._failures: deque[int] = deque(maxlen=FAILURES_MAX)
         self.turns_total = 0
         self.stimuli_total = 0
         self.stopped = False
@@ -132,7 +90,7 @@ class Runtime:
             e.Notify: self._notify,
             e.Wake: self._wake,
             e.Run: self._run,
-            e.StopRun: lambda effect: self.executor.stop(effect.job),
+            e.StopRun: self._stop_run,
             e.PackInputs: lambda effect: self.executor.pack(effect.request, effect.paths),
             e.Open: lambda effect: self.executor.open_result(effect),
             e.Fetch: self._fetch,
@@ -156,24 +114,30 @@ class Runtime:
         """Takes a stimulus; the turn that handles it starts in this pass of the event loop.
 
         Above INBOX_MAX local calls are answered "busy" and peers' messages are dropped and counted; timers and
-        completions always fit.
+        completions always fit. Called in the loop's thread only.
         """
-        if len(self._inbox) >= limits.INBOX_MAX and not self._make_room(stimulus):
+        if (len(self._inbox) >= limits.INBOX_MAX or self._resting is not None) and not self._has_room(stimulus):
+            return
+        kind = type(stimulus)
+        if (kind is e.TaskExited or kind is e.TaskOutput) and self._is_stale(stimulus):  # type: ignore[arg-type]
             return
         self._inbox.append(stimulus)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._turn)
+        self._schedule()
 
-    def _make_room(self, stimulus: e.Stimulus) -> bool:
+    def _has_room(self, stimulus: e.Stimulus) -> bool:
         if type(stimulus) is e.RpcCall:
-            error = ClawnetError("the daemon has more calls waiting than it takes", hint="try again in a moment")
-            self.ipc.reply(stimulus.call, None, error.as_dict())
+            busy = BusyError("the daemon has more calls waiting than it takes", hint="try again in a moment")
+            self.ipc.reply(stimulus.call, None, (self._resting or busy).as_dict())
             return False
         if type(stimulus) is e.MessageIn and stimulus.peer != self.me:
             self.observer.count("messages_refused_total", "inbox_full", 1)
             return False
         return True
+
+    def _schedule(self) -> None:
+        if not self._scheduled and self._inbox:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
 
     @property
     def backlog(self) -> int:
@@ -183,27 +147,34 @@ class Runtime:
     def _turn(self) -> None:
         """All that waits (at most INBOX_TURN_MAX), one transaction, one write a peer."""
         self._scheduled = False
-        if self.stopped:
+        if self.stopped or self._resting is not None:
             return
         inbox, node = self._inbox, self.node
         now_ms = self.clock()
         out: list[e.Effect] = []
         handled: list[e.Stimulus] = []
         try:
-            for _ in range(min(len(inbox), limits.INBOX_TURN_MAX)):
+            for _ in range(1 if self._alone else min(len(inbox), limits.INBOX_TURN_MAX)):
                 stimulus = inbox.popleft()
                 handled.append(stimulus)
+                kind = type(stimulus)
+                if kind is e.RpcCall:
+                    self._calls.add(stimulus.call)  # type: ignore[attr-defined]
+                elif kind is e.CallGone:
+                    self._calls.discard(stimulus.call)  # type: ignore[attr-defined]
+                elif kind is e.Drain:
+                    self._draining = True
                 out += node.step(now_ms, stimulus)
             out += node.end_turn(now_ms)
-        except Exception as error:  # the one broad except: names the stimulus, answers, rebuilds or stops
+        except Exception as error:  # noqa: BLE001 -- the one that names the stimulus, answers, and rebuilds or stops
             self._defect(error, handled)
         else:
             self.turns_total += 1
             self.stimuli_total += len(handled)
+            if self._alone:
+                self._alone -= 1
             self._perform(out, handled)
-        if inbox and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._turn)
+        self._schedule()
 
     # --- effects
 
@@ -228,13 +199,19 @@ class Runtime:
             elif kind is e.Durable:
                 durable = True
             else:
+                if kind is e.RevokeBlobs:
+                    rows.append(e.Delete("blob_grants", (effect.task_id,)))  # type: ignore[attr-defined]
                 acts.append(effect)
         if rows:
             try:
                 self.store.commit(rows, durable)
+            except InternalError as error:
+                self._defect(error, handled)
+                return
             except ClawnetError as error:
                 self._commit_failed(error, handled)
                 return
+            self._full = False
         for peer, items in sends.items():
             if peer == self.me:
                 self._loop_back(items)
@@ -242,7 +219,10 @@ class Runtime:
                 self.switch.send(peer, items)
         table = self._acts
         for effect in acts:
-            table[type(effect)](effect)
+            try:
+                table[type(effect)](effect)
+            except Exception as error:  # noqa: BLE001 -- the rows are durable: one effect lost must not lose the others
+                self._effect_failed(effect, error)
 
     def _loop_back(self, items: list[Item]) -> None:
         """Messages to this node itself: the same rooms, without encoding."""
@@ -250,13 +230,37 @@ class Runtime:
             self.feed(e.MessageIn(self.me, b"", message, reply_to, obligation))
 
     def _reply(self, effect: e.Reply) -> None:
+        self._calls.discard(effect.call)
         self.ipc.reply(effect.call, effect.value, effect.error)
 
     def _notify(self, effect: e.Notify) -> None:
         self.ipc.notify(effect.call, effect.method, effect.value)
 
     def _run(self, effect: e.Run) -> None:
+        if effect.job in self._stopping:
+            self._stopping[effect.job] = effect
+            return
+        self._jobs.add(effect.job)
         self.executor.run(effect.job, effect.spec)
+
+    def _stop_run(self, effect: e.StopRun) -> None:
+        if self._stopping.get(effect.job) is not None:
+            # It never began; what the node hears is the end of the earlier run.
+            self._stopping.pop(effect.job)
+        self.executor.stop(effect.job)
+
+    def _is_stale(self, stimulus: e.TaskExited | e.TaskOutput) -> bool:
+        """True for news of a run that an earlier node started; after its end the run that waited for it may begin."""
+        job = stimulus.job
+        if type(stimulus) is e.TaskOutput:
+            return job in self._stopping
+        self._jobs.discard(job)
+        if job not in self._stopping:
+            return False
+        waiting = self._stopping.pop(job)
+        if waiting is not None:
+            self._run(waiting)
+        return True
 
     def _fetch(self, effect: e.Fetch) -> None:
         if effect.peer == self.me or all(self.blobs.has(blob) for blob, _ in effect.blobs):
@@ -270,21 +274,35 @@ class Runtime:
             size = self.blobs.size(effect.blob)
             data = self.blobs.read_at(effect.blob, effect.offset, effect.length)
         except ClawnetError as error:
-            self.ipc.reply(effect.call, None, error.as_dict())
+            self._reply(e.Reply(effect.call, None, error.as_dict()))
             return
         eof = effect.offset + len(data) >= size
-        self.ipc.reply(effect.call, {"data_b64": base64.b64encode(data).decode(), "size": size, "eof": eof})
+        self._reply(e.Reply(effect.call, {"data_b64": base64.b64encode(data).decode(), "size": size, "eof": eof}))
 
     def _load(self, effect: e.Load) -> None:
-        request = effect.request
+        if not is_quick(effect.query, effect.args):
+            # `done` is called in the store's thread.
+            generation, into_loop = self._generation, self._loop.call_soon_threadsafe
 
-        def done(rows: Any) -> None:
-            if isinstance(rows, ClawnetError):
-                self.observer.log("error", "storage.read_failed", {"query": effect.query, "reason": rows.message})
-                rows = []
-            self.feed(e.Loaded(request, tuple(rows)))
+            def done(rows: list[tuple[Any, ...]] | ClawnetError) -> None:
+                into_loop(self._loaded, generation, effect, rows)
 
-        self.store.query_later(effect.query, effect.args, done)
+            self.store.query_later(effect.query, effect.args, done)
+            return
+        rows: list[tuple[Any, ...]] | ClawnetError
+        try:
+            rows = self.store.query(effect.query, effect.args)
+        except ClawnetError as error:
+            rows = error
+        self._loaded(self._generation, effect, rows)
+
+    def _loaded(self, generation: int, effect: e.Load, rows: list[tuple[Any, ...]] | ClawnetError) -> None:
+        if generation != self._generation:
+            return
+        if isinstance(rows, ClawnetError):
+            self.observer.log("error", "storage.read_failed", {"query": effect.query, "reason": rows.message})
+            rows = []
+        self.feed(e.Loaded(effect.request, tuple(rows)))
 
     # --- timers
 
@@ -303,7 +321,8 @@ class Runtime:
         if self._handle is not None:
             self._handle.cancel()
         self._handle_ms = at_ms
-        self._handle = self._loop.call_later(max(0, at_ms - self.clock()) / 1000, self._fire)
+        wait_ms = min(max(0, at_ms - self.clock()), TIMER_MS_MAX)
+        self._handle = self._loop.call_later(wait_ms / 1000, self._fire)
 
     def _fire(self) -> None:
         self._handle = None
@@ -325,52 +344,144 @@ class Runtime:
     # --- what goes wrong
 
     def _commit_failed(self, error: ClawnetError, handled: list[e.Stimulus]) -> None:
-        """Nothing of the turn leaves: its calls get the error, and the node is built again from what is durable."""
+        """Nothing of the turn leaves: its calls get the error, and the node is made again from what is durable."""
         self.observer.log("error", "storage.commit_failed", {"reason": error.message})
         self.observer.count("commits_failed_total", error.code, 1)
-        for stimulus in handled:
-            if type(stimulus) is e.RpcCall:
-                self.ipc.reply(stimulus.call, None, error.as_dict())
-        self._start_again(error.message if not isinstance(error, StorageFullError) else "")
+        if self._draining:
+            # All that was promised is on the disk, and what cannot be written now is redone at the next start.
+            self._drained()
+        self._answer(handled, error)
+        if isinstance(error, StorageFullError):
+            # The first failure costs its turn alone; a disk that stays full must not make the node spin.
+            in_a_row, self._full = self._full, True
+            if in_a_row:
+                self._rest(error)
+                return
+        elif self._too_often(error.message):
+            return
+        self._start_again([])
 
     def _defect(self, error: BaseException, handled: list[e.Stimulus]) -> None:
-        """A step raised: the traceback goes to the log under an id, the call is answered, the peer is dropped."""
-        stimulus = handled[-1] if handled else None
-        identifier = f"{self.clock():x}"
-        self.observer.log(
-            "error",
-            "node.defect",
-            {"id": identifier, "stimulus": _describe(stimulus), "traceback": "".join(traceback.format_exception(error))},
-        )
-        self.observer.count("defects_total", "", 1)
+        """A step raised. What came in the turn is tried again one by one, so that only the culprit pays for it.
+
+        Its traceback goes to the log under an id; its call is answered with that id, its peer is dropped.
+        """
+        if len(handled) > 1:
+            self.observer.log("warn", "node.turn_repeated", {"stimuli": len(handled), "reason": repr(error)})
+            self._start_again(handled)
+            return
+        stimulus = handled[0] if handled else None
+        identifier = self._report("node.defect", _describe(stimulus), error)
         answer = InternalError(
             f"an internal error happened (id {identifier})",
-            hint="clawnet daemon logs shows it under that id; please report it",
+            hint="`clawnet daemon logs` shows it under that id; please report it",
             id=identifier,
-        ).as_dict()
-        for one in handled:
-            if type(one) is e.RpcCall:
-                self.ipc.reply(one.call, None, answer)
+        )
+        self._answer(handled, answer)
         if type(stimulus) is e.MessageIn and stimulus.peer != self.me:
             self.switch.hangup(stimulus.peer, "its message could not be handled")
-        self._start_again(str(error))
-
-    def _start_again(self, reason: str) -> None:
-        now_ms = self.clock()
-        self._rebuilds.append(now_ms)
-        if reason and len(self._rebuilds) == self._rebuilds.maxlen and now_ms - self._rebuilds[0] < 10_000:
-            self.stopped = True
-            self._fail(f"the node failed {len(self._rebuilds)} times within ten seconds: {reason}")
+        elif self._too_often(repr(error)):
             return
+        self._start_again([])
+
+    def _effect_failed(self, effect: e.Effect, error: Exception) -> None:
+        """An adapter raised where it should have answered; its call, if it has one, must not wait for ever."""
+        identifier = self._report("runtime.effect_failed", type(effect).__name__, error)
+        call = getattr(effect, "call", 0)
+        if call in self._calls:
+            answer = error if isinstance(error, ClawnetError) else InternalError(f"an internal error (id {identifier})")
+            self._calls.discard(call)
+            self.ipc.reply(call, None, answer.as_dict())
+
+    def _report(self, event: str, about: str, error: BaseException) -> str:
+        self._timer_count += 1
+        identifier = f"{self.clock():x}-{self._timer_count:x}"
+        story = "".join(traceback.format_exception(error))
+        self.observer.log("error", event, {"id": identifier, "stimulus": about, "traceback": story})
+        self.observer.count("defects_total", "", 1)
+        return identifier
+
+    def _answer(self, handled: list[e.Stimulus], error: ClawnetError) -> None:
+        for stimulus in handled:
+            if type(stimulus) is e.RpcCall and stimulus.call in self._calls:
+                self._calls.discard(stimulus.call)
+                self.ipc.reply(stimulus.call, None, error.as_dict())
+
+    def _too_often(self, reason: str) -> bool:
+        """Counts a failure of our own making; too many in a short time stop the daemon."""
+        now_ms = self.clock()
+        self._failures.append(now_ms)
+        if len(self._failures) < FAILURES_MAX or now_ms - self._failures[0] >= FAILURES_WITHIN_MS:
+            return False
+        self.stopped = True
+        self._fail(f"the node failed {FAILURES_MAX} times within {FAILURES_WITHIN_MS // 1000} seconds: {reason}")
+        return True
+
+    def _start_again(self, again: list[e.Stimulus]) -> None:
+        """A node from the database. It learns first who is connected, then `again` one by one, then what waits."""
+        self._generation += 1
         self._timers.clear()
         self._due.clear()
+        self._stopping.update(dict.fromkeys(self._jobs))
+        for job in sorted(self._jobs):
+            self.executor.stop(job)
+        self._jobs.clear()
+        waiting, self._inbox = self._inbox, deque()
         try:
             self.node, effects = self._rebuild()
-        except ClawnetError as error:
-            self.stopped = True
-            self._fail(error.message)
+        except StorageError as error:
+            self._inbox = waiting
+            self._rest(error)
             return
-        self._perform(effects, [])
+        except Exception as error:  # noqa: BLE001 -- a node that cannot be made is the end of the daemon
+            self._report("node.cannot_start", "start", error)
+            self.stopped = True
+            self._fail(error.message if isinstance(error, ClawnetError) else repr(error))
+            return
+        if self._draining:
+            self._inbox.append(e.Drain())
+        self._inbox.extend(stimulus for stimulus in again if type(stimulus) not in _OF_THE_OLD_NODE)
+        self._alone = len(self._inbox) if again else 0
+        self._inbox.extend(stimulus for stimulus in waiting if type(stimulus) not in _OF_THE_OLD_NODE)
+        renewed = {stimulus.call for stimulus in again if type(stimulus) is e.RpcCall}
+        self._hang_up_calls(self._calls - renewed)
+        self._calls &= renewed
+        self._begin(effects)
+
+    def _hang_up_calls(self, calls: set[int]) -> None:
+        lost = UnreachableError(
+            "the daemon had to begin again from its database; the tasks it has taken go on",
+            hint="ask again: `clawnet market status` lists the tasks",
+        ).as_dict()
+        for call in sorted(calls):
+            self.ipc.reply(call, None, lost)
+
+    def _begin(self, effects: list[e.Effect]) -> None:
+        """Performs what the new node owes at its start; when the disk has no room for it, a rest and another try."""
+        rows: list[e.Put | e.Delete] = [effect for effect in effects if isinstance(effect, e.Put | e.Delete)]
+        durable = any(type(effect) is e.Durable for effect in effects)
+        try:
+            self.store.commit(rows, durable)
+        except ClawnetError as error:
+            self._rest(error)
+            return
+        self._perform([effect for effect in effects if not isinstance(effect, e.Put | e.Delete | e.Durable)], [])
+        self._schedule()
+
+    def _rest(self, error: ClawnetError) -> None:
+        """No turns for a while: what peers send is dropped, calls are answered with the error."""
+        self.observer.log("error", "node.rests", {"reason": error.message})
+        self._resting = error
+        self._loop.call_later(REST_MS / 1000, self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._resting = None
+        if not self.stopped:
+            self._start_again([])
+
+
+# Rows and timers that an earlier node asked for, news of its runs, and of links that the new one is told afresh.
+_OF_THE_OLD_NODE = frozenset((e.Loaded, e.PeerUp, e.PeerDown, e.Drain, e.TaskExited, e.TaskOutput, e.TimerFired))
 
 
 def _describe(stimulus: e.Stimulus | None) -> str:

@@ -99,7 +99,7 @@ class Task(Struct, array_like=True):
     @property
     def requirements(self) -> Requirements:
         """What the offer asks of a candidate."""
-        return msgspec.convert(self.spec["requirements"], Requirements)
+        return Requirements(**self.spec["requirements"])
 
 
 class Job(Struct, array_like=True):

@@ -18,11 +18,39 @@ OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
 RINGS: Final = ("own", "member")
 
 _FIELDS: Final = frozenset(
-    (
-        "type description argv script op op_args inputs stdin_b64 env budget_ucr budget deadline_s bid_timeout_s "
-        "min_reputation require cpu memory_bytes gpu model labels os peer exclude ring prefer retries priority "
-        "idempotency_key stream wait cwd"
-    ).split()
+    [
+        "type",
+        "description",
+        "argv",
+        "script",
+        "op",
+        "op_args",
+        "inputs",
+        "stdin_b64",
+        "env",
+        "budget_ucr",
+        "budget",
+        "deadline_s",
+        "bid_timeout_s",
+        "min_reputation",
+        "require",
+        "cpu",
+        "memory_bytes",
+        "gpu",
+        "model",
+        "labels",
+        "os",
+        "peer",
+        "exclude",
+        "ring",
+        "prefer",
+        "retries",
+        "priority",
+        "idempotency_key",
+        "stream",
+        "wait",
+        "cwd",
+    ]
 )
 
 
@@ -82,7 +110,14 @@ def _environment(spec: dict[str, Any]) -> dict[str, str]:
         raise _bad("env", env, "an object of texts")
     size = 0
     for name, value in env.items():
-        if not isinstance(name, str) or not name or "=" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
+        if (
+            not isinstance(name, str)
+            or not name
+            or "=" in name
+            or "\0" in name
+            or not isinstance(value, str)
+            or "\0" in value
+        ):
             raise _bad("env", name, "NAME=value with a name that is not empty")
         size += len(name) + len(value) + 2
     if size > limits.ENV_BYTES_MAX:
@@ -127,6 +162,8 @@ def _operation(spec: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
         raise _bad("op", op, ", ".join(OPERATIONS))
     if not isinstance(args, dict) or len(args) > 16:
         raise _bad("op_args", args, "an object")
+    if op == "primes" and not (args or spec.get("stdin_b64") or spec.get("inputs") or spec.get("description")):
+        raise UsageError("primes needs to know how far", hint="primes of up to 1000: a number as the task's payload")
     return str(op), dict(args)
 
 

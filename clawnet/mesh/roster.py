@@ -51,7 +51,9 @@ class InviteRecord(Struct, array_like=True):
 
 def join_bytes(mesh: bytes, secret: bytes, node_key: bytes, owner_key: bytes, name: str, time_ms: int) -> bytes:
     """What both proofs of a JoinAsk sign."""
-    return JOIN_TAG + msgspec.msgpack.encode([mesh, hashlib.sha256(secret).digest(), node_key, owner_key, name, time_ms])
+    return JOIN_TAG + msgspec.msgpack.encode(
+        [mesh, hashlib.sha256(secret).digest(), node_key, owner_key, name, time_ms]
+    )
 
 
 def secret_hash(secret: bytes) -> bytes:

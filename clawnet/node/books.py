@@ -24,6 +24,7 @@ from clawnet.ledger.entries import (
     Release,
     ReleaseItem,
 )
+from clawnet.ledger.lockcheck import check_release
 from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outcome, Rejected, Unauditable
 from clawnet.ledger.purse import Purse, claim_item
 from clawnet.ledger.state import Payable
@@ -215,57 +216,56 @@ class Books:
             if not part:
                 continue
             entry = self._try(lambda items: self.purse.refund(items, self._ctx.now), [one.item for one in part])
-            if entry is None:
-                continue
-            for one in part:
+            for one in part if entry is not None else ():
                 self._rooms.awards.refunded(one.task, one.attempt)
 
     def _refundable(self, one: _Refund) -> bool:
-        line = self.book.line(self._ctx.account, one.attempt.lock_seq, one.attempt.line)
-        if line is None:
+        """One bad waiver must not spoil the entry for the others."""
+        if self.book.line(self._ctx.account, one.attempt.lock_seq, one.attempt.line) is None:
             self._rooms.awards.refunded(one.task, one.attempt)
             return False
-        return one.item.proof is not None or self._ctx.now >= one.attempt.expiry_ms
+        return not self.book.refundable(self._ctx.account, one.item, self._ctx.now)
 
     def _write_claims(self) -> None:
-        payers, self._claim_from = list(self._claim_from), {}
-        items: list[ClaimItem] = []
-        jobs: list[Job] = []
-        told: dict[bytes, None] = {}
-        for payer in payers:
-            for payable in self.book.payables(payer, self._ctx.account):
-                if len(items) >= limits.ENTRY_ITEMS_MAX:
-                    self._claim_from[payer] = None
-                    break
-                item, job = self._claimable(payable)
-                if item is not None:
-                    items.append(item)
-                    told[payer] = None
-                if job is not None:
-                    jobs.append(job)
-        if not items:
-            return
-        entry = self._try(lambda batch: self.purse.claim(batch, self._ctx.now), items)
-        if entry is None:
-            self._claim_from.update(dict.fromkeys(payers))
-            return
-        self._claimed_jobs[entry.seq] = jobs
-        for job in jobs:
-            self._rooms.jobs.paid(job, entry.seq)
-        peers = [peer for payer in told if (peer := self._rooms.members.peer_of(payer)) and peer != self._ctx.me]
-        self._settle(dict.fromkeys(peers), CLAIM, entry.seq)
-        if self._claim_from:
-            self._write_claims()
+        """Claims for everything that can be claimed now, in claiming order, entry by entry."""
+        while self._claim_from:
+            payers, self._claim_from = self._claim_from, {}
+            items: list[ClaimItem] = []
+            jobs: list[Job] = []
+            told: dict[str, None] = {}
+            for payer in payers:
+                for payable in self.book.payables(payer, self._ctx.account):
+                    if len(items) >= limits.ENTRY_ITEMS_MAX:
+                        self._claim_from[payer] = None
+                        break
+                    item, job = self._claimable(payable)
+                    if item is not None:
+                        items.append(item)
+                        told[self._rooms.members.peer_of(payer) or ""] = None
+                    if job is not None:
+                        jobs.append(job)
+            if not items:
+                return
+            entry = self._try(lambda batch: self.purse.claim(batch, self._ctx.now), items)
+            if entry is None:
+                self._claim_from.update(payers)
+                return
+            self._claimed_jobs[entry.seq] = jobs
+            for job in jobs:
+                self._rooms.jobs.paid(job, entry.seq)
+            self._settle({peer: None for peer in told if peer and peer != self._ctx.me}, CLAIM, entry.seq)
 
     def _claimable(self, payable: Payable) -> tuple[ClaimItem | None, Job | None]:
-        """LEDGER.md section 6, step 7: the key is shown only for a release of this job's note, at its full amount."""
+        """LEDGER.md section 6, step 7: the key is shown only for a release of this job's note, at its full amount.
+
+        A release that cannot be claimed is passed over: its job was never delivered by us, or it pays too little.
+        """
         if payable.kind != EntryKind.RELEASE:
             return claim_item(payable, None), None
         job = self._rooms.jobs.released(payable.payer, payable.lock_seq, payable.line)
         if job is None or job.state != "delivered":
             return None, None
-        good = (payable.key_hash, payable.note_hash, payable.part) == (job.key_hash, job.note_hash, 1)
-        if not good or payable.amount_ucr < job.amount_ucr:
+        if check_release(self.book, payable, job.amount_ucr, job.key_hash, job.note_hash):
             self._rooms.jobs.underpaid(job)
             return None, None
         return claim_item(payable, self._rooms.jobs.key_of(job)), job

@@ -222,10 +222,14 @@ class Outbox:
 
     def _again(self, row: Obligation) -> None:
         rebuild = self._rebuild.get(row.kind)
-        if rebuild is None:
-            message: Message | None = _decoder(row.kind).decode(row.payload)
-        else:
+        message: Message | None = None
+        if rebuild is not None:
             message = rebuild(row.about)
+        else:
+            try:
+                message = _decoder(row.kind).decode(row.payload)
+            except msgspec.DecodeError as error:
+                self._ctx.log("error", "outbox.unreadable", kind=row.kind.name, reason=str(error))
         if message is None:
             self.acknowledged(row.id, row.peer)
         else:

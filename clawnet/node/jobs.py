@@ -23,6 +23,7 @@ from clawnet.market.reasons import Reason
 from clawnet.market.records import Job, encode
 from clawnet.node.context import Context
 from clawnet.reputation.receipts import Outcome
+from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import (
     BlobReady,
     Fetch,
@@ -95,6 +96,7 @@ class Jobs:
         self.slots = 0
         self._queue_max = ctx.config.integer("execution.queue_max")
         self._progress_armed = False
+        self._enabled = ctx.config.flag("market.enabled")
 
     # --- bidding
 
@@ -110,7 +112,9 @@ class Jobs:
         """A fixed price for the whole task, or the reason why not."""
         ctx, rooms = self._ctx, self._rooms
         ring = rooms.members.ring_of(event.peer)
-        refusal = rooms.members.refuses_work_for(event.peer) if ring != "own" else None
+        refusal = None
+        if ring != "own":
+            refusal = rooms.members.refuses_work_for(event.peer) if self._enabled else Reason.POLICY
         terms = refusal or quote(
             offer,
             card=rooms.members.card,
@@ -432,7 +436,8 @@ class Jobs:
     def _deliver(self, job: Job, event: TaskExited, amount_ucr: int) -> None:
         """Note and sealed bundle are durable before TASK_RESULT leaves: the outbox row holds both."""
         ctx = self._ctx
-        job.blob, job.blob_bytes, job.inline = event.blob, event.blob_bytes, bool(event.inline)
+        blob = event.blob or blob_id(event.inline)
+        job.blob, job.blob_bytes, job.inline = blob, event.blob_bytes or len(event.inline), bool(event.inline)
         job.amount_ucr = amount_ucr
         if job.lock_seq >= 0:
             note = Note(
@@ -442,8 +447,8 @@ class Jobs:
                 line=job.line,
                 part=1,
                 amount_ucr=amount_ucr,
-                ct_hash=event.blob,
-                ct_bytes=event.blob_bytes,
+                ct_hash=job.blob,
+                ct_bytes=job.blob_bytes,
                 key_hash=job.key_hash,
                 status=f"exit:{event.exit_code}" if event.exit_code is not None else f"signal:{event.signal}",
                 plain_hash=None,
@@ -464,8 +469,8 @@ class Jobs:
             note=job.note,
             waiver=job.waiver,
             inline=event.inline,
-            blob=event.blob,
-            blob_bytes=event.blob_bytes,
+            blob=job.blob,
+            blob_bytes=job.blob_bytes,
             output_bytes=event.output_bytes,
             duration_s=event.duration_s,
             cpu_s=event.cpu_s,

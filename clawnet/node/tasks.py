@@ -288,6 +288,8 @@ class Tasks:
     def _document(self, task: Task) -> TaskDocument:
         spec = task.spec
         stdin = base64.b64decode(spec["stdin_b64"]) if spec["stdin_b64"] else None
+        if stdin is None and task.kind == "compute" and spec["description"] and not task.inputs:
+            stdin = spec["description"].encode()
         payload = {
             "argv": spec["argv"],
             "script": spec["script"],

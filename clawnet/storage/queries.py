@@ -10,6 +10,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from clawnet.errors import DataError
+from clawnet.limits import KIB
 from clawnet.storage.schema import JOB_FINAL, JOB_OPEN_SQL, TABLES, TASK_FINAL, TASK_OPEN_SQL
 
 Row = tuple[Any, ...]
@@ -50,6 +51,15 @@ def prefix_bounds(text: str) -> tuple[bytes, bytes]:
 def page_start(created_ms: int | None, key: bytes | None) -> tuple[int, bytes]:
     """A page cursor as the statement wants it: None means from the newest on."""
     return (SEQ_MAX, b"\xff" * 32) if created_ms is None else (created_ms, key or b"")
+
+
+QUICK_BYTES_MAX: Final = 256 * KIB
+
+
+def is_quick(name: str, args: Row) -> bool:
+    """Whether a read may run in the loop's thread: it touches few rows and not too many bytes."""
+    query = QUERIES.get(name)
+    return query is None or (query.quick and (query.bytes_column < 0 or int(args[-1]) <= QUICK_BYTES_MAX))
 
 
 def _page(args: Row) -> Row:

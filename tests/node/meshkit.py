@@ -1,0 +1,366 @@
+"""A small mesh in one process: production nodes on memory stores, messages as encoded bytes, a clock that a test moves.
+
+Deterministic: entropy comes from a seed, links are FIFO, nothing sleeps. The executor runs a job at once and answers
+with a real bundle (sealed where the job says so), so that keys and notes are the real ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from clawnet.config import Config
+from clawnet.execution import bundle
+from clawnet.identity.certificates import certify_node, certify_owner, read_charter
+from clawnet.identity.keys import KeyPair
+from clawnet.identity.membership import LocalMembership, found_mesh
+from clawnet.ledger.terms import LedgerTerms
+from clawnet.node.context import Ports
+from clawnet.node.kernel import Node
+from clawnet.node.members import MeshFacts
+from clawnet.storage.memory import MemoryStore
+from clawnet.wire import events as e
+from clawnet.wire.blobid import blob_id
+from clawnet.wire.codec import decode_payload, encode_payload
+from clawnet.wire.messages import Hello
+
+START_MS = 1_800_000_000_000
+
+
+class Entropy:
+    """Bytes from a seed, the same under every PYTHONHASHSEED."""
+
+    def __init__(self, seed: str) -> None:
+        self._seed = seed.encode()
+        self._count = 0
+
+    def __call__(self, count: int) -> bytes:
+        self._count += 1
+        return hashlib.shake_128(self._seed + self._count.to_bytes(8, "big")).digest(count)
+
+
+Runner = Callable[["Member", e.Run], "e.TaskExited | None"]
+
+
+def echo(member: Member, run: e.Run) -> e.TaskExited | None:
+    """Runs a job by answering with its operation or command as stdout, in no time."""
+    spec = run.spec
+    text = (spec.op or " ".join(spec.argv or []) or spec.script or "").encode()
+    plain = bundle.encode(bundle.Bundle(0, None, text, b"", "", bundle.Usage(0.01, 0.01, 1024)))
+    sealed = plain if spec.seal_key is None else bundle.seal(plain, spec.seal_key, member.entropy)
+    return e.TaskExited(
+        job=run.job,
+        ended="exit",
+        reason="",
+        exit_code=0,
+        signal=None,
+        inline=sealed,
+        blob=blob_id(sealed),
+        blob_bytes=len(sealed),
+        plain_hash=hashlib.sha256(plain).digest(),
+        output_bytes=len(text),
+        duration_s=0.01,
+        cpu_s=0.01,
+        memory_bytes_max=1024,
+    )
+
+
+class Member:
+    """One node with its disk, its inbox and its timers."""
+
+    def __init__(
+        self, mesh: Mesh, name: str, key: KeyPair, owner: KeyPair, local: LocalMembership, **keys: str
+    ) -> None:
+        self.mesh = mesh
+        self.name = name
+        self.key = key
+        self.owner = owner
+        self.local = local
+        self.entropy = Entropy(mesh.seed + name)
+        self.store = MemoryStore()
+        self.config = Config.defaults({"node.name": name, **keys})
+        self.inbox: deque[e.Stimulus] = deque()
+        self.timers: list[tuple[int, int, tuple[Any, ...]]] = []
+        self.due: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.replies: dict[int, Any] = {}
+        self.notes: dict[int, list[tuple[str, Any]]] = {}
+        self.logs: list[e.Log] = []
+        self.runner: Runner = echo
+        self.runs: list[e.Run] = []
+        self.stops: list[bytes] = []
+        self.sent: list[tuple[str, str]] = []
+        self._timer = 0
+        self.boot()
+
+    @property
+    def peer(self) -> str:
+        return self.key.peer_id
+
+    def boot(self) -> None:
+        """A start: a new node from what the disk holds."""
+        charter, mesh, proven = self.local.verified(self.key.public)
+        facts = MeshFacts(
+            charter,
+            self.local.charter,
+            mesh,
+            proven.owner,
+            list(self.local.certificates),
+            bytes(32),
+            self.local.inviter,
+            self.local.founded,
+        )
+        terms = LedgerTerms(issuers=frozenset(charter.issuers), grant_max_ucr=charter.grant_max_ucr)
+        self.node = Node(
+            self.config,
+            Ports(self.entropy, self.key.sign, lambda peer: 1.0, self.owner),
+            me=self.peer,
+            account=self.key.public,
+            facts=facts,
+            terms=terms,
+            escrow_seed=hashlib.sha256(self.name.encode()).digest(),
+            os_family="linux",
+            version="test",
+        )
+        self.inbox.clear()
+        self.timers.clear()
+        self.due.clear()
+        self.perform(self.node.load(self.mesh.now_ms, self._read))
+        self.feed(
+            e.CapacityChanged(
+                ("compute", "op:primes", "op:sha256", "op:sort", "op:wordcount", "shell-execution"),
+                ("own", "member"),
+                4,
+                2**32,
+                0,
+            )
+        )
+        self.feed(e.Listening((f"/ip4/127.0.0.1/tcp/{4000 + len(self.mesh.members)}",)))
+
+    def _read(self, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if name.startswith("table:"):
+            return list(self.store.load_all(name.removeprefix("table:")))
+        return self.store.query(name, args)
+
+    def feed(self, stimulus: e.Stimulus) -> None:
+        self.inbox.append(stimulus)
+
+    def call(self, method: str, **params: Any) -> int:
+        number = self.mesh.next_call()
+        self.feed(e.RpcCall(number, method, params))
+        return number
+
+    def turn(self) -> bool:
+        """One turn: everything in the inbox, then the effects."""
+        fired = self._fire()
+        if not self.inbox and not fired:
+            return False
+        out: list[e.Effect] = []
+        for _ in range(len(self.inbox)):
+            out += self.node.step(self.mesh.now_ms, self.inbox.popleft())
+        out += self.node.end_turn(self.mesh.now_ms)
+        self.perform(out)
+        return True
+
+    def perform(self, out: list[e.Effect]) -> None:
+        rows = [x for x in out if isinstance(x, (e.Put, e.Delete))]
+        self.store.commit(rows, any(isinstance(x, e.Durable) for x in out))
+        for effect in out:
+            handler = getattr(self, "_do_" + type(effect).__name__, None)
+            if handler is not None:
+                handler(effect)
+
+    def _do_Send(self, effect: e.Send) -> None:
+        self.sent.append((effect.peer, type(effect.message).__name__))
+        self.mesh.carry(self, effect)
+
+    def _do_Reply(self, effect: e.Reply) -> None:
+        assert effect.call not in self.replies, "a call is answered once"
+        self.replies[effect.call] = effect.error if effect.error is not None else effect.value
+
+    def _do_Notify(self, effect: e.Notify) -> None:
+        self.notes.setdefault(effect.call, []).append((effect.method, effect.value))
+
+    def _do_Wake(self, effect: e.Wake) -> None:
+        self._timer += 1
+        self.due[effect.key] = (effect.at_ms, self._timer)
+        heapq.heappush(self.timers, (effect.at_ms, self._timer, effect.key))
+
+    def _fire(self) -> bool:
+        fired = False
+        while self.timers and self.timers[0][0] <= self.mesh.now_ms:
+            _, number, key = heapq.heappop(self.timers)
+            if self.due.get(key, (0, 0))[1] == number:
+                del self.due[key]
+                self.inbox.append(e.TimerFired(key))
+                fired = True
+        return fired
+
+    def next_timer_ms(self) -> int | None:
+        while self.timers and self.due.get(self.timers[0][2], (0, 0))[1] != self.timers[0][1]:
+            heapq.heappop(self.timers)
+        return self.timers[0][0] if self.timers else None
+
+    def _do_Run(self, effect: e.Run) -> None:
+        self.runs.append(effect)
+        ended = self.runner(self, effect)
+        if ended is not None:
+            self.feed(ended)
+
+    def _do_StopRun(self, effect: e.StopRun) -> None:
+        self.stops.append(effect.job)
+
+    def _do_Load(self, effect: e.Load) -> None:
+        self.feed(e.Loaded(effect.request, tuple(self.store.query(effect.query, effect.args))))
+
+    def _do_Open(self, effect: e.Open) -> None:
+        try:
+            plain = effect.inline if effect.key is None else bundle.unseal(effect.inline, effect.key)
+            opened = bundle.decode(plain)
+        except Exception as error:  # noqa: BLE001 - what the real adapter turns into a reason
+            self.feed(e.Opened(effect.request, str(error)))
+            return
+        summary = bundle.Summary(
+            opened.exit_code,
+            opened.signal,
+            opened.text,
+            opened.usage,
+            opened.outputs,
+            hashlib.sha256(plain).digest(),
+            len(opened.stdout),
+            len(opened.stderr),
+            opened.stdout,
+            opened.stderr,
+        )
+        self.feed(e.Opened(effect.request, "", summary))
+
+    def _do_Log(self, effect: e.Log) -> None:
+        self.logs.append(effect)
+
+    # --- what tests ask
+
+    def task(self, call: int) -> dict[str, Any]:
+        """The task object behind a submission's answer."""
+        answer = self.replies[call]
+        number = self.call("task.get", task=answer["task_id"])
+        self.mesh.settle()
+        view: dict[str, Any] = self.replies[number]
+        return view
+
+
+class Mesh:
+    """Members and the links between them."""
+
+    def __init__(self, seed: str = "seed") -> None:
+        self.seed = seed
+        self.now_ms = START_MS
+        self.members: dict[str, Member] = {}
+        self.links: set[frozenset[str]] = set()
+        self.drop: Callable[[Member, Member, str], bool] = lambda sender, receiver, kind: False
+        self._calls = 0
+        self._ids = 0
+
+    def next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def found(self, name: str, **keys: str) -> Member:
+        """The founder, whose own account issues credits."""
+        key, owner = self._key(name), self._key(name + " owner")
+        local = found_mesh(owner, key.public, name, Entropy(self.seed + "charter"), self.now_ms)
+        return self._add(Member(self, name, key, owner, local, **keys))
+
+    def join(self, founder: Member, name: str, *, ring: str = "member", credits_ucr: int = 0, **keys: str) -> Member:
+        """A member (or another machine of the founder's), certified as an invite would, with credits if asked."""
+        charter, mesh = read_charter(founder.local.charter)
+        key = self._key(name)
+        owner = founder.owner if ring == "own" else self._key(name + " owner")
+        chain = list(founder.local.certificates[:-1])
+        if ring == "member":
+            chain.append(
+                certify_owner(
+                    founder.owner, mesh, owner.public, may_invite=False, issued_ms=self.now_ms, inviter=founder.peer
+                )
+            )
+        chain.append(certify_node(owner, mesh, key.public, issued_ms=self.now_ms, inviter=founder.peer))
+        local = LocalMembership(founder.local.charter, tuple(chain), False, founder.peer, ring)
+        member = self._add(Member(self, name, key, owner, local, **keys))
+        if credits_ucr:
+            founder.node.rooms.books.grant(key.public, credits_ucr, bytes(16))
+            founder.perform(founder.node.end_turn(self.now_ms))
+        return member
+
+    def _key(self, name: str) -> KeyPair:
+        return KeyPair.from_seed(hashlib.sha256((self.seed + name).encode()).digest())
+
+    def _add(self, member: Member) -> Member:
+        self.members[member.peer] = member
+        return member
+
+    def link(self, a: Member, b: Member) -> None:
+        """Connects two members; both hear of it."""
+        self.links.add(frozenset((a.peer, b.peer)))
+        for one, other in ((a, b), (b, a)):
+            mesh, name, certificates, rotations = other.node.hello_facts()
+            hello = Hello(
+                [1, 0], "test", other.peer, one.peer, mesh, bytes(32), self.now_ms, name, certificates, rotations
+            )
+            refusal = one.node.admit(other.peer, hello)
+            assert not refusal, refusal
+            one.feed(e.PeerUp(other.peer, hello, "", "fake", one is b))
+
+    def cut(self, a: Member, b: Member) -> None:
+        """The link is gone."""
+        self.links.discard(frozenset((a.peer, b.peer)))
+        a.feed(e.PeerDown(b.peer, "cut"))
+        b.feed(e.PeerDown(a.peer, "cut"))
+
+    def link_all(self) -> None:
+        members = list(self.members.values())
+        for at, one in enumerate(members):
+            for other in members[at + 1 :]:
+                self.link(one, other)
+
+    def carry(self, sender: Member, effect: e.Send) -> None:
+        """A message goes to its receiver's inbox as its bytes, if they are linked."""
+        if effect.peer == sender.peer:
+            sender.feed(e.MessageIn(sender.peer, b"", effect.message, effect.reply_to, effect.obligation))
+            return
+        if frozenset((sender.peer, effect.peer)) not in self.links:
+            return
+        receiver = self.members[effect.peer]
+        kind, payload = encode_payload(effect.message)
+        if self.drop(sender, receiver, type(effect.message).__name__):
+            return
+        self._ids += 1
+        message = decode_payload(int(kind), payload)
+        receiver.feed(
+            e.MessageIn(sender.peer, self._ids.to_bytes(16, "big"), message, effect.reply_to, effect.obligation)
+        )
+
+    def settle(self, turns_max: int = 10_000) -> None:
+        """Runs turns until nobody has anything to do at this moment."""
+        for _ in range(turns_max):
+            if not any([member.turn() for member in self.members.values()]):
+                return
+        raise AssertionError("the mesh does not come to rest")
+
+    def run(self, seconds: float) -> None:
+        """Lets time pass, stopping at every timer."""
+        end_ms = self.now_ms + round(seconds * 1000)
+        self.settle()
+        while True:
+            upcoming = [at for m in self.members.values() if (at := m.next_timer_ms()) is not None and at <= end_ms]
+            if not upcoming:
+                break
+            self.now_ms = max(self.now_ms, min(upcoming))
+            self.settle()
+        self.now_ms = end_ms
+
+    def check(self) -> None:
+        """The laws that every fixture ends with: credits conserved in every book that knows all, disk equals memory."""
+        for member in self.members.values():
+            totals = member.node.rooms.books.book.conservation()
+            assert totals.conserved, (member.name, totals)
