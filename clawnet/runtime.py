@@ -326,6 +326,8 @@ class Runtime:
 
     def _fire(self) -> None:
         self._handle = None
+        if self.stopped:
+            return
         now_ms = self.clock()
         timers = self._timers
         while timers:
@@ -443,7 +445,7 @@ class Runtime:
         self._inbox.extend(stimulus for stimulus in again if type(stimulus) not in _OF_THE_OLD_NODE)
         self._alone = len(self._inbox) if again else 0
         self._inbox.extend(stimulus for stimulus in waiting if type(stimulus) not in _OF_THE_OLD_NODE)
-        renewed = {stimulus.call for stimulus in again if type(stimulus) is e.RpcCall}
+        renewed = {stimulus.call for stimulus in self._inbox if type(stimulus) is e.RpcCall}
         self._hang_up_calls(self._calls - renewed)
         self._calls &= renewed
         self._begin(effects)
@@ -463,7 +465,8 @@ class Runtime:
         try:
             self.store.commit(rows, durable)
         except ClawnetError as error:
-            self._rest(error)
+            if isinstance(error, StorageFullError) or not self._too_often(error.message):
+                self._rest(error)
             return
         self._perform([effect for effect in effects if not isinstance(effect, e.Put | e.Delete | e.Durable)], [])
         self._schedule()

@@ -35,6 +35,7 @@ FLOORS = {
     "storage": 5,
     "ipc": 5,
     "observe": 5,
+    "ports": 5,
     "runtime": 6,
     "daemon": 7,
 }
