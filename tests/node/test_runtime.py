@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
-from clawnet import limits
+from clawnet import limits, runtime
 from clawnet.errors import InternalError, NotFoundError
 from clawnet.storage.memory import MemoryStore
 from clawnet.storage.store import Store
 from clawnet.wire import events as e
 from tests.node.tallykit import BAD, GOOD, ME, NOW_MS, OTHER, PEER, House, Tally, play
+
+
+@pytest.fixture(autouse=True)
+def short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "REST_MS", 20)
 
 
 @pytest.fixture(params=["sqlite", "memory"])
