@@ -127,7 +127,7 @@ def _split_head(plain: bytes) -> tuple[Head, int]:
         raise _bad("it is cut short")
     try:
         return _heads.decode(plain[8 : 8 + length]), 8 + length
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad("its head is malformed") from error
 
 

@@ -182,12 +182,12 @@ def _open(statement: bytes, what: str) -> _Statement:
         raise NotPermittedError(f"the {what} has {len(statement)} bytes; the limit is {STATEMENT_BYTES_MAX}")
     try:
         return _statement.decode(statement)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise NotPermittedError(f"the {what} is malformed") from error
 
 
 def _decode(payload: bytes, kind: type[_Body], what: str) -> _Body:
     try:
         return _decoders[kind].decode(payload)  # type: ignore[return-value]
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise NotPermittedError(f"the {what} is malformed: {error}") from error

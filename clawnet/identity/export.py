@@ -108,7 +108,7 @@ def _open(data: bytes, passphrase: str) -> Identity:
         raise DataError(f"this is no exported identity: it has more than {FILE_BYTES_MAX} bytes")
     try:
         envelope = msgspec.json.decode(data, type=_Envelope)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("this is no exported identity", hint="clawnet identity export makes one") from error
     if envelope.format != FORMAT or envelope.v != 1 or envelope.kdf != "argon2id13":
         raise DataError("this identity was exported by a newer version of clawnet", hint="install that version")
@@ -121,7 +121,7 @@ def _open(data: bytes, passphrase: str) -> Identity:
         return msgspec.msgpack.decode(plain, type=Identity)
     except CryptoError as error:
         raise DataError("the passphrase is wrong, or the exported identity is damaged") from error
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("the exported identity is damaged") from error
 
 

@@ -88,7 +88,7 @@ def decode(text: str) -> Invite:
     try:
         wire = msgspec.msgpack.decode(body, type=_Wire)
         addresses = tuple(str(multiaddr.Multiaddr.from_bytes(address)) for address in wire.addresses)
-    except (msgspec.MsgspecError, DataError) as error:
+    except (ValueError, RecursionError, DataError) as error:
         raise DataError(f"this invite is malformed: {error}", hint=_HINT) from error
     return Invite(wire.mesh, peer_id_of(wire.inviter), addresses, wire.secret, wire.ring, wire.expires_ms)
 

@@ -78,7 +78,7 @@ def load_membership(home: Home, *, check_permissions: bool = True) -> LocalMembe
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     try:
         membership = msgspec.json.decode(data[: limits.JOIN_BYTES_MAX], type=LocalMembership)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}", hint="restore it from a backup") from error
     if membership.v > VERSION:
         raise ConfigError(f"{path} is from a newer version of clawnet", hint="install that version")
