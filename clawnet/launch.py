@@ -58,7 +58,7 @@ def start(
     Of many callers one spawns, the others wait for it. Raises what kept the daemon from starting, with its exit code,
     or TimedOutError after DAEMON_START_TIMEOUT_S.
     """
-    fresh = not home.node_key.exists()
+    fresh = not (home.node_key.exists() and home.mesh_file.exists())
     if fresh and not create_home:
         raise ConfigError(f"{home.dir} is no clawnet home yet", hint="`clawnet init` makes one")
     for directory in (home.dir, home.run_dir):
@@ -71,7 +71,7 @@ def start(
             _pause(deadline, home)
         if _answers(home):
             return False
-        if fresh and not home.node_key.exists():
+        if fresh and not home.mesh_file.exists():
             say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
         _spawn_and_wait(home, [*(program or _program()), *_arguments(home)], environ, deadline)
     return True

@@ -48,7 +48,7 @@ class Invocation:
             autostart=self.autostart and autostart,
             create_home=create_home,
             timeout_s=self.timeout_s,
-            say=self.say,
+            say=self.warn,
             program=_program(),
         )
 
