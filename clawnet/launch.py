@@ -28,7 +28,10 @@ def program() -> list[str]:
 
     started = Path(sys.argv[0] if sys.argv else "").absolute()
     if started.is_file() and zipfile.is_zipfile(started):
-        return [sys.executable, str(started)]
+        with zipfile.ZipFile(started) as archive:
+            # Some other program's archive may use this package as a library.
+            if any(name.removeprefix("site-packages/") == "clawnet/__init__.py" for name in archive.namelist()):
+                return [sys.executable, str(started)]
     # -P: the working directory of the daemon (its home) is no place to import from.
     return [sys.executable, "-P", "-m", "clawnet.commands"]
 

@@ -49,7 +49,6 @@ class Invocation:
             create_home=create_home,
             timeout_s=self.timeout_s,
             say=self.warn,
-            program=_program(),
         )
 
     def call(self, method: str, params: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
@@ -99,15 +98,6 @@ def here(context: typer.Context) -> Invocation:
 def duration_s(text: str | None, what: str) -> float | None:
     """Seconds of an option such as 30s or 500ms; raises DataError."""
     return None if text is None else units.parse_duration_ms(text, what=what) / 1000
-
-
-def _program() -> list[str] | None:
-    """How a zipapp starts itself again; None means the installed package."""
-    if sys.argv and sys.argv[0].endswith((".pyz", ".exe")):
-        from clawnet import launch
-
-        return launch.program()
-    return None
 
 
 # --- options that every command has

@@ -93,6 +93,7 @@ def submit(
         )
         _complete(task_spec, data)
         with invocation.client(create_home=True) as client:
+            submission.resolve_peers(client, task_spec, invocation.say)
             accepted = client.call("task.submit", {"spec": task_spec})
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])

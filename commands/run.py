@@ -130,6 +130,7 @@ def _complete(spec: dict[str, Any]) -> None:
 def _run(invocation: Invocation, spec: dict[str, Any], *, as_lines: bool) -> tuple[dict[str, Any], int]:
     """Submits, follows, and returns the task as it ended with the exit code of this command."""
     with invocation.client(create_home=True) as client:
+        submission.resolve_peers(client, spec, invocation.say)
         task_id = client.call("task.submit", {"spec": spec})["task_id"]
         printer = waiting.Printer(invocation, client, as_lines=invocation.json)
         quiet = invocation.json and not as_lines

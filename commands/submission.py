@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clawnet import limits, money, units
+from clawnet.api import Client
 from clawnet.errors import DataError, NotFoundError, UsageError
 
 TYPES = ("prompt", "shell", "compute")
@@ -189,3 +190,13 @@ def attach_stdin(spec: dict[str, Any], data: bytes | None) -> None:
     """Standard input becomes the task's, unless the spec has its own."""
     if data and "stdin_b64" not in spec:
         spec["stdin_b64"] = base64.b64encode(data).decode()
+
+
+def resolve_peers(client: Client, spec: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Names and short ids in --peer and --exclude become whole ids, which are told: the right one is asked or nobody."""
+    for field in ("peer", "exclude"):
+        for place, name in enumerate(spec.get(field) or []):
+            found = client.call("peer.show", {"peer": name})["peer_id"]
+            if found != name:
+                say(f"--{field} {name} is {found}")
+            spec[field][place] = found

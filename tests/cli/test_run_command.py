@@ -247,3 +247,10 @@ def test_the_summary_is_talk(clawnet: Program, accepting: Script) -> None:
     done = clawnet("run", "-v", "--", "x")
     assert done.stdout == "out\n"
     assert "bob (member), 1.5 credits, 250 ms, exit code 0" in done.stderr
+
+
+def test_a_named_peer_is_resolved_and_told(clawnet: Program, accepting: Script) -> None:
+    accepting.answers["peer.show"] = {"peer_id": "12D3KooWBobsWholeId"}
+    done = clawnet("run", "-v", "--peer", "bob", "--", "x")
+    assert "--peer bob is 12D3KooWBobsWholeId" in done.stderr
+    assert accepting.params("task.submit")["spec"]["peer"] == ["12D3KooWBobsWholeId"]
