@@ -179,7 +179,7 @@ def status(
         found = invocation.call("task.get", {"task": task})
         show(invocation, found, bare=found["state"], lines=_task_lines(found)[:6])
         return
-    found = invocation.call("status")
+    found = {"running": True, **invocation.call("status")}
     counts = sorted(found["tasks"].items())
     pairs(invocation, found, [*counts, ("running here", f"{found['runs']} of {found['slots']}")])
 

@@ -193,7 +193,7 @@ def attach_stdin(spec: dict[str, Any], data: bytes | None) -> None:
 
 
 def resolve_peers(client: Client, spec: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Names and short ids in --peer and --exclude become whole ids, which are told: the right one is asked or nobody."""
+    """Names and short ids in --peer and --exclude become whole ids, which are told to the person."""
     for field in ("peer", "exclude"):
         for place, name in enumerate(spec.get(field) or []):
             found = client.call("peer.show", {"peer": name})["peer_id"]

@@ -162,14 +162,10 @@ class Interrupts:
         self.signal = number
         self._invocation.say("cancelling the task; once more leaves at once")
         self._client.send("task.cancel", {"task": self._task_id, "reason": "interrupted"})
-        signal.signal(signal.SIGALRM, _leave) if hasattr(signal, "SIGALRM") else None
         if hasattr(signal, "alarm"):
+            # A node that does not answer the cancel must not hold the terminal.
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
             signal.alarm(int(CANCEL_WAIT_S))
-
-
-def _leave(number: int, frame: Any) -> None:
-    """The node does not answer the cancel: do not hold the terminal for it."""
-    os._exit(130)
 
 
 @contextmanager
