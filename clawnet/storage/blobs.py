@@ -105,6 +105,14 @@ class BlobStore:
         with self._lock:
             self._bytes -= fewer
 
+    def _place(self, part: Path, target: Path, size: int) -> None:
+        """Gives a finished file its name; of two that are the same blob, one counts."""
+        with self._lock:
+            known = target.is_file()
+            os.replace(part, target)
+            if known:
+                self._bytes -= size
+
     # --- reading
 
     def path(self, blob: bytes) -> Path:
@@ -160,14 +168,15 @@ class BlobStore:
     def delete(self, blob: bytes) -> None:
         """Removes the blob; nothing happens when it is not here."""
         path = self.path(blob)
-        try:
-            size = path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            return
-        except OSError as err:
-            raise _translate(err, path) from err
-        self._release(size)
+        with self._lock:
+            try:
+                size = path.stat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                return
+            except OSError as err:
+                raise _translate(err, path) from err
+            self._bytes -= size
 
     def sweep(self, before_ms: int, kept: Set[bytes] = frozenset()) -> int:
         """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many."""
@@ -263,17 +272,14 @@ class BlobWriter:
             if durable:
                 _sync(self._file.fileno())
             self._file.close()
-            known = target.is_file()
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            os.replace(self._path, target)
+            self._store._place(self._path, target, self._hasher.size)
             if durable:
                 _sync_directory(target.parent)
         except OSError as err:
             self.abort()
             raise _translate(err, target) from err
         self._file = None
-        if known:
-            self._store._release(self._hasher.size)
         return blob
 
     def abort(self) -> None:

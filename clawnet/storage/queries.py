@@ -79,7 +79,9 @@ _ENTRIES: Final = _columns("entries")
 QUERIES: Final[dict[str, Query]] = {
     # tasks as their requester keeps them
     "tasks_open": Query(
-        f"SELECT {_TASKS} FROM tasks WHERE {TASK_OPEN_SQL} ORDER BY created_ms, task_id", (), quick=False
+        f"SELECT {_TASKS} FROM tasks INDEXED BY tasks_open WHERE {TASK_OPEN_SQL} ORDER BY created_ms, task_id",
+        (),
+        quick=False,
     ),
     "tasks_page": Query(
         f"SELECT {_TASKS} FROM tasks WHERE (? = '' OR state = ?) AND (created_ms, task_id) < (?, ?) "
@@ -100,8 +102,8 @@ QUERIES: Final[dict[str, Query]] = {
         ("idempotency_key",),
     ),
     "keys_kept": Query(
-        "SELECT task_id, idempotency_key FROM tasks WHERE idempotency_key <> '' AND state = 'settled' "
-        "ORDER BY created_ms, task_id",
+        "SELECT task_id, idempotency_key FROM tasks INDEXED BY tasks_by_key "
+        "WHERE idempotency_key <> '' AND state = 'settled' ORDER BY created_ms, task_id",
         (),
         quick=False,
     ),
@@ -122,7 +124,9 @@ QUERIES: Final[dict[str, Query]] = {
         bytes_column=3,
     ),
     # jobs: tasks run for somebody
-    "jobs_open": Query(f"SELECT {_JOBS} FROM jobs WHERE {JOB_OPEN_SQL} ORDER BY job", (), quick=False),
+    "jobs_open": Query(
+        f"SELECT {_JOBS} FROM jobs INDEXED BY jobs_open WHERE {JOB_OPEN_SQL} ORDER BY job", (), quick=False
+    ),
     "jobs_page": Query(
         f"SELECT {_JOBS} FROM jobs WHERE (? = '' OR state = ?) AND (updated_ms, job) < (?, ?) "
         "ORDER BY updated_ms DESC, job DESC LIMIT ?",

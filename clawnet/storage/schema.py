@@ -96,7 +96,7 @@ JOB_OPEN_SQL: Final = f"state NOT IN {_words(JOB_FINAL)}"
 
 INDEXES: Final = (
     "CREATE INDEX tasks_created ON tasks(created_ms, task_id)",
-    f"CREATE INDEX tasks_open ON tasks(created_ms) WHERE {TASK_OPEN_SQL}",
+    f"CREATE INDEX tasks_open ON tasks(created_ms, task_id) WHERE {TASK_OPEN_SQL}",
     "CREATE INDEX tasks_by_key ON tasks(idempotency_key) WHERE idempotency_key <> ''",
     f"CREATE INDEX jobs_open ON jobs(job) WHERE {JOB_OPEN_SQL}",
 )
