@@ -16,6 +16,8 @@ LATER: Final = {"storage": "storage tasks", "swarm": "swarm tasks"}
 OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
 OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
 RINGS: Final = ("own", "member")
+SEND_TO: Final = ("shell", "compute")
+"""Kinds with a configuration key for the outermost ring that may see them."""
 
 _FIELDS: Final = frozenset(
     [
@@ -199,7 +201,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     kind = kind_of(spec)
     argv, script = _argv(spec) if kind == "shell" else (None, None)
     op, op_args = _operation(spec, kind)
-    ring = spec.get("ring") or config.text(f"market.send_to.{kind}")
+    ring = spec.get("ring") or (config.text(f"market.send_to.{kind}") if kind in SEND_TO else "member")
     if ring not in RINGS:
         raise _bad("ring", ring, "own, member")
     prefer = spec.get("prefer") or ""

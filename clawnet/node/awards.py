@@ -12,6 +12,7 @@ from clawnet.ledger.entries import ReleaseItem
 from clawnet.ledger.seal import content_key
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
+from clawnet.money import format_credits
 from clawnet.node.context import Context
 from clawnet.node.views import SMALL_STREAMS_BYTES
 from clawnet.reputation.receipts import Outcome, outcome_of_waiver
@@ -80,7 +81,8 @@ class Awards:
         attempt.deliver_by_ms = min(-(-task.deadline_ms // TEN_S_MS) * TEN_S_MS, latest_ms)
         attempt.expiry_ms = attempt.deliver_by_ms + rooms.books.terms.margin_ms
         task.attempts.append(attempt)
-        rooms.tasks.move(task, "awarded", f"{bid.peer[-8:]} at {attempt.price_ucr} ucr")
+        price = format_credits(attempt.price_ucr)
+        rooms.tasks.move(task, "awarded", f"{rooms.members.name_of(bid.peer)} for {price} credits")
         rooms.tasks.followers.reset(task.task_id)
         for item in task.inputs:
             ctx.out.append(GrantBlob(task.task_id, bid.peer, item["blob"]))

@@ -33,6 +33,7 @@ from clawnet.market.records import Attempt, Job, Task
 from clawnet.money import format_credits
 from clawnet.node.chains import Chains
 from clawnet.node.context import Context
+from clawnet.node.countersigns import Countersigns
 from clawnet.wire.messages import Kind, Settlement
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Books:
         self.book = Book(terms, mesh, verify)
         self.purse = Purse(self.book, ctx.account, ctx.ports.sign)
         self.chains = Chains(ctx, rooms, self)
+        self.countersigns = Countersigns(ctx, rooms)
         self.recent: deque[tuple[int, bytes]] = deque(maxlen=RECENT_MAX)
         self._locks: list[tuple[Task, Attempt]] = []
         self._releases: list[_Release] = []
@@ -292,7 +294,10 @@ class Books:
             self._push_armed = True
             ctx.wake(("keepers",), ctx.now + KEEPERS_MS)
         if self.purse.checkpoint_due and entry.kind != EntryKind.CHECKPOINT:
-            self._wrote(self.purse.checkpoint(ctx.now))
+            document = self.book.state_bytes(ctx.account)
+            written = self.purse.checkpoint(ctx.now)
+            self._wrote(written)
+            self.countersigns.written(written, document)
 
     def push_keepers(self) -> None:
         """Own entries go to the keepers too (LEDGER.md section 9), gathered for KEEPERS_MS."""
@@ -318,7 +323,7 @@ class Books:
 
     def segment(self, peer: str, known_seq: int, upto_seq: int) -> list[bytes]:
         """Own entries that `peer` lacks up to `upto_seq`, the newest SEGMENT_BYTES_MAX; it pulls older ones itself."""
-        base = max(known_seq, self.chains.base(peer))
+        base = self.countersigns.show(peer, max(known_seq, self.chains.base(peer)))
         entries = [raw for seq, raw in self._recent_from(base + 1) if seq <= upto_seq]
         self.chains.sent(peer, upto_seq)
         return _newest(entries)
@@ -348,7 +353,7 @@ class Books:
     def take(self, peer: str, entries: list[bytes]) -> bool:
         """Judges entries from a peer; what they lack is pulled from it. True when nothing is missing."""
         complete = True
-        for raw in entries:
+        for raw in self.countersigns.adopt(entries):
             complete = self._outcome(self.book.apply(raw, self._ctx.now), peer) and complete
         self.drain(peer)
         return complete
@@ -473,6 +478,7 @@ class Books:
     def peer_down(self, peer: str) -> None:
         """What was sent on the old connection may not have arrived."""
         self.chains.peer_down(peer)
+        self.countersigns.peer_down(peer)
 
     def pull(self, peer: str, account: bytes) -> None:
         """Asks a peer for what it has of a chain beyond ours."""

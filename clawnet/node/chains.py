@@ -113,6 +113,7 @@ class Chains:
             peer = links[self._rooms.members.pick(len(links))]
             heads = [Head(*head) for head in self._books.book.heads_changed_last(limits.HEADS_MAX)]
             ctx.send(peer, LedgerPush(ctx.account, [], heads))
+        self._books.countersigns.ask()
         forward, self._forward = self._forward, {}
         for (payer, author), raw in forward.items():
             peer_of = self._rooms.members.peer_of(payer)
@@ -160,7 +161,10 @@ class Chains:
 
     def pulled(self, peer: str, message: LedgerPull) -> None:
         """Serves any chain that this node keeps, void segments included."""
-        args = (message.account, message.from_seq, message.to_seq, limits.SEGMENT_BYTES_MAX)
+        first = message.from_seq
+        if message.account == self._ctx.account and first == 0:
+            first = self._books.countersigns.show(peer, -1) + 1
+        args = (message.account, first, message.to_seq, limits.SEGMENT_BYTES_MAX)
         self._rooms.loads.ask("entries_range", args, lambda rows: self._serve(peer, message, rows))
 
     def _serve(self, peer: str, message: LedgerPull, rows: tuple[Any, ...]) -> None:

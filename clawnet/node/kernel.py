@@ -110,6 +110,9 @@ class Node:
         ctx, rooms = self.ctx, self.rooms
         ctx.now = now_ms
         fresh = self._load_ledger(read)
+        for key, body in read("table:meta", ()):
+            if key == "checkpoint":
+                rooms.books.countersigns.load(body)
         for row in read("table:peers", ()):
             rooms.members.load(row[-1])
         for peer, body in read("table:reputation", ()):
@@ -254,6 +257,7 @@ class Node:
             m.Settlement: self._settlement,
             m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
             m.LedgerPush: lambda event: r.books.chains.pushed(event.peer, event.message),  # type: ignore[arg-type]
+            m.Countersign: lambda event: r.books.countersigns.message(event.peer, event.message),  # type: ignore[arg-type]
             m.PeerInfo: lambda event: r.members.card_in(event.peer, event.message),  # type: ignore[arg-type]
             m.Ack: self._ack,
         }
