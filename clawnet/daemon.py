@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import platform
 import secrets
 import signal
 import sys
@@ -31,6 +30,7 @@ from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
 from clawnet.observe.logs import Observer
+from clawnet.observe.process import rss_bytes
 from clawnet.paths import Home
 from clawnet.runtime import Runtime
 from clawnet.storage.blobs import BlobStore
@@ -303,6 +303,17 @@ class Daemon:
             "shell": modes,
             "memory_rss_bytes": rss_bytes(),
             "storage_bytes": self._store.size() + self.blobs.total_bytes,
+            "activity": {**node["activity"], **self._activity()},
+        }
+
+    def _activity(self) -> dict[str, int]:
+        """What this process has done since it started."""
+        return {
+            "turns": self.runtime.turns_total,
+            "stimuli": self.runtime.stimuli_total,
+            "commits": self._store.commits_total,
+            "synced_commits": self._store.durable_total,
+            "signatures": self.key.signed_total,
         }
 
     def _stop(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +372,7 @@ class Daemon:
             ring=answer.ring,
         )
         local.verified(self.key.public)
-        self.runtime.stopped = True
+        self.runtime.retire(effect.call)
         self.switch.hangup_all("this node joins another mesh")
         self._store.close()
         archive(self.home, keep_owner=answer.ring == "member")
@@ -433,6 +444,7 @@ class Daemon:
         try:
             for task_id in sweep(self._store, clock_ms(), self._node.kept_ids()):
                 self.blobs.revoke(task_id)
+            self.blobs.sweep(clock_ms() - 2 * limits.RESULT_RETENTION_MS)
         except StorageError as error:
             self._log("error", "storage.sweep_failed", reason=error.message)
 
@@ -451,6 +463,7 @@ class Daemon:
 
     def _gauges(self) -> dict[str, float]:
         rooms = self._node.rooms
+        scores = [rooms.members.reputation.score(peer, clock_ms()).total for peer in self._node.ctx.links]
         rtts = [link.rtt_ms for link in self.switch.links() if link.rtt_ms]
         return {
             "peers_connected": len(self._node.ctx.links),
@@ -458,6 +471,7 @@ class Daemon:
             "tasks_open": len(rooms.tasks.open),
             "runs_active": len(rooms.jobs.running),
             "wallet_balance": rooms.books.purse.available_ucr / 1_000_000,
+            "reputation_score": sum(scores) / len(scores) if scores else 0.5,
             "rtt_seconds": sum(rtts) / len(rtts) / 1000 if rtts else 0.0,
             "memory_bytes": rss_bytes(),
             "storage_bytes": self._store.size() + self.blobs.total_bytes,
@@ -480,18 +494,3 @@ def archive(home: Home, *, keep_owner: bool) -> None:
     for path in names:
         if path.exists():
             os.replace(path, target / path.name)
-
-
-def rss_bytes() -> int:
-    """This process's resident memory; 0 where the platform does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        pass
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if platform.system() == "Darwin" else used * 1024

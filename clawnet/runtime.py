@@ -15,7 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from clawnet import limits
-from clawnet.errors import BusyError, ClawnetError, InternalError, StorageError, StorageFullError, UnreachableError
+from clawnet.errors import (
+    BusyError,
+    ClawnetError,
+    InternalError,
+    NotPermittedError,
+    StorageError,
+    StorageFullError,
+    UnreachableError,
+)
 from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
 from clawnet.storage.queries import is_quick
 from clawnet.wire import events as e
@@ -457,6 +465,16 @@ class Runtime:
         ).as_dict()
         for call in sorted(calls):
             self.ipc.reply(call, None, lost)
+
+    def retire(self, but: int) -> None:
+        """This loop makes room for another: no further turn, runs end, and who waits is told (the call `but` is kept)."""
+        self.stopped = True
+        for job in sorted(self._jobs):
+            self.executor.stop(job)
+        left = NotPermittedError("this node has left its mesh for another one").as_dict()
+        for call in sorted(self._calls - {but}):
+            self.ipc.reply(call, None, left)
+        self._calls.clear()
 
     def _begin(self, effects: list[e.Effect]) -> None:
         """Performs what the new node owes at its start; when the disk has no room for it, a rest and another try."""
