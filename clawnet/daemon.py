@@ -1,4 +1,4 @@
-"""The composition root: one plain function builds a node's daemon out of its parts and runs it until it is told to stop."""
+"""The composition root: one plain function builds a node's daemon out of its parts and runs it until it is to stop."""
 
 from __future__ import annotations
 
@@ -359,7 +359,7 @@ class Daemon:
 
     async def _become_member(self, effect: e.Adopt) -> dict[str, Any]:
         answer = effect.answer
-        charter, mesh = read_charter(answer.charter)
+        _, mesh = read_charter(answer.charter)
         chain = list(answer.certificates)
         owner = KeyPair.load(self.home.owner_key)
         if answer.ring == "member":

@@ -467,7 +467,7 @@ class Runtime:
             self.ipc.reply(call, None, lost)
 
     def retire(self, but: int) -> None:
-        """This loop makes room for another: no further turn, runs end, and who waits is told (the call `but` is kept)."""
+        """This loop makes room for another: no further turn, runs end, who waits is told (but for the call `but`)."""
         self.stopped = True
         for job in sorted(self._jobs):
             self.executor.stop(job)
