@@ -276,6 +276,7 @@ class DaemonStatus(Answer):
     balance: str | None = None
     memory_rss_bytes: int = 0
     storage_bytes: int = 0
+    activity: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 

@@ -33,7 +33,7 @@ _PEER_ID_CHARS_MAX = 128
 class KeyPair:
     """A secret Ed25519 key with its public half; its repr never shows the secret."""
 
-    __slots__ = ("_secret", "peer_id", "public")
+    __slots__ = ("_secret", "peer_id", "public", "signed_total")
 
     def __init__(self, seed: bytes) -> None:
         if len(seed) != SEED_BYTES:
@@ -41,6 +41,7 @@ class KeyPair:
         self.public: bytes
         self.public, self._secret = bindings.crypto_sign_seed_keypair(seed)
         self.peer_id = peer_id_of(self.public)
+        self.signed_total = 0
 
     @classmethod
     def from_seed(cls, seed: bytes) -> KeyPair:
@@ -71,6 +72,7 @@ class KeyPair:
 
     def sign(self, message: bytes) -> bytes:
         """The 64-byte signature of a message."""
+        self.signed_total += 1
         return bindings.crypto_sign(message, self._secret)[:SIGNATURE_BYTES]
 
     def __repr__(self) -> str:

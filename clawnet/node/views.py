@@ -342,5 +342,10 @@ class Views:
             "capabilities": list(rooms.members.card.capabilities),
             "shell": dict.fromkeys(rooms.members.card.shell_rings, "yes"),
             "balance": format_credits(rooms.books.purse.available_ucr),
+            "activity": {
+                "tasks_open": len(rooms.tasks.open),
+                "jobs_open": len(rooms.jobs.jobs),
+                "obligations_open": len(rooms.outbox.rows),
+            },
             "warnings": rooms.calls.warnings(),
         }
