@@ -17,6 +17,7 @@ import pytest
 from clawnet.errors import ClawnetError
 from clawnet.ipc.server import IpcServer
 from clawnet.paths import Home
+from tests.cli.harness import Node, Nodes, answers
 
 TASK_ID = "00112233445566778899aabbccddeeff"
 PARTY = {"peer_id": "12D3KooWBob", "name": "bob", "ring": "member"}
@@ -173,6 +174,34 @@ def node(home: Home) -> Iterator[Script]:
     script = Script(home)
     yield script
     script.stop()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """Makes real nodes for one test."""
+    made = Nodes()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Iterator[list[Node]]:
+    """Three real nodes in one mesh, for all tests that leave them as they found them."""
+    made = Nodes()
+    try:
+        three = made.mesh("alice", "bob", "carol")
+        if three[1].ask("status")["shell"]["member"] != "sandboxed":
+            pytest.skip("bubblewrap not installed")
+        yield three
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def alice(mesh: list[Node]) -> Iterator[Node]:
+    """The node that founded the mesh; whatever a test did to it, all three go on serving."""
+    yield mesh[0]
+    assert answers(mesh)
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -50,9 +50,8 @@ class Done(NamedTuple):
 
     def json(self, kind: str | None = None) -> Any:
         """The object on stdout; with `kind` checked against the struct that documents that command's answer."""
-        if kind is not None:
-            msgspec.json.decode(self.out, type=ANSWERS[kind], strict=True)
-        return json.loads(self.out)
+        value = json.loads(self.out)
+        return value if kind is None else checked(value, ANSWERS[kind])
 
     def rows(self) -> list[list[str]]:
         """The tab-separated rows."""
@@ -312,10 +311,23 @@ def read_until(stream: Any, wanted: bytes) -> bytes:
     return data
 
 
-def as_task(value: dict[str, Any]) -> dict[str, Any]:
-    """The same object, after it was checked against the documented form of a task."""
-    msgspec.convert(value, type=Task, strict=True)
+def checked(value: Any, form: Any = Task) -> Any:
+    """The same value, after it was held against the documented form: nothing missing, nothing untold."""
+    told = msgspec.to_builtins(msgspec.convert(value, type=form, strict=True))
+    assert not (extra := list(_beyond(value, told, ""))), extra
     return value
+
+
+def _beyond(value: Any, told: Any, place: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in told:
+                yield f"{place}.{key}"
+            else:
+                yield from _beyond(item, told[key], f"{place}.{key}")
+    elif isinstance(value, list):
+        for number, (item, known) in enumerate(zip(value, told, strict=True)):
+            yield from _beyond(item, known, f"{place}[{number}]")
 
 
 def answers(nodes: Sequence[Node]) -> bool:
