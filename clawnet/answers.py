@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from msgspec import field
 
+from clawnet.answers_demo import Demo
 from clawnet.answers_local import LOCAL_ANSWERS
 from clawnet.answers_market import *  # noqa: F403 - one vocabulary in two files
 from clawnet.answers_market import (
@@ -333,6 +334,7 @@ ANSWERS: Final[dict[str, Any]] = {
     "daemon status": DaemonStatus,
     "daemon stop": Stopped,
     "daemon restart": DaemonStatus,
+    "demo": Demo,
     "doctor": DoctorReport,
     "market bids": BidList,
     "market cancel": CancelAnswer,

@@ -76,7 +76,7 @@ def start(
             return False
         if fresh and not home.mesh_file.exists():
             say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
-        _spawn_and_wait(home, [*(program or _program()), *_arguments(home)], environ, deadline)
+        _wait(home, spawn(home, environ, program), deadline)
     return True
 
 
@@ -88,21 +88,30 @@ def _arguments(home: Home) -> list[str]:
     return ["--home", str(home.dir), *config, "daemon", "run", "--json"]
 
 
-def _spawn_and_wait(home: Home, command: list[str], environ: Mapping[str, str], deadline: float) -> None:
-    said = home.run_dir / "daemon.out"
+def spawn(home: Home, environ: Mapping[str, str], program: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
+    """Starts the daemon of `home` without waiting for it; `failure` explains an early end. Raises ConfigError."""
+    command = [*(program or _program()), *_arguments(home)]
     child_environ = environment(environ)
-    # What a terminal would show goes to the log file; `said` then holds only what went wrong before there was a log.
+    # What a terminal would show goes to the log file; this file then holds only what went wrong before there was a log.
     child_environ["CLAWNET_LOG_OUTPUT"] = "file"
+    said = _said(home)
     try:
         with said.open("wb") as out:
             said.chmod(0o600)
-            process = _spawn(command, out, home.dir, child_environ)
+            return _spawn(command, out, home.dir, child_environ)
     except OSError as error:
         raise ConfigError(f"cannot start the daemon ({command[0]}): {error.strerror or error}") from error
+
+
+def _said(home: Home) -> Path:
+    return home.run_dir / "daemon.out"
+
+
+def _wait(home: Home, process: subprocess.Popen[bytes], deadline: float) -> None:
     while not _answers(home):
         code = process.poll()
         if code is not None and not (code == 0 and _answers_soon(home, deadline)):
-            raise _explain(said, code)
+            raise failure(home, code)
         _pause(deadline, home)
     # It outlives this process by design: nobody waits for it here.
     process.returncode = 0
@@ -134,8 +143,9 @@ def _pause(deadline: float, home: Home) -> None:
     time.sleep(_POLL_S)
 
 
-def _explain(said: Path, code: int) -> ClawnetError:
-    """The error that ended a daemon at its start, from the last lines it wrote."""
+def failure(home: Home, code: int) -> ClawnetError:
+    """The error that ended a daemon at its start with this exit code, from the last lines it wrote."""
+    said = _said(home)
     lines = [line for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
     for line in reversed(lines[-20:]):
         try:

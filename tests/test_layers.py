@@ -66,6 +66,8 @@ NODE_COMMANDS = {
     "config.py",
     "daemon.py",
     "demo.py",
+    "demo_mesh.py",
+    "demo_report.py",
     "doctor.py",
     "identity.py",
     "init.py",
