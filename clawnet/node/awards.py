@@ -1,22 +1,19 @@
-"""After the auction: lock, accept, run, result, release, key. The life of an attempt, seen from the requester."""
+"""After the auction: award, lock, accept, reject, waiver, reassignment, timers. The requester's side of an attempt."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError, TimedOutError, VerificationError
+from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError, TimedOutError
 from clawnet.identity.keys import verify
 from clawnet.ledger import statements
-from clawnet.ledger.entries import ReleaseItem
-from clawnet.ledger.seal import content_key
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
 from clawnet.node.context import Context
-from clawnet.node.views import SMALL_STREAMS_BYTES
 from clawnet.reputation.receipts import Outcome, outcome_of_waiver
-from clawnet.wire.events import BlobReady, Fetch, GrantBlob, MessageIn, Open, Opened, RevokeBlobs
+from clawnet.wire.events import GrantBlob, MessageIn, RevokeBlobs
 from clawnet.wire.messages import (
     Accept,
     Ack,
@@ -27,7 +24,6 @@ from clawnet.wire.messages import (
     Output,
     Progress,
     Reject,
-    Result,
     Waiver,
     Winner,
 )
@@ -100,13 +96,13 @@ class Awards:
 
     def lock_failed(self, task: Task, attempt: Attempt, error: ClawnetError) -> None:
         """No lock could be written (funds, open lines, read-only chain): the task ends with that error."""
-        self._close(attempt, "unfunded", error.message)
+        self.close(attempt, "unfunded", error.message)
         attempt.paying = False
         self._rooms.tasks.finish(task, "failed", error)
 
     def no_line(self, task: Task, attempt: Attempt) -> None:
         """The limit of open lines is reached: the auction is held again when some have ended."""
-        self._close(attempt, "unfunded", "open lines")
+        self.close(attempt, "unfunded", "open lines")
         attempt.paying = False
         self._rooms.tasks.move(task, "reassigned", "the limit of open escrow lines is reached")
         self._rooms.auctions.pause(task)
@@ -115,7 +111,7 @@ class Awards:
         """A claim in the executor's valid chain shows the key of this line's release."""
         found = self._by_line.get((lock_seq, line))
         if found is not None:
-            self.claimed(*found, key)
+            self._rooms.results.claimed(*found, key)
 
     def _send_award(self, task: Task, attempt: Attempt) -> None:
         rooms = self._rooms
@@ -148,22 +144,22 @@ class Awards:
             entries=self._rooms.books.segment(attempt.peer, attempt.known_seq, attempt.lock_seq),
         )
 
-    def _of_about(self, name: bytes) -> tuple[Task, Attempt] | None:
+    def of_about(self, name: bytes) -> tuple[Task, Attempt] | None:
         task = self._rooms.tasks.open.get(name[:16])
         n = int.from_bytes(name[16:], "big")
         return (task, task.attempts[n]) if task is not None and n < len(task.attempts) else None
 
     def _rebuild_winner(self, name: bytes) -> Winner | None:
-        found = self._of_about(name)
+        found = self.of_about(name)
         if found is None or found[1].state not in ("awarded", "locked") or name[:16] not in self.documents:
             return None
         return self._winner(*found)
 
     def _rebuild_lock(self, name: bytes) -> EscrowLock | None:
-        found = self._of_about(name)
+        found = self.of_about(name)
         return self._lock(*found) if found is not None and found[1].state == "locked" else None
 
-    def _find(self, event: MessageIn, task_id: bytes, n: int) -> tuple[Task, Attempt] | None:
+    def find(self, event: MessageIn, task_id: bytes, n: int) -> tuple[Task, Attempt] | None:
         task = self._rooms.tasks.open.get(task_id)
         if task is None or n >= len(task.attempts) or task.attempts[n].peer != event.peer:
             return None
@@ -175,7 +171,7 @@ class Awards:
         """The executor has durably taken it."""
         self._rooms.outbox.settle(Kind.MARKET_WINNER, event.peer, about(message.task_id, message.attempt))
         self._rooms.outbox.settle(Kind.MARKET_ESCROW_LOCK, event.peer, about(message.task_id, message.attempt))
-        found = self._find(event, message.task_id, message.attempt)
+        found = self.find(event, message.task_id, message.attempt)
         if found is None or found[1].state not in ("awarded", "locked"):
             return
         task, attempt = found
@@ -188,10 +184,10 @@ class Awards:
 
     def reject(self, event: MessageIn, message: Reject) -> None:
         """Durably not started: the line comes back, and the slot may move whatever the retries say."""
-        self._acknowledge(event)
+        self.acknowledge(event)
         self._rooms.outbox.settle(Kind.MARKET_WINNER, event.peer, about(message.task_id, message.attempt))
         self._rooms.outbox.settle(Kind.MARKET_ESCROW_LOCK, event.peer, about(message.task_id, message.attempt))
-        found = self._find(event, message.task_id, message.attempt)
+        found = self.find(event, message.task_id, message.attempt)
         if found is None or found[1].state not in ("awarded", "locked"):
             return
         task, attempt = found
@@ -202,7 +198,7 @@ class Awards:
 
     def progress(self, event: MessageIn, message: Progress) -> None:
         """The attempt lives."""
-        found = self._find(event, message.task_id, message.attempt)
+        found = self.find(event, message.task_id, message.attempt)
         if found is None:
             return
         task, attempt = found
@@ -213,7 +209,7 @@ class Awards:
 
     def output(self, event: MessageIn, message: Output) -> None:
         """A preview of the output, from rings own and member only (LEDGER.md: preview)."""
-        found = self._find(event, message.task_id, message.attempt)
+        found = self.find(event, message.task_id, message.attempt)
         if found is None or not found[1].paying:
             return
         found[1].heard_ms = self._ctx.now
@@ -221,8 +217,8 @@ class Awards:
 
     def waiver(self, event: MessageIn, message: Waiver) -> None:
         """The attempt ends without a result: the line comes back; with retries left the slot moves."""
-        self._acknowledge(event)
-        found = self._find(event, message.task_id, message.attempt)
+        self.acknowledge(event)
+        found = self.find(event, message.task_id, message.attempt)
         if found is None or found[1].state not in WAIVABLE:
             return
         task, attempt = found
@@ -235,7 +231,7 @@ class Awards:
         text = message.report.decode("utf-8", "replace")
         self._move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
 
-    def _acknowledge(self, event: MessageIn) -> None:
+    def acknowledge(self, event: MessageIn) -> None:
         if event.obligation is not None:
             self._ctx.send(event.peer, Ack(event.obligation), event.id)
 
@@ -243,7 +239,7 @@ class Awards:
         """A refund by waiver; without a valid one the line waits for its expiry."""
         self._rooms.tasks.touch(task)
         if attempt.lock_seq < 0:
-            self._close(attempt, attempt.state, attempt.reason)
+            self.close(attempt, attempt.state, attempt.reason)
             return
         try:
             terms = statements.Waiver.verified(waiver, self._rooms.books.key_of(attempt.account), verify)
@@ -254,192 +250,9 @@ class Awards:
             attempt.waiver = waiver
             self._rooms.books.refund(task, attempt, waiver)
 
-    # --- result
-
-    def result(self, event: MessageIn, message: Result) -> None:
-        """The sealed result (LEDGER.md section 6, step 5), or in ring own the plain one."""
-        found = self._find(event, message.task_id, message.attempt)
-        if found is None:
-            self._acknowledge(event)
-            return
-        task, attempt = found
-        if attempt.state in ("awarded", "locked"):
-            self.accept(event, Accept(message.task_id, message.attempt))
-        if attempt.state != "accepted":
-            if attempt.state not in ("delivering", "fetching"):
-                self._acknowledge(event)
-            return
-        self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
-        if attempt.lock_seq >= 0 and not self._note_good(task, attempt, message):
-            self._acknowledge(event)
-            return
-        attempt.delivered_ms = attempt.heard_ms = self._ctx.now
-        attempt.cpu_s, attempt.memory_bytes_max = message.cpu_s, message.memory_bytes_max
-        attempt.duration_s, attempt.waiver = message.duration_s, message.waiver
-        attempt.inline, attempt.blob, attempt.blob_bytes = bool(message.inline), message.blob, message.blob_bytes
-        if message.inline:
-            self._stored(task, attempt, message.inline)
-            if attempt.lock_seq < 0:
-                self._acknowledge(event)
-        else:
-            self._fetch(task, attempt)
-        self._rooms.tasks.touch(task)
-        self.arm(task)
-
-    def _note_good(self, task: Task, attempt: Attempt, message: Result) -> bool:
-        try:
-            note = statements.Note.verified(message.note, self._rooms.books.key_of(attempt.account), verify)
-        except RemoteError as error:
-            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=error.message)
-            return False
-        good = (
-            (note.payer, note.lock_hash, note.line, note.part)
-            == (self._ctx.account, attempt.lock_hash, attempt.line, 1)
-            and 0 < note.amount_ucr <= attempt.price_ucr
-            and note.ct_bytes <= limits.RESULT_BYTES_MAX + limits.MIB
-            and (note.ct_hash, note.ct_bytes) == (message.blob, message.blob_bytes)
-        )
-        if not good:
-            self._ctx.log("security", "note.refused", peer=attempt.peer, reason="its fields are not of this attempt")
-            return False
-        attempt.note, attempt.key_hash, attempt.released_ucr = message.note, note.key_hash, note.amount_ucr
-        return True
-
-    def _fetch(self, task: Task, attempt: Attempt) -> None:
-        attempt.state = "fetching"
-        request = b"result:" + about(task.task_id, attempt.n)
-        blobs = ((attempt.blob, attempt.blob_bytes),)
-        self._ctx.out.append(Fetch(request, attempt.peer, task.task_id, blobs))
-
-    def blob_ready(self, event: BlobReady) -> None:
-        """The sealed blob is here and synced, or its executor could not serve it now."""
-        found = self._of_about(event.request[len(b"result:") :])
-        if found is None or found[1].state != "fetching":
-            return
-        task, attempt = found
-        if event.reason:
-            attempt.state = "accepted"
-            self._ctx.log("warn", "result.fetch_failed", task=task.task_id.hex(), reason=event.reason)
-        else:
-            self._stored(task, attempt, b"")
-        self._rooms.tasks.touch(task)
-        self.arm(task)
-
-    def _stored(self, task: Task, attempt: Attempt, inline: bytes) -> None:
-        """The sealed result is durable with this turn: with a lock the release is written beside it."""
-        ctx, rooms = self._ctx, self._rooms
-        if inline:
-            ctx.put("results", task.task_id, attempt.n, inline)
-            rooms.results[about(task.task_id, attempt.n)] = inline
-        if attempt.paying and task.state in ("awarded", "executing"):
-            if task.state == "awarded":
-                rooms.tasks.move(task, "executing", "accepted")
-            rooms.tasks.move(task, "delivered", "result received")
-        if attempt.lock_seq < 0:
-            attempt.state = "claimed"
-            self._open(task, attempt)
-        elif not attempt.paying:
-            attempt.state = "unpaid"
-            name = about(task.task_id, attempt.n)
-            rooms.outbox.oblige(attempt.peer, Cancel(task.task_id, attempt.n, "slot moved"), name)
-        else:
-            attempt.state = "delivering"
-            item = ReleaseItem(
-                attempt.lock_seq,
-                attempt.line,
-                1,
-                attempt.released_ucr,
-                attempt.key_hash,
-                statements.note_hash(attempt.note),
-            )
-            rooms.books.release(task, attempt, item)
-
-    def released(self, task: Task, attempt: Attempt, seq: int) -> None:
-        """The release is in the own chain, in the transaction that holds the sealed result."""
-        attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
-        if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
-            self._rooms.books.refund(task, attempt, attempt.waiver)
-        self._rooms.tasks.touch(task)
-        self.arm(task)
-
-    def claimed(self, task: Task, attempt: Attempt, key: bytes) -> None:
-        """The executor's claim is in its valid chain; the key in it opens the result."""
-        if attempt.state != "released":
-            return
-        attempt.state, attempt.escrow, attempt.key = "claimed", "claimed", key
-        self._rooms.tasks.touch(task)
-        self._open(task, attempt)
-
-    def _open(self, task: Task, attempt: Attempt) -> None:
-        name = about(task.task_id, attempt.n)
-        inline = self._rooms.results.pop(name, b"")
-        key = content_key(attempt.key, task.secret) if attempt.key else None
-        if not inline and attempt.inline:
-            self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows))
-            return
-        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes))
-
-    def _reopen(self, name: bytes, rows: tuple[object, ...]) -> None:
-        found = self._of_about(name)
-        if found is None:
-            return
-        task, attempt = found
-        row = rows[0] if rows else None
-        if not isinstance(row, tuple):
-            self._ctx.log("error", "result.missing", task=task.task_id.hex())
-            return
-        self._rooms.results[name] = row[-1]
-        self._open(task, attempt)
-
-    def opened(self, event: Opened) -> None:
-        """The outcome is known; the task is settled, or the proof against the executor is kept."""
-        found = self._of_about(event.request)
-        if found is None or found[1].state != "claimed":
-            return
-        task, attempt = found
-        rooms = self._rooms
-        good = not event.reason
-        self._close(attempt, "done", event.reason)
-        if task.state not in FINAL_STATES:
-            rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
-            self._keep(task, attempt, event.bundle)
-            rooms.tasks.move(task, "verified", "opened" if good else event.reason)
-            error = (
-                None
-                if good
-                else VerificationError(
-                    f"the result of {attempt.peer[-8:]} does not open: {event.reason}",
-                    hint="the proof is kept with the task",
-                )
-            )
-            rooms.tasks.finish(task, "settled", error)
-        elif good and task.result is None:
-            self._keep(task, attempt, event.bundle)
-        rooms.tasks.touch(task)
-
-    def _keep(self, task: Task, attempt: Attempt, bundle: Any) -> None:
-        """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one."""
-        if bundle is None:
-            return
-        ctx = self._ctx
-        result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
-        result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
-        stdout, stderr = result["stdout"], result["stderr"]
-        if stdout is None or stderr is None:
-            ctx.delete("results", task.task_id, attempt.n)
-        elif len(stdout) + len(stderr) <= SMALL_STREAMS_BYTES:
-            if attempt.inline:
-                ctx.delete("results", task.task_id, attempt.n)
-        else:
-            result["stdout"] = result["stderr"] = None
-            result["row"] = attempt.n
-            ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
-            self._rooms.views.keep_streams(task.task_id, stdout, stderr)
-        task.result = result
-
     # --- ends
 
-    def _close(self, attempt: Attempt, state: str, reason: str = "") -> None:
+    def close(self, attempt: Attempt, state: str, reason: str = "") -> None:
         attempt.state, attempt.closed = state, True
         self._by_line.pop((attempt.lock_seq, attempt.line), None)
         if reason:
@@ -451,7 +264,7 @@ class Awards:
         if attempt.state in ("released", "claimed", "done"):
             return
         attempt.escrow = "refunded"
-        self._close(attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
+        self.close(attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
         self._rooms.outbox.settle(Kind.TASK_CANCEL, attempt.peer, about(task.task_id, attempt.n))
         if attempt.paying and task.state not in FINAL_STATES and task.state == "executing":
             error = ExecutorLostError(f"{attempt.peer[-8:]} delivered nothing in time")
@@ -506,11 +319,11 @@ class Awards:
             if attempt.lock_seq >= 0:
                 self._by_line[(attempt.lock_seq, attempt.line)] = (task, attempt)
             if attempt.state == "fetching":
-                self._fetch(task, attempt)
+                self._rooms.results.fetch(task, attempt)
             elif attempt.state == "delivering":
-                self._stored(task, attempt, b"")
+                self._rooms.results.stored(task, attempt, b"")
             elif attempt.state == "claimed":
-                self._open(task, attempt)
+                self._rooms.results.open(task, attempt)
         self.arm(task)
 
     def arm(self, task: Task) -> None:
@@ -558,7 +371,7 @@ class Awards:
                 if not attempt.refunded:
                     self._rooms.books.refund(task, attempt, None)
             elif attempt.lock_seq < 0 and ctx.now >= attempt.expiry_ms and attempt.state in RUNNING:
-                self._close(attempt, "lost", "no word until its expiry")
+                self.close(attempt, "lost", "no word until its expiry")
                 if task.state not in FINAL_STATES:
                     self._rooms.tasks.finish(
                         task, "failed", ExecutorLostError("the executor delivered nothing in time")

@@ -207,7 +207,7 @@ class Books:
                 continue
             peers: dict[str, None] = {}
             for one in part:
-                self._rooms.awards.released(one.task, one.attempt, entry.seq)
+                self._rooms.results.released(one.task, one.attempt, entry.seq)
                 peers[one.attempt.peer] = None
             self._settle(peers, RELEASE, entry.seq)
 
@@ -254,7 +254,7 @@ class Books:
                 return
             self._claimed_jobs[entry.seq] = jobs
             for job in jobs:
-                self._rooms.jobs.paid(job, entry.seq)
+                self._rooms.pay.paid(job, entry.seq)
             self._settle({peer: None for peer in told if peer and peer != self._ctx.me}, CLAIM, entry.seq)
 
     def _claimable(self, payable: Payable) -> tuple[ClaimItem | None, Job | None]:
@@ -264,13 +264,13 @@ class Books:
         """
         if payable.kind != EntryKind.RELEASE:
             return claim_item(payable, None), None
-        job = self._rooms.jobs.released(payable.payer, payable.lock_seq, payable.line)
+        job = self._rooms.pay.released(payable.payer, payable.lock_seq, payable.line)
         if job is None or job.state != "delivered":
             return None, None
         if check_release(self.book, payable, job.amount_ucr, job.key_hash, job.note_hash):
-            self._rooms.jobs.underpaid(job)
+            self._rooms.pay.underpaid(job)
             return None, None
-        return claim_item(payable, self._rooms.jobs.key_of(job)), job
+        return claim_item(payable, self._rooms.pay.key_of(job)), job
 
     def _try(self, write: Any, items: list[Any]) -> Parsed | None:
         """One entry, or a log line when the ledger refuses it now (a read-only chain); the caller keeps what it owes."""
@@ -342,7 +342,7 @@ class Books:
         if about.startswith(CLAIM):
             for job in self._claimed_jobs.pop(int.from_bytes(about[-8:], "big"), []):
                 if job.peer == peer:
-                    self._rooms.jobs.acknowledged(job)
+                    self._rooms.pay.acknowledged(job)
 
     def load_claimed(self, job: Job) -> None:
         """At start-up: a job whose claim its payer has not acknowledged."""
@@ -409,7 +409,7 @@ class Books:
             self._claims_seen(parsed, outcome, peer)
         elif isinstance(body, Refund):
             for item in body.items:
-                self._rooms.jobs.line_ended(parsed.account, item.lock_seq, item.line)
+                self._rooms.pay.line_ended(parsed.account, item.lock_seq, item.line)
         elif isinstance(body, Release) or parsed.kind in (EntryKind.GRANT, EntryKind.SEND):
             if any(payable is not None and payable.payee == ctx.account for payable in outcome.payables):
                 self._claim_from[parsed.account] = None

@@ -1,4 +1,4 @@
-"""The executor's side: bids for offers, takes awards, runs them within its slots, delivers sealed, claims its pay."""
+"""The executor's side of an award: takes or refuses it, fetches its inputs, runs it within the slots, hands back."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from clawnet.errors import RemoteError
 from clawnet.ledger import taskdoc
 from clawnet.ledger.entries import parse
 from clawnet.ledger.lockcheck import Expected, check_lock
-from clawnet.ledger.seal import content_key, derive_key, key_hash
-from clawnet.ledger.statements import Note, note_hash
-from clawnet.ledger.statements import Waiver as WaiverStatement
+from clawnet.ledger.seal import content_key, key_hash
 from clawnet.market import taskspec
-from clawnet.market.pricing import Durations, Rates, Workload, duration_keys, price, quote, rates_from
+from clawnet.market.pricing import Workload, duration_keys, price
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job, encode
 from clawnet.node.context import Context
-from clawnet.reputation.receipts import Outcome
-from clawnet.wire.blobid import blob_id
+from clawnet.node.pay import PULLS_MS
 from clawnet.wire.events import (
     BlobReady,
     Fetch,
-    GrantBlob,
     MessageIn,
-    RevokeBlobs,
     Run,
     StopRun,
     TaskExited,
@@ -39,16 +34,12 @@ from clawnet.wire.jobspec import InputRef, JobSpec
 from clawnet.wire.messages import (
     Accept,
     Ack,
-    Bid,
     Cancel,
-    Decline,
     EscrowLock,
-    Offer,
     Output,
     Progress,
     Reject,
     Requirements,
-    Result,
     Waiver,
     Winner,
 )
@@ -57,7 +48,6 @@ if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 ACTIVE = ("fetching", "queued", "running")
-PULLS_MS = (10_000, 60_000, 600_000, 3_600_000)
 CANCELLED_KEPT_MAX = 4_096
 
 
@@ -75,76 +65,22 @@ class _Award(Struct):
 
 
 class Jobs:
-    """Jobs by id; which run, which wait, which line pays which."""
+    """Jobs by id; which run, which wait."""
 
-    def __init__(self, ctx: Context, rooms: Rooms, *, os_family: str, escrow_seed: bytes) -> None:
+    def __init__(self, ctx: Context, rooms: Rooms, os_family: str) -> None:
         self._ctx = ctx
         self._rooms = rooms
-        self._seed = escrow_seed
         self.os_family = os_family
         self.jobs: dict[bytes, Job] = {}
         self._awards: dict[bytes, _Award] = {}
-        self.by_line: dict[tuple[bytes, int, int], bytes] = {}
         self.running: dict[bytes, None] = {}
-        self._queue: deque[bytes] = deque()
-        self._documents: dict[bytes, taskdoc.TaskDocument] = {}
+        self.queue: deque[bytes] = deque()
+        self.documents: dict[bytes, taskdoc.TaskDocument] = {}
         self._cancelled: OrderedDict[bytes, None] = OrderedDict()
         self._over: dict[bytes, None] = {}
         self._dirty: dict[bytes, Job] = {}
-        self.durations = Durations()
-        self._rates: Rates = rates_from(ctx.config)
         self.slots = 0
-        self._queue_max = ctx.config.integer("execution.queue_max")
         self._progress_armed = False
-        self._enabled = ctx.config.flag("market.enabled")
-
-    # --- bidding
-
-    def workload(self) -> Workload:
-        """What stands before one more task."""
-        committed = (
-            len(self.running) + len(self._queue) + sum(1 for job in self.jobs.values() if job.state == "fetching")
-        )
-        ahead_s = sum(self.jobs[job].estimated_s for job in (*self.running, *self._queue))
-        return Workload(self.slots, committed, ahead_s, self._queue_max)
-
-    def offer(self, event: MessageIn, offer: Offer) -> None:
-        """A fixed price for the whole task, or the reason why not."""
-        ctx, rooms = self._ctx, self._rooms
-        ring = rooms.members.ring_of(event.peer)
-        refusal = None
-        if ring != "own":
-            refusal = rooms.members.refuses_work_for(event.peer) if self._enabled else Reason.POLICY
-        terms = refusal or quote(
-            offer,
-            card=rooms.members.card,
-            ring=ring,
-            workload=self.workload(),
-            durations=self.durations,
-            rates=self._rates,
-            now_ms=ctx.now,
-            draining=ctx.draining,
-        )
-        if isinstance(terms, Reason):
-            ctx.send(event.peer, Decline(offer.task_id, offer.round, terms.value), event.id)
-            return
-        account = rooms.members.account_of(event.peer)
-        head = rooms.books.book.head(account) if account != ctx.account else None
-        bid = Bid(
-            task_id=offer.task_id,
-            round=offer.round,
-            price_ucr=terms.price_ucr,
-            estimated_s=terms.estimated_s,
-            queue_wait_s=terms.queue_wait_s,
-            confidence=terms.confidence,
-            capability_hash=rooms.members.card_hash,
-            load=terms.load,
-            energy_cost=terms.energy_cost,
-            nonce=ctx.entropy(16),
-            known_seq=head[0] if head else -1,
-            known_hash=head[1] if head else bytes(32),
-        )
-        ctx.send(event.peer, bid, event.id)
 
     # --- taking an award
 
@@ -183,7 +119,7 @@ class Jobs:
         )
         award = self._awards.get(identifier) or _Award(job, message.document)
         award.job, award.document = job, message.document
-        self._documents[identifier] = document
+        self.documents[identifier] = document
         if not message.locked:
             if ring != "own" or message.price_ucr:
                 self._refuse(event.peer, message.task_id, message.attempt, "policy", "no lock")
@@ -237,7 +173,7 @@ class Jobs:
             exposure_max_ucr=self._ctx.config.amount_ucr("ledger.exposure_max"),
             open_lines_max=books.terms.open_lines_max,
             banned=self._rooms.members.banned(job.peer),
-            used=(job.account, lock.lock_seq, lock.line) in self.by_line,
+            used=(job.account, lock.lock_seq, lock.line) in self._rooms.pay.by_line,
         )
         verdict = check_lock(books.book, parse(lock_entry), lock.line, expected, self._ctx.now)
         self._awards.pop(job.job, None)
@@ -250,7 +186,7 @@ class Jobs:
     def _admit(self, award: _Award) -> None:
         """Accepts what is good and fits, durably, and fetches its inputs or queues it."""
         job, ctx = award.job, self._ctx
-        document = self._documents[job.job]
+        document = self.documents[job.job]
         reason = self._objection(job, document)
         if reason:
             self._refuse(job.peer, job.task_id, job.attempt, reason, "", job)
@@ -258,12 +194,14 @@ class Jobs:
         requirements_size = len(award.document) + sum(item.bytes for item in document.inputs)
         payload = self._payload(document)
         job.duration_key = duration_keys(job.kind, self._requirements(payload), requirements_size)[0]
-        estimate = self.durations.estimate((job.duration_key, job.duration_key.rpartition("|")[0]), job.kind)
+        estimate = self._rooms.bidding.durations.estimate(
+            (job.duration_key, job.duration_key.rpartition("|")[0]), job.kind
+        )
         job.estimated_s = estimate.estimated_s
         job.retries = 1 if job.kind != "shell" else 0
         self.jobs[job.job] = job
         if job.lock_seq >= 0:
-            self.by_line[(job.account, job.lock_seq, job.line)] = job.job
+            self._rooms.pay.by_line[(job.account, job.lock_seq, job.line)] = job.job
         ctx.put("documents", job.job, award.document)
         ctx.send(job.peer, Accept(job.task_id, job.attempt))
         self._start(job, document)
@@ -274,7 +212,7 @@ class Jobs:
 
     def _objection(self, job: Job, document: taskdoc.TaskDocument) -> str:
         """Why an award with a good lock is still not taken; "" when it is."""
-        workload = self.workload()
+        workload = self._rooms.bidding.workload()
         if job.job in self._cancelled:
             return "cancelled"
         if self._ctx.draining:
@@ -291,19 +229,13 @@ class Jobs:
             return Reason.TOO_LARGE.value
         return ""
 
-    def _waiver(self, job: Job, after_part: int = 0) -> bytes:
-        if job.lock_seq < 0:
-            return b""
-        statement = WaiverStatement(self._rooms.books.mesh, job.account, job.lock_hash, job.line, after_part)
-        return statement.signed(self._ctx.ports.sign)
-
     def _refuse(self, peer: str, task_id: bytes, attempt: int, reason: str, text: str, job: Job | None = None) -> None:
         """REJECT, with the waiver that frees the line; durable through the outbox."""
         identifier = job_id(peer, task_id, attempt)
         self._awards.pop(identifier, None)
-        self._documents.pop(identifier, None)
+        self.documents.pop(identifier, None)
         self._over[identifier] = None
-        waiver = self._waiver(job) if job is not None else b""
+        waiver = self._rooms.pay.waiver(job) if job is not None else b""
         self._rooms.outbox.oblige(peer, Reject(task_id, attempt, reason, text[:200], waiver), identifier)
         self._ctx.count("jobs_total", "rejected")
 
@@ -316,9 +248,9 @@ class Jobs:
     def _start(self, job: Job, document: taskdoc.TaskDocument) -> None:
         """Inputs first; then a slot."""
         job.state = "fetching" if document.inputs else "queued"
-        self._touch(job)
+        self.touch(job)
         if not document.inputs:
-            self._queue.append(job.job)
+            self.queue.append(job.job)
             return
         blobs = tuple((item.blob, item.bytes) for item in document.inputs)
         self._ctx.out.append(Fetch(b"inputs:" + job.job, job.peer, job.task_id, blobs))
@@ -332,13 +264,13 @@ class Jobs:
             self._give_up(job, "inputs", event.reason)
             return
         job.state = "queued"
-        self._queue.append(job.job)
-        self._touch(job)
+        self.queue.append(job.job)
+        self.touch(job)
 
     def pump(self) -> None:
         """At the end of a turn: starts queued jobs while a slot is free, in the order they came."""
-        while self._queue and len(self.running) < self.slots:
-            job = self.jobs.get(self._queue.popleft())
+        while self.queue and len(self.running) < self.slots:
+            job = self.jobs.get(self.queue.popleft())
             if job is not None and job.state == "queued":
                 self._run(job)
 
@@ -351,7 +283,7 @@ class Jobs:
 
     def _run(self, job: Job) -> None:
         ctx = self._ctx
-        document = self._documents.get(job.job)
+        document = self.documents.get(job.job)
         left_s = (min(job.deadline_ms, job.deliver_by_ms) - ctx.now) / 1000
         if document is None or left_s <= 0:
             self._give_up(job, "deadline", "its deadline passed before a slot was free")
@@ -359,8 +291,7 @@ class Jobs:
         payload = self._payload(document)
         key = None
         if job.lock_seq >= 0:
-            mesh = self._rooms.books.mesh
-            secret = derive_key(self._seed, mesh, job.account, job.lock_hash, job.line, 1)
+            secret = self._rooms.pay.key_of(job)
             job.key_hash, key = key_hash(secret), content_key(secret, document.secret)
         try:
             spec = msgspec.convert(
@@ -388,7 +319,7 @@ class Jobs:
             return
         job.state, job.started_ms, job.starts = "running", ctx.now, job.starts + 1
         self.running[job.job] = None
-        self._touch(job)
+        self.touch(job)
         ctx.out.append(Run(job.job, spec))
         if not self._progress_armed:
             self._progress_armed = True
@@ -423,75 +354,29 @@ class Jobs:
         job.memory_bytes_max, job.output_bytes = event.memory_bytes_max, event.output_bytes
         has_bundle = bool(event.inline) or event.blob_bytes > 0
         if event.ended == "exit" and has_bundle:
-            rows, dropped = self.durations.learn(job.duration_key, event.duration_s, event.cpu_s)
+            rows, dropped = self._rooms.bidding.durations.learn(job.duration_key, event.duration_s, event.cpu_s)
             for name, body in rows:
                 self._ctx.put("durations", name, body)
             for name in dropped:
                 self._ctx.delete("durations", name)
-            self._deliver(job, event, job.price_ucr)
+            self._rooms.pay.deliver(job, event, job.price_ucr)
         elif job.cancelled and has_bundle and job.lock_seq >= 0:
-            self._deliver(job, event, min(job.price_ucr, price(self._rates, event.cpu_s, Workload(1))))
+            self._rooms.pay.deliver(
+                job, event, min(job.price_ucr, price(self._rooms.bidding.rates, event.cpu_s, Workload(1)))
+            )
         elif job.cancelled:
             self._give_up(job, "cancelled", event.reason)
         else:
             self._give_up(job, event.ended, event.reason)
 
-    def _deliver(self, job: Job, event: TaskExited, amount_ucr: int) -> None:
-        """Note and sealed bundle are durable before TASK_RESULT leaves: the outbox row holds both."""
-        ctx = self._ctx
-        blob = event.blob or blob_id(event.inline)
-        job.blob, job.blob_bytes, job.inline = blob, event.blob_bytes or len(event.inline), bool(event.inline)
-        job.amount_ucr = amount_ucr
-        if job.lock_seq >= 0:
-            note = Note(
-                mesh=self._rooms.books.mesh,
-                payer=job.account,
-                lock_hash=job.lock_hash,
-                line=job.line,
-                part=1,
-                amount_ucr=amount_ucr,
-                ct_hash=job.blob,
-                ct_bytes=job.blob_bytes,
-                key_hash=job.key_hash,
-                status=f"exit:{event.exit_code}" if event.exit_code is not None else f"signal:{event.signal}",
-                plain_hash=None,
-                time_ms=ctx.now,
-            )
-            job.note = note.signed(ctx.ports.sign)
-            job.note_hash = note_hash(job.note)
-            job.waiver = self._waiver(job, 1) if amount_ucr < job.price_ucr else b""
-        job.state = "delivered"
-        self._documents.pop(job.job, None)
-        self._touch(job)
-        if not event.inline:
-            ctx.put("blob_grants", job.task_id, job.peer, event.blob)
-            ctx.out.append(GrantBlob(job.task_id, job.peer, event.blob))
-        message = Result(
-            task_id=job.task_id,
-            attempt=job.attempt,
-            note=job.note,
-            waiver=job.waiver,
-            inline=event.inline,
-            blob=job.blob,
-            blob_bytes=job.blob_bytes,
-            output_bytes=event.output_bytes,
-            duration_s=event.duration_s,
-            cpu_s=event.cpu_s,
-            memory_bytes_max=event.memory_bytes_max,
-        )
-        self._rooms.outbox.oblige(job.peer, message, job.job)
-        if job.lock_seq >= 0:
-            ctx.wake(("job", job.job), ctx.now + PULLS_MS[0])
-        ctx.count("jobs_total", "delivered")
-
     def _give_up(self, job: Job, reason: str, text: str) -> None:
         """No result: a waiver frees the line at once."""
         job.state, job.reason = "waived", reason
         self._over[job.job] = None
-        self._documents.pop(job.job, None)
-        message = Waiver(job.task_id, job.attempt, self._waiver(job), reason, text.encode()[:2000])
+        self.documents.pop(job.job, None)
+        message = Waiver(job.task_id, job.attempt, self._rooms.pay.waiver(job), reason, text.encode()[:2000])
         self._rooms.outbox.oblige(job.peer, message, job.job)
-        self._touch(job)
+        self.touch(job)
         self._ctx.count("jobs_total", "waived")
 
     def cancel(self, event: MessageIn, message: Cancel) -> None:
@@ -515,30 +400,6 @@ class Jobs:
         elif event.obligation is not None:
             self._ctx.send(event.peer, Ack(event.obligation), event.id)
 
-    # --- pay
-
-    def released(self, payer: bytes, lock_seq: int, line: int) -> Job | None:
-        """The job that a release of this line pays."""
-        identifier = self.by_line.get((payer, lock_seq, line))
-        return self.jobs.get(identifier) if identifier is not None else None
-
-    def key_of(self, job: Job) -> bytes:
-        """The key `k` that the claim shows."""
-        return derive_key(self._seed, self._rooms.books.mesh, job.account, job.lock_hash, job.line, 1)
-
-    def paid(self, job: Job, seq: int) -> None:
-        """The claim is in the own chain."""
-        job.state, job.claimed_seq = "claimed", seq
-        self._touch(job)
-        self._rooms.members.observe_requester(job.peer, Outcome.PAID)
-
-    def underpaid(self, job: Job) -> None:
-        """The release is for less, or for another key: the key stays hidden, the rest stays bound."""
-        self._rooms.members.observe_requester(job.peer, Outcome.UNDERPAID)
-        self._ctx.log("security", "release.underpaid", peer=job.peer, task=job.task_id.hex())
-        job.state, job.reason = "forfeited", "underpaid"
-        self._end(job)
-
     def stop_for(self, account: bytes) -> None:
         """A fork is proven against this requester: nothing more runs for it."""
         for job in [job for job in self.jobs.values() if job.account == account and job.ring != "own"]:
@@ -548,47 +409,9 @@ class Jobs:
             elif job.state in ("fetching", "queued"):
                 self._give_up(job, "not_trusted", "")
 
-    def acknowledged(self, job: Job) -> None:
-        """The requester has what it paid for (ring own: it has the result)."""
-        if job.state in ("claimed", "delivered"):
-            job.state = "done"
-            self._end(job)
-
-    def result_acknowledged(self, identifier: bytes) -> None:
-        """Ring own: the requester has the result, and nothing is owed."""
-        job = self.jobs.get(identifier)
-        if job is not None and job.lock_seq < 0:
-            self.acknowledged(job)
-
-    def line_ended(self, payer: bytes, lock_seq: int, line: int) -> None:
-        """The payer refunded the line: what was delivered is not paid any more."""
-        job = self.released(payer, lock_seq, line)
-        if job is not None and job.state == "delivered":
-            job.state = "forfeited"
-            self._rooms.members.observe_requester(job.peer, Outcome.RECEIPT_REFUSED)
-            self._end(job)
-
-    def _end(self, job: Job) -> None:
-        """The job needs nothing more: its row stays, the memory goes."""
-        self._touch(job)
-        if job.lock_seq >= 0:
-            self.by_line.pop((job.account, job.lock_seq, job.line), None)
-        if not job.inline:
-            self._ctx.out.append(RevokeBlobs(job.task_id))
-
-    def timer(self, identifier: bytes) -> None:
-        """Waiting for the release: pull the requester's chain at 10 s, 1 min, 10 min, then hourly."""
-        job = self.jobs.get(identifier)
-        if job is None or job.state != "delivered" or job.lock_seq < 0:
-            return
-        self._rooms.books.pull(job.peer, job.account)
-        job.pulls += 1
-        step = PULLS_MS[min(job.pulls, len(PULLS_MS) - 1)]
-        self._ctx.wake(("job", identifier), self._ctx.now + step)
-
     # --- saving and loading
 
-    def _touch(self, job: Job) -> None:
+    def touch(self, job: Job) -> None:
         self._dirty[job.job] = job
 
     def flush(self) -> None:
@@ -603,17 +426,17 @@ class Jobs:
         """Takes in an unfinished job at start-up."""
         self.jobs[job.job] = job
         if job.lock_seq >= 0:
-            self.by_line[(job.account, job.lock_seq, job.line)] = job.job
+            self._rooms.pay.by_line[(job.account, job.lock_seq, job.line)] = job.job
         if document is not None:
-            self._documents[job.job] = taskdoc.decode(document)
+            self.documents[job.job] = taskdoc.decode(document)
 
     def resume(self) -> None:
         """After a restart (LEDGER.md section 9): rerun where a second start is allowed, else hand back; wait for pay."""
         for job in list(self.jobs.values()):
             if job.state == "running" and (job.retries == 0 or self._ctx.now >= job.deliver_by_ms):
                 self._give_up(job, "restarted", "the executor was restarted while the task ran")
-            elif job.state in ACTIVE and job.job in self._documents:
-                self._start(job, self._documents[job.job])
+            elif job.state in ACTIVE and job.job in self.documents:
+                self._start(job, self.documents[job.job])
             elif job.state in ACTIVE:
                 self._give_up(job, "restarted", "its document is lost")
             elif job.state == "delivered" and job.lock_seq >= 0:

@@ -12,12 +12,15 @@ from clawnet.ledger.terms import LedgerTerms
 from clawnet.market.records import Job, decode_job
 from clawnet.node.auctions import Auctions
 from clawnet.node.awards import Awards
+from clawnet.node.bidding import Bidding
 from clawnet.node.books import Books
 from clawnet.node.calls import Calls
 from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.members import Members, MeshFacts
+from clawnet.node.pay import Pay
+from clawnet.node.results import Results
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
 from clawnet.wire import events as e
@@ -63,11 +66,13 @@ class Rooms:
     tasks: Tasks
     auctions: Auctions
     awards: Awards
+    results: Results
+    bidding: Bidding
     jobs: Jobs
+    pay: Pay
     invites: Invites
     views: Views
     calls: Calls
-    results: dict[bytes, bytes]
 
 
 class Node:
@@ -88,16 +93,18 @@ class Node:
     ) -> None:
         self.ctx = Context(me, account, config, ports)
         rooms = self.rooms = Rooms()
-        rooms.results = {}
         rooms.outbox = Outbox(self.ctx)
         rooms.loads = Loads(self.ctx)
-        rooms.jobs = Jobs(self.ctx, rooms, os_family=os_family, escrow_seed=escrow_seed)
+        rooms.bidding = Bidding(self.ctx, rooms)
+        rooms.jobs = Jobs(self.ctx, rooms, os_family)
+        rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
         rooms.awards = Awards(self.ctx, rooms)
+        rooms.results = Results(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
         self._messages = self._message_table()
@@ -118,7 +125,7 @@ class Node:
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)
         for key, body in read("table:durations", ()):
-            rooms.jobs.durations.load(key, body)
+            rooms.bidding.durations.load(key, body)
         for row in read("table:invites", ()):
             rooms.invites.load(row[-1])
         for row in read("table:outbox", ()):
@@ -227,7 +234,7 @@ class Node:
             e.TaskExited: rooms.jobs.exited,
             e.InputsReady: self._inputs_ready,
             e.BlobReady: self._blob_ready,
-            e.Opened: rooms.awards.opened,
+            e.Opened: rooms.results.opened,
             e.Loaded: rooms.loads.loaded,
             e.JoinAsked: rooms.invites.asked,
             e.JoinAnswered: rooms.invites.answered,
@@ -242,7 +249,7 @@ class Node:
     def _message_table(self) -> dict[type[m.Message], Callable[[e.MessageIn], None]]:
         r = self.rooms
         return {
-            m.Offer: lambda event: r.jobs.offer(event, event.message),  # type: ignore[arg-type]
+            m.Offer: lambda event: r.bidding.offer(event, event.message),  # type: ignore[arg-type]
             m.Bid: lambda event: r.auctions.bid(event.peer, event.message),  # type: ignore[arg-type]
             m.Decline: lambda event: r.auctions.decline(event.peer, event.message),  # type: ignore[arg-type]
             m.Winner: lambda event: r.jobs.winner(event, event.message),  # type: ignore[arg-type]
@@ -250,7 +257,7 @@ class Node:
             m.Accept: lambda event: r.awards.accept(event, event.message),  # type: ignore[arg-type]
             m.Reject: lambda event: r.awards.reject(event, event.message),  # type: ignore[arg-type]
             m.Cancel: lambda event: r.jobs.cancel(event, event.message),  # type: ignore[arg-type]
-            m.Result: lambda event: r.awards.result(event, event.message),  # type: ignore[arg-type]
+            m.Result: lambda event: r.results.result(event, event.message),  # type: ignore[arg-type]
             m.Progress: lambda event: r.awards.progress(event, event.message),  # type: ignore[arg-type]
             m.Output: lambda event: r.awards.output(event, event.message),  # type: ignore[arg-type]
             m.Waiver: lambda event: r.awards.waiver(event, event.message),  # type: ignore[arg-type]
@@ -296,7 +303,7 @@ class Node:
         elif row.kind in (Kind.TASK_REJECT, Kind.TASK_WAIVER):
             self.rooms.jobs.told(row.about)
         elif row.kind is Kind.TASK_RESULT:
-            self.rooms.jobs.result_acknowledged(row.about)
+            self.rooms.pay.result_acknowledged(row.about)
 
     def _timer(self, event: e.TimerFired) -> None:
         rooms, key = self.rooms, event.key
@@ -308,7 +315,7 @@ class Node:
         elif what == "auction":
             rooms.auctions.timer(key[1])
         elif what == "job":
-            rooms.jobs.timer(key[1])
+            rooms.pay.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
         elif what == "progress":
@@ -336,7 +343,7 @@ class Node:
         if event.request.startswith(b"inputs:"):
             self.rooms.jobs.inputs_fetched(event)
         else:
-            self.rooms.awards.blob_ready(event)
+            self.rooms.results.blob_ready(event)
 
     def _drain(self, event: e.Drain) -> None:
         """No new bids or tasks; what has not started is handed back; what runs may finish within the drain timeout."""

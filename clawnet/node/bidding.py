@@ -1,0 +1,73 @@
+"""Bids: what this node asks for a task it is offered, or the reason why it does not want it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawnet.market.pricing import Durations, Rates, Workload, quote, rates_from
+from clawnet.market.reasons import Reason
+from clawnet.node.context import Context
+from clawnet.wire.events import MessageIn
+from clawnet.wire.messages import Bid, Decline, Offer
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+
+class Bidding:
+    """Prices from learned durations and load; nothing is promised beyond the slots and the queue."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.durations = Durations()
+        self.rates: Rates = rates_from(ctx.config)
+        self._queue_max = ctx.config.integer("execution.queue_max")
+        self._enabled = ctx.config.flag("market.enabled")
+
+    def workload(self) -> Workload:
+        """What stands before one more task."""
+        jobs = self._rooms.jobs
+        committed = (
+            len(jobs.running) + len(jobs.queue) + sum(1 for job in jobs.jobs.values() if job.state == "fetching")
+        )
+        ahead_s = sum(jobs.jobs[job].estimated_s for job in (*jobs.running, *jobs.queue))
+        return Workload(jobs.slots, committed, ahead_s, self._queue_max)
+
+    def offer(self, event: MessageIn, offer: Offer) -> None:
+        """A fixed price for the whole task, or the reason why not."""
+        ctx, rooms = self._ctx, self._rooms
+        ring = rooms.members.ring_of(event.peer)
+        refusal = None
+        if ring != "own":
+            refusal = rooms.members.refuses_work_for(event.peer) if self._enabled else Reason.POLICY
+        terms = refusal or quote(
+            offer,
+            card=rooms.members.card,
+            ring=ring,
+            workload=self.workload(),
+            durations=self.durations,
+            rates=self.rates,
+            now_ms=ctx.now,
+            draining=ctx.draining,
+        )
+        if isinstance(terms, Reason):
+            ctx.send(event.peer, Decline(offer.task_id, offer.round, terms.value), event.id)
+            return
+        account = rooms.members.account_of(event.peer)
+        head = rooms.books.book.head(account) if account != ctx.account else None
+        bid = Bid(
+            task_id=offer.task_id,
+            round=offer.round,
+            price_ucr=terms.price_ucr,
+            estimated_s=terms.estimated_s,
+            queue_wait_s=terms.queue_wait_s,
+            confidence=terms.confidence,
+            capability_hash=rooms.members.card_hash,
+            load=terms.load,
+            energy_cost=terms.energy_cost,
+            nonce=ctx.entropy(16),
+            known_seq=head[0] if head else -1,
+            known_hash=head[1] if head else bytes(32),
+        )
+        ctx.send(event.peer, bid, event.id)

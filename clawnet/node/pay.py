@@ -1,0 +1,144 @@
+"""The executor's delivery and pay: note and sealed result, the claim that shows the key, and how a job ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawnet.ledger.seal import derive_key
+from clawnet.ledger.statements import Note, note_hash
+from clawnet.ledger.statements import Waiver as WaiverStatement
+from clawnet.market.records import Job
+from clawnet.node.context import Context
+from clawnet.reputation.receipts import Outcome
+from clawnet.wire.blobid import blob_id
+from clawnet.wire.events import GrantBlob, RevokeBlobs, TaskExited
+from clawnet.wire.messages import Result
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+PULLS_MS = (10_000, 60_000, 600_000, 3_600_000)
+
+
+class Pay:
+    """Which line pays which job, and the key that each claim shows."""
+
+    def __init__(self, ctx: Context, rooms: Rooms, escrow_seed: bytes) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self._seed = escrow_seed
+        self.by_line: dict[tuple[bytes, int, int], bytes] = {}
+
+    def deliver(self, job: Job, event: TaskExited, amount_ucr: int) -> None:
+        """Note and sealed bundle are durable before TASK_RESULT leaves: the outbox row holds both."""
+        ctx = self._ctx
+        blob = event.blob or blob_id(event.inline)
+        job.blob, job.blob_bytes, job.inline = blob, event.blob_bytes or len(event.inline), bool(event.inline)
+        job.amount_ucr = amount_ucr
+        if job.lock_seq >= 0:
+            note = Note(
+                mesh=self._rooms.books.mesh,
+                payer=job.account,
+                lock_hash=job.lock_hash,
+                line=job.line,
+                part=1,
+                amount_ucr=amount_ucr,
+                ct_hash=job.blob,
+                ct_bytes=job.blob_bytes,
+                key_hash=job.key_hash,
+                status=f"exit:{event.exit_code}" if event.exit_code is not None else f"signal:{event.signal}",
+                plain_hash=None,
+                time_ms=ctx.now,
+            )
+            job.note = note.signed(ctx.ports.sign)
+            job.note_hash = note_hash(job.note)
+            job.waiver = self.waiver(job, 1) if amount_ucr < job.price_ucr else b""
+        job.state = "delivered"
+        self._rooms.jobs.documents.pop(job.job, None)
+        self._rooms.jobs.touch(job)
+        if not event.inline:
+            ctx.put("blob_grants", job.task_id, job.peer, event.blob)
+            ctx.out.append(GrantBlob(job.task_id, job.peer, event.blob))
+        message = Result(
+            task_id=job.task_id,
+            attempt=job.attempt,
+            note=job.note,
+            waiver=job.waiver,
+            inline=event.inline,
+            blob=job.blob,
+            blob_bytes=job.blob_bytes,
+            output_bytes=event.output_bytes,
+            duration_s=event.duration_s,
+            cpu_s=event.cpu_s,
+            memory_bytes_max=event.memory_bytes_max,
+        )
+        self._rooms.outbox.oblige(job.peer, message, job.job)
+        if job.lock_seq >= 0:
+            ctx.wake(("job", job.job), ctx.now + PULLS_MS[0])
+        ctx.count("jobs_total", "delivered")
+
+    def released(self, payer: bytes, lock_seq: int, line: int) -> Job | None:
+        """The job that a release of this line pays."""
+        identifier = self.by_line.get((payer, lock_seq, line))
+        return self._rooms.jobs.jobs.get(identifier) if identifier is not None else None
+
+    def key_of(self, job: Job) -> bytes:
+        """The key `k` that the claim shows."""
+        return derive_key(self._seed, self._rooms.books.mesh, job.account, job.lock_hash, job.line, 1)
+
+    def paid(self, job: Job, seq: int) -> None:
+        """The claim is in the own chain."""
+        job.state, job.claimed_seq = "claimed", seq
+        self._rooms.jobs.touch(job)
+        self._rooms.members.observe_requester(job.peer, Outcome.PAID)
+
+    def underpaid(self, job: Job) -> None:
+        """The release is for less, or for another key: the key stays hidden, the rest stays bound."""
+        self._rooms.members.observe_requester(job.peer, Outcome.UNDERPAID)
+        self._ctx.log("security", "release.underpaid", peer=job.peer, task=job.task_id.hex())
+        job.state, job.reason = "forfeited", "underpaid"
+        self._end(job)
+
+    def acknowledged(self, job: Job) -> None:
+        """The requester has what it paid for (ring own: it has the result)."""
+        if job.state in ("claimed", "delivered"):
+            job.state = "done"
+            self._end(job)
+
+    def result_acknowledged(self, identifier: bytes) -> None:
+        """Ring own: the requester has the result, and nothing is owed."""
+        job = self._rooms.jobs.jobs.get(identifier)
+        if job is not None and job.lock_seq < 0:
+            self.acknowledged(job)
+
+    def line_ended(self, payer: bytes, lock_seq: int, line: int) -> None:
+        """The payer refunded the line: what was delivered is not paid any more."""
+        job = self.released(payer, lock_seq, line)
+        if job is not None and job.state == "delivered":
+            job.state = "forfeited"
+            self._rooms.members.observe_requester(job.peer, Outcome.RECEIPT_REFUSED)
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        """The job needs nothing more: its row stays, the memory goes."""
+        self._rooms.jobs.touch(job)
+        if job.lock_seq >= 0:
+            self.by_line.pop((job.account, job.lock_seq, job.line), None)
+        if not job.inline:
+            self._ctx.out.append(RevokeBlobs(job.task_id))
+
+    def timer(self, identifier: bytes) -> None:
+        """Waiting for the release: pull the requester's chain at 10 s, 1 min, 10 min, then hourly."""
+        job = self._rooms.jobs.jobs.get(identifier)
+        if job is None or job.state != "delivered" or job.lock_seq < 0:
+            return
+        self._rooms.books.pull(job.peer, job.account)
+        job.pulls += 1
+        step = PULLS_MS[min(job.pulls, len(PULLS_MS) - 1)]
+        self._ctx.wake(("job", identifier), self._ctx.now + step)
+
+    def waiver(self, job: Job, after_part: int = 0) -> bytes:
+        if job.lock_seq < 0:
+            return b""
+        statement = WaiverStatement(self._rooms.books.mesh, job.account, job.lock_hash, job.line, after_part)
+        return statement.signed(self._ctx.ports.sign)

@@ -1,0 +1,212 @@
+"""The delivered result on the requester's side: note checked, sealed bytes stored, released, opened, kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clawnet import limits
+from clawnet.errors import RemoteError, VerificationError
+from clawnet.identity.keys import verify
+from clawnet.ledger import statements
+from clawnet.ledger.entries import ReleaseItem
+from clawnet.ledger.seal import content_key
+from clawnet.market.records import FINAL_STATES, Attempt, Task
+from clawnet.node.awards import about
+from clawnet.node.context import Context
+from clawnet.node.views import SMALL_STREAMS_BYTES
+from clawnet.reputation.receipts import Outcome
+from clawnet.wire.events import BlobReady, Fetch, MessageIn, Open, Opened
+from clawnet.wire.messages import Accept, Cancel, Kind, Result
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+
+class Results:
+    """What comes back from executors. `sealed` holds inline results between their storing and their opening."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.sealed: dict[bytes, bytes] = {}
+
+    def result(self, event: MessageIn, message: Result) -> None:
+        """The sealed result (LEDGER.md section 6, step 5), or in ring own the plain one."""
+        found = self._rooms.awards.find(event, message.task_id, message.attempt)
+        if found is None:
+            self._rooms.awards.acknowledge(event)
+            return
+        task, attempt = found
+        if attempt.state in ("awarded", "locked"):
+            self._rooms.awards.accept(event, Accept(message.task_id, message.attempt))
+        if attempt.state != "accepted":
+            if attempt.state not in ("delivering", "fetching"):
+                self._rooms.awards.acknowledge(event)
+            return
+        self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
+        if attempt.lock_seq >= 0 and not self._note_good(task, attempt, message):
+            self._rooms.awards.acknowledge(event)
+            return
+        attempt.delivered_ms = attempt.heard_ms = self._ctx.now
+        attempt.cpu_s, attempt.memory_bytes_max = message.cpu_s, message.memory_bytes_max
+        attempt.duration_s, attempt.waiver = message.duration_s, message.waiver
+        attempt.inline, attempt.blob, attempt.blob_bytes = bool(message.inline), message.blob, message.blob_bytes
+        if message.inline:
+            self.stored(task, attempt, message.inline)
+            if attempt.lock_seq < 0:
+                self._rooms.awards.acknowledge(event)
+        else:
+            self.fetch(task, attempt)
+        self._rooms.tasks.touch(task)
+        self._rooms.awards.arm(task)
+
+    def _note_good(self, task: Task, attempt: Attempt, message: Result) -> bool:
+        try:
+            note = statements.Note.verified(message.note, self._rooms.books.key_of(attempt.account), verify)
+        except RemoteError as error:
+            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=error.message)
+            return False
+        good = (
+            (note.payer, note.lock_hash, note.line, note.part)
+            == (self._ctx.account, attempt.lock_hash, attempt.line, 1)
+            and 0 < note.amount_ucr <= attempt.price_ucr
+            and note.ct_bytes <= limits.RESULT_BYTES_MAX + limits.MIB
+            and (note.ct_hash, note.ct_bytes) == (message.blob, message.blob_bytes)
+        )
+        if not good:
+            self._ctx.log("security", "note.refused", peer=attempt.peer, reason="its fields are not of this attempt")
+            return False
+        attempt.note, attempt.key_hash, attempt.released_ucr = message.note, note.key_hash, note.amount_ucr
+        return True
+
+    def fetch(self, task: Task, attempt: Attempt) -> None:
+        attempt.state = "fetching"
+        request = b"result:" + about(task.task_id, attempt.n)
+        blobs = ((attempt.blob, attempt.blob_bytes),)
+        self._ctx.out.append(Fetch(request, attempt.peer, task.task_id, blobs))
+
+    def blob_ready(self, event: BlobReady) -> None:
+        """The sealed blob is here and synced, or its executor could not serve it now."""
+        found = self._rooms.awards.of_about(event.request[len(b"result:") :])
+        if found is None or found[1].state != "fetching":
+            return
+        task, attempt = found
+        if event.reason:
+            attempt.state = "accepted"
+            self._ctx.log("warn", "result.fetch_failed", task=task.task_id.hex(), reason=event.reason)
+        else:
+            self.stored(task, attempt, b"")
+        self._rooms.tasks.touch(task)
+        self._rooms.awards.arm(task)
+
+    def stored(self, task: Task, attempt: Attempt, inline: bytes) -> None:
+        """The sealed result is durable with this turn: with a lock the release is written beside it."""
+        ctx, rooms = self._ctx, self._rooms
+        if inline:
+            ctx.put("results", task.task_id, attempt.n, inline)
+            self.sealed[about(task.task_id, attempt.n)] = inline
+        if attempt.paying and task.state in ("awarded", "executing"):
+            if task.state == "awarded":
+                rooms.tasks.move(task, "executing", "accepted")
+            rooms.tasks.move(task, "delivered", "result received")
+        if attempt.lock_seq < 0:
+            attempt.state = "claimed"
+            self.open(task, attempt)
+        elif not attempt.paying:
+            attempt.state = "unpaid"
+            name = about(task.task_id, attempt.n)
+            rooms.outbox.oblige(attempt.peer, Cancel(task.task_id, attempt.n, "slot moved"), name)
+        else:
+            attempt.state = "delivering"
+            item = ReleaseItem(
+                attempt.lock_seq,
+                attempt.line,
+                1,
+                attempt.released_ucr,
+                attempt.key_hash,
+                statements.note_hash(attempt.note),
+            )
+            rooms.books.release(task, attempt, item)
+
+    def released(self, task: Task, attempt: Attempt, seq: int) -> None:
+        """The release is in the own chain, in the transaction that holds the sealed result."""
+        attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
+        if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
+            self._rooms.books.refund(task, attempt, attempt.waiver)
+        self._rooms.tasks.touch(task)
+        self._rooms.awards.arm(task)
+
+    def claimed(self, task: Task, attempt: Attempt, key: bytes) -> None:
+        """The executor's claim is in its valid chain; the key in it opens the result."""
+        if attempt.state != "released":
+            return
+        attempt.state, attempt.escrow, attempt.key = "claimed", "claimed", key
+        self._rooms.tasks.touch(task)
+        self.open(task, attempt)
+
+    def open(self, task: Task, attempt: Attempt) -> None:
+        name = about(task.task_id, attempt.n)
+        inline = self.sealed.pop(name, b"")
+        key = content_key(attempt.key, task.secret) if attempt.key else None
+        if not inline and attempt.inline:
+            self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows))
+            return
+        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes))
+
+    def _reopen(self, name: bytes, rows: tuple[object, ...]) -> None:
+        found = self._rooms.awards.of_about(name)
+        if found is None:
+            return
+        task, attempt = found
+        row = rows[0] if rows else None
+        if not isinstance(row, tuple):
+            self._ctx.log("error", "result.missing", task=task.task_id.hex())
+            return
+        self.sealed[name] = row[-1]
+        self.open(task, attempt)
+
+    def opened(self, event: Opened) -> None:
+        """The outcome is known; the task is settled, or the proof against the executor is kept."""
+        found = self._rooms.awards.of_about(event.request)
+        if found is None or found[1].state != "claimed":
+            return
+        task, attempt = found
+        rooms = self._rooms
+        good = not event.reason
+        self._rooms.awards.close(attempt, "done", event.reason)
+        if task.state not in FINAL_STATES:
+            rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
+            self._keep(task, attempt, event.bundle)
+            rooms.tasks.move(task, "verified", "opened" if good else event.reason)
+            error = (
+                None
+                if good
+                else VerificationError(
+                    f"the result of {attempt.peer[-8:]} does not open: {event.reason}",
+                    hint="the proof is kept with the task",
+                )
+            )
+            rooms.tasks.finish(task, "settled", error)
+        elif good and task.result is None:
+            self._keep(task, attempt, event.bundle)
+        rooms.tasks.touch(task)
+
+    def _keep(self, task: Task, attempt: Attempt, bundle: Any) -> None:
+        """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one."""
+        if bundle is None:
+            return
+        ctx = self._ctx
+        result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
+        result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
+        stdout, stderr = result["stdout"], result["stderr"]
+        if stdout is None or stderr is None:
+            ctx.delete("results", task.task_id, attempt.n)
+        elif len(stdout) + len(stderr) <= SMALL_STREAMS_BYTES:
+            if attempt.inline:
+                ctx.delete("results", task.task_id, attempt.n)
+        else:
+            result["stdout"] = result["stderr"] = None
+            result["row"] = attempt.n
+            ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
+            self._rooms.views.keep_streams(task.task_id, stdout, stderr)
+        task.result = result
