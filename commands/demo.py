@@ -71,7 +71,7 @@ def _perform(invocation: Invocation, made: Mesh, input_dir: str | None, progress
     return {
         "ok": not problems,
         "sandbox": sandbox,
-        "input": {"path": str(files.path), "files": len(files.hashes), "bytes": files.size},
+        "input": {"path": str(files.shown), "files": len(files.hashes), "bytes": files.size},
         "nodes": [_node(made, number) for number in range(len(made.nodes))],
         "tasks": [{**outcome._asdict(), "ok": not outcome.problem} for outcome in outcomes],
         "books": books,

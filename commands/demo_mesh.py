@@ -15,7 +15,7 @@ from typing import Any
 
 from clawnet import api, launch
 from clawnet.api import Client
-from clawnet.errors import ConfigError, TimedOutError
+from clawnet.errors import ClawnetError, ConfigError, TimedOutError
 from clawnet.paths import Home
 
 NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -163,6 +163,8 @@ class Signals:
         self.over = False
         names = ("SIGINT", "SIGTERM", "SIGHUP")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # What nohup made deaf to a closed terminal stays so.
+        numbers = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._came) for number in numbers}
 
     def _came(self, number: int, frame: Any) -> None:
@@ -183,24 +185,29 @@ class Signals:
 def mesh(count: int, *, keep: bool = False) -> Iterator[Mesh]:
     """A mesh in a fresh directory. Whatever ends the block, no process and no file is left.
 
-    With `keep` all stays, unless the block ended with an exception. Raises ConfigError when there is no place for it.
+    With `keep` all stays; of a block that failed, the files, for the logs in them. Raises ConfigError when there is no
+    place for it.
     """
     signals = Signals()
     made: Mesh | None = None
-    kept = False
+    done = failed = False
     try:
         try:
             made = Mesh(_directory(), count)
             yield made
-            kept = keep
+            done = True
+        except ClawnetError as error:
+            failed = True
+            if made is not None and keep:
+                error.hint = f"homes and logs are kept in {made.directory}"
+            raise
         finally:
             signals.over = True
     finally:
-        if made is not None and kept:
-            made.keep()
-        elif made is not None:
-            made.stop()
-            shutil.rmtree(made.directory, ignore_errors=True)
+        if made is not None:
+            made.keep() if keep and done else made.stop()
+            if not (keep and (done or failed)):
+                shutil.rmtree(made.directory, ignore_errors=True)
         signals.restore()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 import time
 from typing import Any
 
 from .invocation import Invocation
-from .render import clean, json_line, seconds, short, who, write
+from .render import clean, json_line, on_terminal, seconds, short, who, write
 
 WIDTH_PIPED = 120
 TERMS = ("price", "reputation", "latency", "confidence")
@@ -62,14 +64,18 @@ def show(invocation: Invocation, answer: dict[str, Any]) -> None:
         return
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else WIDTH_PIPED
-    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    # Drawn in memory: rich ends the process with a code of its own when nobody reads stdout any longer.
+    told = io.StringIO()
+    width = shutil.get_terminal_size().columns if on_terminal() else WIDTH_PIPED
+    console = Console(
+        file=told, width=width, force_terminal=on_terminal(), highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
     _nodes(console, answer)
     for number, outcome in enumerate(answer["tasks"], start=1):
         _task(console, number, outcome)
     _books(console, answer["books"])
     _end(console, answer)
-    sys.stdout.flush()
+    write(told.getvalue())
 
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clawnet import limits, units
 from clawnet.errors import DataError, NotFoundError, VerificationError
 
 from .demo_mesh import Mesh
@@ -33,9 +34,10 @@ Hashes = dict[bytes, str]
 
 
 class Files(NamedTuple):
-    """The directory that travels, and the sha256 of every regular file in it as hashed here, by relative name."""
+    """The directory that travels, where it came from, and the sha256 of every regular file in it as hashed here."""
 
     path: Path
+    shown: Path
     hashes: Hashes
     size: int
 
@@ -60,9 +62,9 @@ def files_of(text: str | None, place: Path) -> Files:
     Raises NotFoundError or DataError for what is no directory that can travel.
     """
     if text is None:
-        path = own_sources(place)
+        path, shown = own_sources(place)
     else:
-        path = Path(text).expanduser().absolute()
+        path = shown = Path(text).expanduser().absolute()
         if not path.exists():
             raise NotFoundError(f"there is no directory {path}", path=str(path))
         if not path.is_dir():
@@ -70,11 +72,11 @@ def files_of(text: str | None, place: Path) -> Files:
         path = path.resolve()
         if path in place.resolve().parents:
             raise DataError(f"{path} contains the demo's own files", hint="choose a directory inside it")
-    return Files(path, *hash_files(path))
+    return Files(path, shown, *hash_files(path))
 
 
-def own_sources(place: Path) -> Path:
-    """A copy of the checkout's sources; where there is no checkout (a zipapp), of the package's own files."""
+def own_sources(place: Path) -> tuple[Path, Path]:
+    """A copy of the checkout's sources (where there is none, of the package's own files), and where they came from."""
     import clawnet
 
     package, commands = Path(clawnet.__file__).parent, Path(__file__).parent
@@ -89,17 +91,23 @@ def own_sources(place: Path) -> Path:
         for file in root.iterdir():
             if file.is_file() and not file.name.startswith("."):
                 shutil.copy(file, target)
-    else:
-        shutil.copytree(package, target / "clawnet", ignore=ignore, symlinks=True)
-    return target
+        return target, root
+    shutil.copytree(package, target / "clawnet", ignore=ignore, symlinks=True)
+    return target, package
 
 
 def hash_files(root: Path) -> tuple[Hashes, int]:
-    """The sha256 of every regular file below `root`, and their bytes in all. Raises DataError for one unreadable."""
+    """The sha256 of every regular file below `root`, and their bytes in all.
+
+    Raises DataError for one that cannot be read, and when they are more than can travel.
+    """
     hashes: Hashes = {}
     size = 0
     for path in _regular_files(root):
         try:
+            if size + path.stat().st_size > limits.INPUT_BYTES_MAX or len(hashes) >= limits.TREE_FILES_MAX:
+                most = f"{units.format_size(limits.INPUT_BYTES_MAX)} in {limits.TREE_FILES_MAX} files"
+                raise DataError(f"{root} holds more than can travel with a task ({most})", hint="name a smaller one")
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
                 size += file.tell()
