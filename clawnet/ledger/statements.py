@@ -69,7 +69,7 @@ class Statement(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_f
 class Note(Statement, frozen=True):
     """The payee's delivery of one part: what it asks, and which sealed bytes it stands by.
 
-    `ct_hash` is SHA-256 of the sealed bytes, `key_hash` that of their key: together they fix the plaintext.
+    `ct_hash` is the blob id of the sealed bytes, `key_hash` the SHA-256 of their key: together they fix the plaintext.
     `plain_hash` is only set where replicas are compared. `status` is the run's exit status word.
     """
 
