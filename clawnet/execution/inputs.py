@@ -118,7 +118,8 @@ def _input(name: str, kind: str, blob: bytes, size: int, mode: int, left_out: li
         "blob": blob,
         "bytes": size,
         "mode": mode,
-        "left_out": left_out[:LEFT_OUT_NAMED_MAX],
+        # A name that is no UTF-8 stays behind for that very reason; it is told in a form that can be stored.
+        "left_out": [name.encode("utf-8", "backslashreplace").decode() for name in left_out[:LEFT_OUT_NAMED_MAX]],
         "left_out_count": len(left_out),
     }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import tarfile
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +103,15 @@ def test_what_cannot_travel_is_left_out_and_named(tmp_path: Path) -> None:
     assert sorted(item["left_out"]) == ["absolute", "fifo", "outside", "roundabout", "socket"]
     _place(store, tmp_path / "out", item)
     assert not list((tmp_path / "out" / "project").glob("*o*s*e*"))
+
+
+def test_a_name_that_is_no_utf_8_is_left_out_and_told_in_text_that_can_be_stored(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / os.fsdecode(b"bad\xff")).write_text("x")
+    item = pack_path("tree", str(tree), BlobStore(tmp_path / "blobs"))
+    assert item["left_out"] == ["bad\\udcff"]
+    assert json.loads(msgspec.json.encode(item["left_out"])) == item["left_out"]
 
 
 def test_files_keep_their_bytes_and_their_executable_bit(tmp_path: Path) -> None:
