@@ -54,13 +54,13 @@ def _perform(invocation: Invocation, made: Mesh, input_dir: str | None, progress
     files = demo_tasks.files_of(input_dir, made.directory)
     progress.step(f"starting {len(made.nodes)} daemons")
     made.start()
-    progress.step(f"{len(made.nodes) - 1} members join by invite")
+    progress.step(f"joining the others by invite: {', '.join(node.name for node in made.nodes[1:])}")
     made.join()
     sandbox = _sandbox(made)
     before = _wallets(made)
     outcomes = []
     for asked in demo_tasks.tasks(files):
-        progress.step(asked.title)
+        progress.step(f"task {asked.name}: {asked.title.partition(':')[0]}")
         outcome = demo_tasks.perform(made, asked, invocation.deadline())
         outcomes.append(_excused(outcome, sandbox))
     progress.step("reading and auditing the books")
@@ -99,7 +99,7 @@ def _excused(outcome: demo_tasks.Outcome, sandbox: dict[str, Any]) -> demo_tasks
 def _node(made: Mesh, number: int) -> dict[str, Any]:
     node = made.nodes[number]
     names = ("peer_id", "pid", "home", "listen", "shell")
-    joined_by = "" if number == 0 else f"an invite of {made.founder.name}, ring member"
+    joined_by = "" if number == 0 else f"invite of {made.founder.name}"
     return {"name": node.name, "joined_by": joined_by, **{name: node.status[name] for name in names}}
 
 

@@ -75,14 +75,13 @@ def show(invocation: Invocation, answer: dict[str, Any]) -> None:
         _task(console, number, outcome)
     _books(console, answer["books"])
     _end(console, answer)
-    write(told.getvalue())
+    write("".join(f"{line.rstrip()}\n" for line in told.getvalue().splitlines()))
 
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Any:
-    from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
     return table
@@ -95,20 +94,16 @@ def _heading(console: Any, text: str) -> None:
 
 def _nodes(console: Any, answer: dict[str, Any]) -> None:
     console.print(f"{len(answer['nodes'])} nodes, each a daemon with its own home, keys and database", style="bold")
-    table = _table("NODE", "PEER", "PID", "LISTENS AT", "SHELL FOR MEMBERS", "JOINED BY", right=("PID",))
+    table = _table("NODE", "PID", "PEER", "LISTENS AT", "JOINED BY", right=("PID",))
     for node in answer["nodes"]:
         listens = ", ".join(address.partition("/p2p/")[0] for address in node["listen"])
-        table.add_row(
-            node["name"],
-            short(node["peer_id"]),
-            str(node["pid"]),
-            listens,
-            node["shell"]["member"],
-            node["joined_by"] or "founded the mesh",
-        )
+        joined_by = node["joined_by"] or "founded the mesh"
+        table.add_row(node["name"], str(node["pid"]), short(node["peer_id"]), listens, joined_by)
     console.print(table)
     sandbox = answer["sandbox"]
-    if not sandbox["passed"]:
+    if sandbox["passed"]:
+        console.print("members' shell tasks run in a sandbox that passed its probe")
+    else:
         console.print(f"The sandbox does not work here: {clean(sandbox['reason'])}", style="yellow")
         console.print("So shell tasks run on the node that submits them, at price 0.", style="yellow")
         if sandbox["remedy"]:
@@ -117,7 +112,7 @@ def _nodes(console: Any, answer: dict[str, Any]) -> None:
 
 def _task(console: Any, number: int, outcome: dict[str, Any]) -> None:
     task, why = outcome["task"], outcome["why"]
-    _heading(console, f"Task {number}: {outcome['title']}")
+    _heading(console, f"Task {number}, {outcome['name']}: {outcome['title']}")
     for auction in why["rounds"]:
         asked = ", ".join(who(peer["peer"]) for peer in auction["peers"])
         console.print(f"asked: {asked or 'nobody'}; closed by {auction['closed_by'].replace('_', ' ')}")

@@ -171,7 +171,7 @@ def tasks(files: Files) -> list[Asked]:
     return [
         Asked(
             "files",
-            "a shell task counts and hashes every file of a directory that travels with it",
+            "counts and hashes every file of a directory that travels with it",
             {
                 **shell,
                 "description": "count and hash every file",
@@ -183,7 +183,7 @@ def tasks(files: Files) -> list[Asked]:
         ),
         Asked(
             "primes",
-            f"a built-in compute task lists the primes up to {PRIMES_BELOW}",
+            f"a built-in computation of the primes up to {PRIMES_BELOW}",
             {
                 **common,
                 "type": "compute",
@@ -195,13 +195,13 @@ def tasks(files: Files) -> list[Asked]:
         ),
         Asked(
             "exit-3",
-            "a shell task writes to both streams and exits 3: delivered, paid, its exit code in the result",
+            "writes to both streams and exits 3: delivered and paid, with its exit code",
             {**shell, "argv": ["sh", "-c", "echo this is stdout; echo this is stderr >&2; exit 3"]},
             _judge_exit,
         ),
         Asked(
             "nobody",
-            f"a shell task that needs {LACKING}: nobody can take it, nothing is paid",
+            f"needs {LACKING}: nobody can take it, and nothing is paid",
             {**shell, "argv": ["true"], "require": [LACKING]},
             _judge_nobody,
         ),
