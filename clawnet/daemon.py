@@ -18,7 +18,7 @@ from clawnet.config import Config
 from clawnet.errors import ClawnetError, ConfigError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
-from clawnet.identity import membership
+from clawnet.identity import membership, multiaddr
 from clawnet.identity.certificates import certify_node, read_charter
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
@@ -127,6 +127,7 @@ class Daemon:
             self._compose()
             await self.executor.start()
             addresses = await self.switch.start()
+            self._check_port(addresses)
             self._listening(addresses)
             await self.ipc.start()
             self._handle_signals(loop)
@@ -268,6 +269,14 @@ class Daemon:
     def _listening(self, addresses: list[str]) -> None:
         self.runtime.feed(e.Listening(tuple(addresses)))
 
+    def _check_port(self, addresses: list[str]) -> None:
+        """A port that nobody asked for gives way when it is taken; whoever forwards it must hear of that."""
+        wanted = self.config.integer("network.tcp_port")
+        if wanted and addresses and not self.config.words("node.listen_addrs"):
+            got = multiaddr.parse(addresses[0]).port
+            if got != wanted:
+                self._warnings.append(f"port {wanted} is taken, so this node listens at {got}")
+
     def _log(self, level: str, event: str, **fields: Any) -> None:
         self.observer.log(level, event, fields)
 
@@ -375,7 +384,8 @@ class Daemon:
         self.runtime.retire(effect.call)
         self.switch.hangup_all("this node joins another mesh")
         self._store.close()
-        archive(self.home, keep_owner=answer.ring == "member")
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        paths.archive(self.home, stamp, keep_owner=answer.ring == "member")
         membership.save_mesh_key(self.home, answer.mesh_key)
         membership.save_membership(self.home, local)
         self._store = Store.open(self.home.database)
@@ -476,21 +486,3 @@ class Daemon:
             "memory_bytes": rss_bytes(),
             "storage_bytes": self._store.size() + self.blobs.total_bytes,
         }
-
-
-def archive(home: Home, *, keep_owner: bool) -> None:
-    """Moves database and membership of the mesh left behind into archive/; the owner key too unless it stays in use."""
-    paths.make_private_dir(home.archive_dir)
-    target = home.archive_dir / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    number = 0
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{target.name.split('.')[0]}.{number}")
-    paths.make_private_dir(target)
-    names = [home.mesh_file, home.mesh_key]
-    names += [home.database.with_name(home.database.name + suffix) for suffix in ("", "-wal", "-shm")]
-    if not keep_owner:
-        names.append(home.owner_key)
-    for path in names:
-        if path.exists():
-            os.replace(path, target / path.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from clawnet import api, errors, limits, paths
-from clawnet.errors import ClawnetError, ConfigError, InternalError, TimedOutError
+from clawnet.errors import ClawnetError, ConfigError, InternalError, StorageFullError, TimedOutError
 from clawnet.paths import Home
 
 _POLL_S = 0.02
+_ROOM_BYTES = 64 * 1024
 _KEPT = ("PATH", "HOME", "SHIV_ROOT")
 _KEPT_WINDOWS = ("SYSTEMROOT", "SYSTEMDRIVE", "USERPROFILE", "LOCALAPPDATA", "APPDATA", "TEMP", "TMP", "PATHEXT")
 _KEPT_TERMUX = ("PREFIX", "LD_PRELOAD", "LD_LIBRARY_PATH", "TERMUX_VERSION", "ANDROID_ROOT", "ANDROID_DATA")
@@ -153,6 +155,9 @@ def failure(home: Home, code: int) -> ClawnetError:
         except (ValueError, KeyError, TypeError):
             continue
         return _prefixed(errors.from_dict(fields))
+    place = said.parent.parent
+    if not lines and shutil.disk_usage(place).free < _ROOM_BYTES:
+        return StorageFullError(f"the daemon could not start: no room on the disk of {place}", hint="make room on it")
     tail = "; ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
     how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
     return InternalError(f"the daemon could not start ({how}): {tail}", hint=f"all it wrote is in {said}")

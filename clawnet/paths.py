@@ -214,6 +214,24 @@ def write_private(path: Path, data: bytes) -> None:
         raise _refused(f"cannot write {path}", error) from error
 
 
+def archive(home: Home, stamp: str, *, keep_owner: bool) -> None:
+    """Moves database and membership of the mesh left behind into archive/STAMP; the owner key too unless kept."""
+    make_private_dir(home.archive_dir)
+    target = home.archive_dir / stamp
+    number = 0
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{stamp}.{number}")
+    make_private_dir(target)
+    names = [home.mesh_file, home.mesh_key]
+    names += [home.database.with_name(home.database.name + suffix) for suffix in ("", "-wal", "-shm")]
+    if not keep_owner:
+        names.append(home.owner_key)
+    for path in names:
+        if path.exists():
+            os.replace(path, target / path.name)
+
+
 def _sync_directory(path: Path) -> None:
     """Makes a rename in this directory outlast a power cut; Windows has no such call."""
     if sys.platform == "win32":

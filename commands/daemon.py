@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clawnet import api, launch
+from clawnet import api, launch, limits
 from clawnet.errors import ClawnetError, NotFoundError, TimedOutError, UnreachableError
 
 from .invocation import Invocation, NodeCommand, group, here
@@ -58,12 +58,22 @@ def serve(invocation: Invocation) -> int:
 
     try:
         return node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
-    except ClawnetError:
-        # Of two that start at once one has the home; if that one answers, this is no failure.
-        if _running(invocation):
+    except ClawnetError as error:
+        # Of two that start at once one has the home; when that one answers, this is no failure.
+        if _comes_up(invocation, holder=int(error.details.get("pid") or 0)):
             invocation.warn(f"a daemon runs already for {invocation.home.dir}")
             return 0
         raise
+
+
+def _comes_up(invocation: Invocation, *, holder: int) -> bool:
+    """Whether a daemon answers; the process that has the home is given its time to start or to end."""
+    deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
+    while not _running(invocation):
+        if not _alive(holder) or time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def bare(invocation: Invocation) -> int:
