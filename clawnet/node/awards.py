@@ -11,9 +11,9 @@ from clawnet.ledger import statements
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
-from clawnet.node.context import Context
+from clawnet.node.context import Context, held_as, job_id
 from clawnet.reputation.receipts import Outcome, outcome_of_waiver
-from clawnet.wire.events import GrantBlob, MessageIn, RevokeBlobs
+from clawnet.wire.events import MessageIn
 from clawnet.wire.messages import (
     Accept,
     Ack,
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 KEY_PULLS_MS = (5_000, 30_000, 300_000)
 HOUR_MS = 3_600_000
 TEN_S_MS = 10_000
+AGAIN_MS = 5_000
 RUNNING = ("awarded", "locked", "accepted")
 WAIVABLE = (*RUNNING, "unpaid")
+TRANSIENT = frozenset(("full", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
+"""Words of a REJECT after which the same executor may be asked again: its state of the moment stood in the way."""
 
 
 def about(task_id: bytes, n: int) -> bytes:
@@ -67,7 +70,7 @@ class Awards:
             peer=bid.peer,
             account=rooms.members.account_of(bid.peer),
             ring=ring,
-            price_ucr=0 if free else bid.price_ucr,
+            price_ucr=0 if free else max(1, bid.price_ucr),
             estimated_s=bid.estimated_s,
             confidence=bid.confidence_claimed,
             awarded_ms=ctx.now,
@@ -81,8 +84,7 @@ class Awards:
         rooms.tasks.move(task, "awarded", f"{rooms.members.name_of(bid.peer)} for {price} credits")
         rooms.tasks.followers.reset(task.task_id)
         for item in task.inputs:
-            ctx.out.append(GrantBlob(task.task_id, bid.peer, item["blob"]))
-            ctx.put("blob_grants", task.task_id, bid.peer, item["blob"])
+            ctx.lend(job_id(ctx.me, task.task_id, attempt.n), bid.peer, item["blob"])
         if free:
             self._send_award(task, attempt)
         else:
@@ -91,18 +93,19 @@ class Awards:
     def locked(self, task: Task, attempt: Attempt, known_seq: int) -> None:
         """The line is in the own chain, in this turn's transaction: the document may leave."""
         attempt.state, attempt.escrow, attempt.known_seq = "locked", "locked", known_seq
+        attempt.heard_ms = self._ctx.now
         self._by_line[(attempt.lock_seq, attempt.line)] = (task, attempt)
         self._send_award(task, attempt)
 
     def lock_failed(self, task: Task, attempt: Attempt, error: ClawnetError) -> None:
         """No lock could be written (funds, open lines, read-only chain): the task ends with that error."""
-        self.close(attempt, "unfunded", error.message)
+        self.close(task, attempt, "unfunded", error.message)
         attempt.paying = False
         self._rooms.tasks.finish(task, "failed", error)
 
     def no_line(self, task: Task, attempt: Attempt) -> None:
         """The limit of open lines is reached: the auction is held again when some have ended."""
-        self.close(attempt, "unfunded", "open lines")
+        self.close(task, attempt, "unfunded", "open lines")
         attempt.paying = False
         self._rooms.tasks.move(task, "reassigned", "the limit of open escrow lines is reached")
         self._rooms.auctions.pause(task)
@@ -141,7 +144,7 @@ class Awards:
             lock_seq=attempt.lock_seq,
             lock_hash=attempt.lock_hash,
             line=attempt.line,
-            entries=self._rooms.books.segment(attempt.peer, attempt.known_seq, attempt.lock_seq),
+            entries=self._rooms.books.shipping.segment(attempt.peer, attempt.known_seq, attempt.lock_seq),
         )
 
     def of_about(self, name: bytes) -> tuple[Task, Attempt] | None:
@@ -194,7 +197,9 @@ class Awards:
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "rejected", message.reason
         self._give_back(task, attempt, message.waiver)
-        self._move_slot(task, attempt, f"rejected: {message.reason} {message.text}".strip(), free=True)
+        if attempt.paying:
+            why = f"rejected: {message.reason} {message.text}".strip()
+            self._move_slot(task, attempt, why, free=True, later=message.reason in TRANSIENT)
 
     def progress(self, event: MessageIn, message: Progress) -> None:
         """The attempt lives."""
@@ -210,7 +215,7 @@ class Awards:
     def output(self, event: MessageIn, message: Output) -> None:
         """A preview of the output, from rings own and member only (LEDGER.md: preview)."""
         found = self.find(event, message.task_id, message.attempt)
-        if found is None or not found[1].paying:
+        if found is None or not found[1].paying or found[1].state not in RUNNING or found[0].state in FINAL_STATES:
             return
         found[1].heard_ms = self._ctx.now
         self._rooms.tasks.output(found[0], message.stream, message.offset, message.data)
@@ -225,7 +230,7 @@ class Awards:
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "waived", message.reason
         self._give_back(task, attempt, message.waiver)
-        if task.state in FINAL_STATES:
+        if task.state in FINAL_STATES or not attempt.paying:
             return
         self._rooms.members.receipt(attempt, outcome_of_waiver(message.reason), task)
         text = message.report.decode("utf-8", "replace")
@@ -239,7 +244,7 @@ class Awards:
         """A refund by waiver; without a valid one the line waits for its expiry."""
         self._rooms.tasks.touch(task)
         if attempt.lock_seq < 0:
-            self.close(attempt, attempt.state, attempt.reason)
+            self.close(task, attempt, attempt.state, attempt.reason)
             return
         try:
             terms = statements.Waiver.verified(waiver, self._rooms.books.key_of(attempt.account), verify)
@@ -252,9 +257,15 @@ class Awards:
 
     # --- ends
 
-    def close(self, attempt: Attempt, state: str, reason: str = "") -> None:
+    def close(self, task: Task, attempt: Attempt, state: str, reason: str = "") -> None:
+        """Nothing is owed any longer in either direction."""
         attempt.state, attempt.closed = state, True
         self._by_line.pop((attempt.lock_seq, attempt.line), None)
+        self._rooms.results.forget(task, attempt)
+        if task.inputs:
+            self._ctx.let_go(job_id(self._ctx.me, task.task_id, attempt.n))
+        for kind in (Kind.MARKET_WINNER, Kind.MARKET_ESCROW_LOCK, Kind.TASK_CANCEL):
+            self._rooms.outbox.settle(kind, attempt.peer, about(task.task_id, attempt.n))
         if reason:
             attempt.reason = reason
 
@@ -264,9 +275,8 @@ class Awards:
         if attempt.state in ("released", "claimed", "done"):
             return
         attempt.escrow = "refunded"
-        self.close(attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
-        self._rooms.outbox.settle(Kind.TASK_CANCEL, attempt.peer, about(task.task_id, attempt.n))
-        if attempt.paying and task.state not in FINAL_STATES and task.state == "executing":
+        self.close(task, attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
+        if attempt.paying and task.state in ("awarded", "executing"):
             error = ExecutorLostError(f"{attempt.peer[-8:]} delivered nothing in time")
             self._rooms.tasks.finish(task, "failed", error)
         self._rooms.tasks.touch(task)
@@ -282,17 +292,23 @@ class Awards:
     def task_final(self, task: Task) -> None:
         """Nothing more is fetched for the task once its attempts are closed."""
         self.documents.pop(task.task_id, None)
-        if all(attempt.closed for attempt in task.attempts) and task.inputs:
-            self._ctx.out.append(RevokeBlobs(task.task_id))
+        if task.inputs:
+            self._ctx.let_go(held_as(task.task_id, "inputs"))
         self.arm(task)
 
-    def _move_slot(self, task: Task, attempt: Attempt, why: str, *, free: bool = False) -> None:
-        """The paying slot leaves this attempt; a new auction where the retries allow, else the task has failed."""
+    def _move_slot(self, task: Task, attempt: Attempt, why: str, *, free: bool = False, later: bool = False) -> None:
+        """The paying slot leaves this attempt; a new auction where the retries allow, else the task has failed.
+
+        `free`: it costs no retry. `later`: the executor may take it yet, so it is asked again after a pause.
+        """
         attempt.paying = False
-        task.refused.append(attempt.peer)
+        if not later:
+            task.refused.append(attempt.peer)
         self._rooms.tasks.touch(task)
         if task.state in FINAL_STATES:
             return
+        task.shown_lost = False
+        task.error_code = task.error_text = task.error_hint = ""
         if not free:
             if task.retries_left <= 0:
                 name = self._rooms.members.name_of(attempt.peer)
@@ -306,7 +322,10 @@ class Awards:
             self._rooms.tasks.finish(task, "failed", ExecutorLostError(f"{limits.ATTEMPTS_MAX} attempts failed: {why}"))
             return
         self._rooms.tasks.move(task, "reassigned", why)
-        self._rooms.auctions.queue(task)
+        if later:
+            self._rooms.auctions.pause(task)
+        else:
+            self._rooms.auctions.queue(task)
 
     # --- timers
 
@@ -324,24 +343,49 @@ class Awards:
                 self._rooms.results.stored(task, attempt, b"")
             elif attempt.state == "claimed":
                 self._rooms.results.open(task, attempt)
+            elif attempt.state == "awarded" and attempt.price_ucr and attempt.lock_seq < 0:
+                self._never_locked(task, attempt)
         self.arm(task)
+
+    def _never_locked(self, task: Task, attempt: Attempt) -> None:
+        """The node stopped while its wallet could not be written: nothing was said, the auction is held again."""
+        self.close(task, attempt, "unfunded", "stopped before the lock was written")
+        attempt.paying = False
+        if task.state not in FINAL_STATES:
+            self._rooms.tasks.move(task, "reassigned", attempt.reason)
+            self._rooms.auctions.queue(task)
 
     def arm(self, task: Task) -> None:
         """One timer a task, at the earliest thing that could be due."""
-        due = [] if task.state in FINAL_STATES or task.shown_lost else [task.deadline_ms]
-        for attempt in task.attempts:
-            if attempt.closed:
-                continue
-            if attempt.state in ("awarded", "locked") and attempt.paying and not task.shown_lost:
-                due.append(attempt.heard_ms + limits.ACCEPT_TIMEOUT_MS)
-            elif attempt.state == "accepted" and attempt.paying and not task.shown_lost:
-                due.append(attempt.heard_ms + limits.LEASE_S * 1000)
-            elif attempt.state == "released":
-                due.append(attempt.delivered_ms + self._key_wait_ms(attempt))
-            if attempt.lock_seq >= 0 and attempt.state not in ("released", "claimed") and not attempt.refunded:
-                due.append(attempt.expiry_ms)
+        due = [self._due_ms(task, attempt) for attempt in task.attempts if not attempt.closed]
+        if task.state not in FINAL_STATES and not task.shown_lost and task.state not in ("delivered", "verified"):
+            due.append(task.deadline_ms)
+        due = [at_ms for at_ms in due if at_ms]
         if due:
             self._ctx.wake(("task", task.task_id), max(min(due), self._ctx.now + 1))
+
+    def _due_ms(self, task: Task, attempt: Attempt) -> int:
+        """When something is next to be done for an open attempt; 0 for never."""
+        if attempt.state in ("claimed", "delivering"):
+            return 0
+        if attempt.state == "released":
+            return attempt.delivered_ms + self._key_wait_ms(attempt)
+        ends_ms = attempt.expiry_ms
+        if attempt.refunded or self._ctx.now >= ends_ms:
+            # The refund is asked for and waits for the wallet, or for its clock.
+            ends_ms = self._ctx.now + AGAIN_MS
+        if attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
+            silent_ms = self._silent_ms(attempt)
+            if silent_ms:
+                return min(attempt.heard_ms + silent_ms, ends_ms)
+        return ends_ms
+
+    @staticmethod
+    def _silent_ms(attempt: Attempt) -> int:
+        """How long nothing may be heard of an attempt in this state; 0: that does not matter."""
+        if attempt.state == "locked" or (attempt.state == "awarded" and not attempt.price_ucr):
+            return limits.ACCEPT_TIMEOUT_MS
+        return limits.LEASE_S * 1000 if attempt.state == "accepted" else 0
 
     def _key_wait_ms(self, attempt: Attempt) -> int:
         """LEDGER.md section 8: pull at 5 s, 30 s, 5 min, then hourly."""
@@ -354,32 +398,36 @@ class Awards:
     def timer(self, task: Task) -> None:
         """Something may be due: deadline, accept, lease, key, expiry."""
         ctx = self._ctx
-        open_task = task.state not in FINAL_STATES
-        if open_task and ctx.now >= task.deadline_ms and task.state not in ("delivered", "verified"):
-            if not task.shown_lost:
-                self._deadline(task)
+        if (
+            task.state not in FINAL_STATES
+            and ctx.now >= task.deadline_ms
+            and task.state not in ("delivered", "verified")
+            and not task.shown_lost
+        ):
+            self._deadline(task)
         for attempt in task.attempts:
-            if attempt.closed:
+            if attempt.closed or attempt.state in ("claimed", "delivering"):
                 continue
-            if attempt.state == "released" and ctx.now >= attempt.delivered_ms + KEY_PULLS_MS[0]:
-                self._pull_key(task, attempt)
-            elif (
-                attempt.lock_seq >= 0
-                and ctx.now >= attempt.expiry_ms
-                and attempt.state not in ("claimed", "delivering")
-            ):
-                if not attempt.refunded:
-                    self._rooms.books.refund(task, attempt, None)
-            elif attempt.lock_seq < 0 and ctx.now >= attempt.expiry_ms and attempt.state in RUNNING:
-                self.close(attempt, "lost", "no word until its expiry")
-                if task.state not in FINAL_STATES:
-                    self._rooms.tasks.finish(
-                        task, "failed", ExecutorLostError("the executor delivered nothing in time")
-                    )
-                self._rooms.tasks.touch(task)
+            if attempt.state == "released":
+                if ctx.now >= attempt.delivered_ms + KEY_PULLS_MS[0]:
+                    self._pull_key(task, attempt)
+            elif ctx.now >= attempt.expiry_ms:
+                self._expired(task, attempt)
             elif attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
                 self._silence(task, attempt)
         self.arm(task)
+
+    def _expired(self, task: Task, attempt: Attempt) -> None:
+        """The last moment has passed without a result: a line is refunded; without one the attempt just ends."""
+        if attempt.lock_seq >= 0:
+            if not attempt.refunded:
+                self._rooms.books.refund(task, attempt, None)
+            return
+        self.close(task, attempt, "lost", "no word until its expiry")
+        if task.state not in FINAL_STATES and attempt.paying:
+            error = ExecutorLostError(f"{self._rooms.members.name_of(attempt.peer)} delivered nothing in time")
+            self._rooms.tasks.finish(task, "failed", error)
+        self._rooms.tasks.touch(task)
 
     def _deadline(self, task: Task) -> None:
         self.cancel(task, "deadline")
@@ -392,8 +440,8 @@ class Awards:
     def _silence(self, task: Task, attempt: Attempt) -> None:
         """No ACCEPT in time, or no progress within the lease (LEDGER.md section 6, reassignment)."""
         ctx = self._ctx
-        limit_ms = limits.ACCEPT_TIMEOUT_MS if attempt.state in ("awarded", "locked") else limits.LEASE_S * 1000
-        if attempt.state not in RUNNING or ctx.now < attempt.heard_ms + limit_ms:
+        limit_ms = self._silent_ms(attempt)
+        if not limit_ms or ctx.now < attempt.heard_ms + limit_ms:
             return
         name = self._rooms.members.name_of(attempt.peer)
         self._rooms.members.receipt(attempt, Outcome.LOST, task)
@@ -418,8 +466,6 @@ class Awards:
         task.error_code, task.error_text, task.error_hint = error.code, error.message, error.hint
         self._rooms.tasks.answer(task)
         self._rooms.tasks.touch(task)
-        if attempt.lock_seq < 0:
-            self._ctx.wake(("task", task.task_id), attempt.expiry_ms)
 
     def _pull_key(self, task: Task, attempt: Attempt) -> None:
         ctx = self._ctx

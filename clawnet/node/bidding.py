@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from clawnet.market.pricing import Durations, Rates, Workload, quote, rates_from
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 
+PROMISES_MAX = 65_536
+
+
 class Bidding:
     """Prices from learned durations and load; nothing is promised beyond the slots and the queue."""
 
@@ -23,6 +27,8 @@ class Bidding:
         self.durations = Durations()
         self.rates: Rates = rates_from(ctx.config)
         self._queue_max = ctx.config.integer("execution.queue_max")
+        self.promised: OrderedDict[tuple[str, bytes], int] = OrderedDict()
+        """What was last asked for a task: an award for less is refused. Forgotten over a restart, like the bids."""
         self._enabled = ctx.config.flag("market.enabled")
 
     def workload(self) -> Workload:
@@ -31,7 +37,7 @@ class Bidding:
         committed = (
             len(jobs.running) + len(jobs.queue) + sum(1 for job in jobs.jobs.values() if job.state == "fetching")
         )
-        ahead_s = sum(jobs.jobs[job].estimated_s for job in (*jobs.running, *jobs.queue))
+        ahead_s = sum(job.estimated_s for name in (*jobs.running, *jobs.queue) if (job := jobs.jobs.get(name)))
         return Workload(jobs.slots, committed, ahead_s, self._queue_max)
 
     def offer(self, event: MessageIn, offer: Offer) -> None:
@@ -40,7 +46,7 @@ class Bidding:
         ring = rooms.members.ring_of(event.peer)
         refusal = None
         if ring != "own":
-            refusal = rooms.members.refuses_work_for(event.peer) if self._enabled else Reason.POLICY
+            refusal = self._refusal(event.peer) if self._enabled else Reason.POLICY
         terms = refusal or quote(
             offer,
             card=rooms.members.card,
@@ -54,6 +60,8 @@ class Bidding:
         if isinstance(terms, Reason):
             ctx.send(event.peer, Decline(offer.task_id, offer.round, terms.value), event.id)
             return
+        if ring != "own":
+            self._promise(event.peer, offer.task_id, terms.price_ucr)
         account = rooms.members.account_of(event.peer)
         head = rooms.books.book.head(account) if account != ctx.account else None
         bid = Bid(
@@ -71,3 +79,24 @@ class Bidding:
             known_hash=head[1] if head else bytes(32),
         )
         ctx.send(event.peer, bid, event.id)
+
+    def _refusal(self, peer: str) -> Reason | None:
+        """Why this node takes no paid work from this requester now, whatever the task."""
+        members, books = self._rooms.members, self._rooms.books
+        reason = members.refuses_work_for(peer)
+        if reason is not None:
+            return reason
+        if members.clock_off():
+            return Reason.CLOCK
+        account = members.account_of(peer)
+        if books.dead(account):
+            return Reason.CANNOT_AUDIT
+        if books.book.exposure_ucr(account, self._ctx.account) >= self._ctx.config.amount_ucr("ledger.exposure_max"):
+            return Reason.FULL
+        return None
+
+    def _promise(self, peer: str, task_id: bytes, price_ucr: int) -> None:
+        self.promised[(peer, task_id)] = price_ucr
+        self.promised.move_to_end((peer, task_id))
+        if len(self.promised) > PROMISES_MAX:
+            self.promised.popitem(last=False)

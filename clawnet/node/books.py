@@ -1,9 +1,8 @@
-"""The node's ledger: gathers what a turn owes into entries of the own chain, takes in others' chains, and serves them."""
+"""The node's ledger: gathers what a turn owes into entries of the own chain, and takes in the chains of others."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -21,7 +20,6 @@ from clawnet.ledger.entries import (
     Proof,
     Refund,
     RefundItem,
-    Release,
     ReleaseItem,
 )
 from clawnet.ledger.lockcheck import check_release
@@ -34,16 +32,14 @@ from clawnet.money import format_credits
 from clawnet.node.chains import Chains
 from clawnet.node.context import Context
 from clawnet.node.countersigns import Countersigns
-from clawnet.wire.messages import Kind, Settlement
+from clawnet.node.shipping import CLAIM, RELEASE, Shipping
+from clawnet.wire.messages import Kind
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-RECENT_MAX = 4_096
 SNAPSHOT_EVERY = 512
 KEEPERS_MS = 50
-RELEASE = b"release"
-CLAIM = b"claim"
 
 
 class _Release(Struct):
@@ -70,17 +66,15 @@ class Books:
         self.purse = Purse(self.book, ctx.account, ctx.ports.sign)
         self.chains = Chains(ctx, rooms, self)
         self.countersigns = Countersigns(ctx, rooms)
-        self.recent: deque[tuple[int, bytes]] = deque(maxlen=RECENT_MAX)
+        self.shipping = Shipping(ctx, rooms, self)
         self._locks: list[tuple[Task, Attempt]] = []
         self._releases: list[_Release] = []
         self._refunds: list[_Refund] = []
         self._claim_from: dict[bytes, None] = {}
         self._gather_ms = 0
         self._since_snapshot = 0
-        self._claimed_jobs: dict[int, list[Job]] = {}
         self._moved: dict[bytes, None] = {}
         self._push_armed = False
-        rooms.outbox.register(Kind.MARKET_SETTLEMENT, self._rebuild_settlement)
 
     # --- what others ask
 
@@ -202,14 +196,13 @@ class Books:
             part, self._releases = self._releases[: limits.ENTRY_ITEMS_MAX], self._releases[limits.ENTRY_ITEMS_MAX :]
             entry = self._try(lambda items: self.purse.release(items, self._ctx.now), [one.item for one in part])
             if entry is None:
-                for one in part:
-                    one.attempt.state = "accepted"
-                continue
+                self._releases = [*part, *self._releases]
+                return
             peers: dict[str, None] = {}
             for one in part:
                 self._rooms.results.released(one.task, one.attempt, entry.seq)
                 peers[one.attempt.peer] = None
-            self._settle(peers, RELEASE, entry.seq)
+            self.shipping.settle(peers, RELEASE, entry.seq)
 
     def _write_refunds(self) -> None:
         while self._refunds:
@@ -226,7 +219,7 @@ class Books:
         if self.book.line(self._ctx.account, one.attempt.lock_seq, one.attempt.line) is None:
             self._rooms.awards.refunded(one.task, one.attempt)
             return False
-        return not self.book.refundable(self._ctx.account, one.item, self._ctx.now)
+        return self.book.refundable(self._ctx.account, one.item, self._ctx.now)
 
     def _write_claims(self) -> None:
         """Claims for everything that can be claimed now, in claiming order, entry by entry."""
@@ -252,10 +245,10 @@ class Books:
             if entry is None:
                 self._claim_from.update(payers)
                 return
-            self._claimed_jobs[entry.seq] = jobs
+            self.shipping.claimed(entry.seq, jobs)
             for job in jobs:
                 self._rooms.pay.paid(job, entry.seq)
-            self._settle({peer: None for peer in told if peer and peer != self._ctx.me}, CLAIM, entry.seq)
+            self.shipping.settle({peer: None for peer in told if peer and peer != self._ctx.me}, CLAIM, entry.seq)
 
     def _claimable(self, payable: Payable) -> tuple[ClaimItem | None, Job | None]:
         """LEDGER.md section 6, step 7: the key is shown only for a release of this job's note, at its full amount.
@@ -273,7 +266,7 @@ class Books:
         return claim_item(payable, self._rooms.pay.key_of(job)), job
 
     def _try(self, write: Any, items: list[Any]) -> Parsed | None:
-        """One entry, or a log line when the ledger refuses it now (a read-only chain); the caller keeps what it owes."""
+        """One entry, or a log line when the ledger refuses it now; the caller keeps what it owes."""
         try:
             entry: Parsed = write(items)
         except ClawnetError as error:
@@ -288,7 +281,7 @@ class Books:
         ctx.put("entries", entry.account, entry.seq, entry.hash, entry.raw)
         ctx.put("balances", entry.seq, self.book.view(ctx.account).available_ucr)
         ctx.durable()
-        self.recent.append((entry.seq, entry.raw))
+        self.shipping.recent.append((entry.seq, entry.raw))
         self._since_snapshot += 1
         if not self._push_armed:
             self._push_armed = True
@@ -308,46 +301,6 @@ class Books:
                 if peer in self._ctx.links:
                     self.chains.push_own(peer, head[0])
 
-    # --- settlements
-
-    def _settle(self, peers: dict[str, None], what: bytes, seq: int) -> None:
-        for peer in peers:
-            message = Settlement(self._ctx.account, self.segment(peer, -1, seq), [])
-            self._rooms.outbox.oblige(peer, message, what + seq.to_bytes(8, "big"))
-
-    def _rebuild_settlement(self, about: bytes) -> Settlement:
-        seq = int.from_bytes(about[-8:], "big")
-        first = seq if not self.recent else min(self.recent[0][0], seq)
-        entries = [raw for at, raw in self.recent if first <= at <= seq]
-        return Settlement(self._ctx.account, _newest(entries), [])
-
-    def segment(self, peer: str, known_seq: int, upto_seq: int) -> list[bytes]:
-        """Own entries that `peer` lacks up to `upto_seq`, the newest SEGMENT_BYTES_MAX; it pulls older ones itself."""
-        base = self.countersigns.show(peer, max(known_seq, self.chains.base(peer)))
-        entries = [raw for seq, raw in self._recent_from(base + 1) if seq <= upto_seq]
-        self.chains.sent(peer, upto_seq)
-        return _newest(entries)
-
-    def _recent_from(self, first: int) -> list[tuple[int, bytes]]:
-        if not self.recent:
-            return []
-        skip = first - self.recent[0][0]
-        if skip <= 0:
-            return list(self.recent)
-        size = len(self.recent)
-        return [self.recent[at] for at in range(max(skip, 0), size)] if skip < size else []
-
-    def settlement_acknowledged(self, peer: str, about: bytes) -> None:
-        """The payer has our claim: the jobs it paid are done."""
-        if about.startswith(CLAIM):
-            for job in self._claimed_jobs.pop(int.from_bytes(about[-8:], "big"), []):
-                if job.peer == peer:
-                    self._rooms.pay.acknowledged(job)
-
-    def load_claimed(self, job: Job) -> None:
-        """At start-up: a job whose claim its payer has not acknowledged."""
-        self._claimed_jobs.setdefault(job.claimed_seq, []).append(job)
-
     # --- entries of others
 
     def take(self, peer: str, entries: list[bytes]) -> bool:
@@ -364,7 +317,7 @@ class Books:
             self._outcome(outcome, peer)
         moved, self._moved = self._moved, {}
         for account in moved:
-            self._rooms.jobs.book_moved(account)
+            self._rooms.taking.book_moved(account)
 
     def _outcome(self, outcome: Outcome, peer: str) -> bool:
         ctx = self._ctx
@@ -402,7 +355,7 @@ class Books:
         self._moved[parsed.account] = None
         if parsed.account == ctx.account:
             ctx.put("balances", parsed.seq, self.book.view(ctx.account).available_ucr)
-            self.recent.append((parsed.seq, parsed.raw))
+            self.shipping.recent.append((parsed.seq, parsed.raw))
             return
         body = parsed.body
         if isinstance(body, Claim):
@@ -410,9 +363,8 @@ class Books:
         elif isinstance(body, Refund):
             for item in body.items:
                 self._rooms.pay.line_ended(parsed.account, item.lock_seq, item.line)
-        elif isinstance(body, Release) or parsed.kind in (EntryKind.GRANT, EntryKind.SEND):
-            if any(payable is not None and payable.payee == ctx.account for payable in outcome.payables):
-                self._claim_from[parsed.account] = None
+        elif any(payable is not None and payable.payee == ctx.account for payable in outcome.payables):
+            self._claim_from[parsed.account] = None
 
     def _claims_seen(self, parsed: Parsed, outcome: Added, peer: str) -> None:
         """Claims on this account's payments show keys; claims on others' are passed on to their payer once."""
@@ -445,7 +397,7 @@ class Books:
         self._wrote(entry)
         peer = self._rooms.members.peer_of(payee)
         if peer is not None:
-            self._settle({peer: None}, RELEASE, entry.seq)
+            self.shipping.settle({peer: None}, RELEASE, entry.seq)
         return entry
 
     @staticmethod
@@ -483,11 +435,3 @@ class Books:
     def pull(self, peer: str, account: bytes) -> None:
         """Asks a peer for what it has of a chain beyond ours."""
         self.chains.pull(peer, account)
-
-
-def _newest(entries: list[bytes]) -> list[bytes]:
-    size, start = 0, len(entries)
-    while start > 0 and size + len(entries[start - 1]) + 5 <= limits.SEGMENT_BYTES_MAX:
-        start -= 1
-        size += len(entries[start]) + 5
-    return entries[start:]

@@ -100,7 +100,7 @@ class Chains:
     def push_own(self, peer: str, head_seq: int) -> None:
         """The own entries that a keeper lacks."""
         if self.base(peer) < head_seq:
-            entries = self._books.segment(peer, self.base(peer), head_seq)
+            entries = self._books.shipping.segment(peer, self.base(peer), head_seq)
             if entries:
                 self._ctx.send(peer, LedgerPush(self._ctx.account, entries))
 

@@ -1,4 +1,4 @@
-"""What the rooms of the node share: the clock of this step, the effects so far, the links, and the outbox of obligations."""
+"""What the rooms of the node share: the clock of this step, the effects so far, the links, the outbox."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from clawnet.config import Config
 from clawnet.errors import ClawnetError
 from clawnet.identity.keys import KeyPair
 from clawnet.wire.codec import encode_payload
-from clawnet.wire.events import Count, Delete, Durable, Effect, Log, Notify, Put, Reply, Send, Wake
+from clawnet.wire.events import (
+    Count,
+    Delete,
+    Durable,
+    Effect,
+    GrantBlob,
+    Log,
+    Notify,
+    Put,
+    Reply,
+    RevokeBlobs,
+    Send,
+    Wake,
+)
 from clawnet.wire.messages import KIND_OF, PAYLOADS, Kind, Message
 
 Rebuild = Callable[[bytes], "Message | None"]
 
 
 class Ports(Struct, frozen=True):
-    """What a node cannot have of its own: entropy, its signature, measured round trips, the owner key where it lies here."""
+    """What a node cannot have of its own: entropy, its signature, round trips, the owner key where it lies here."""
 
     entropy: Callable[[int], bytes]
     sign: Callable[[bytes], bytes]
@@ -40,6 +53,16 @@ class Link(Struct):
     transport: str
     inbound: bool
     since_ms: int
+
+
+def job_id(requester: str, task_id: bytes, attempt: int) -> bytes:
+    """16 bytes: how requester and executor both name an award, and the blobs that they lend each other for it."""
+    return hashlib.blake2b(requester.encode() + task_id + attempt.to_bytes(4, "big"), digest_size=16).digest()
+
+
+def held_as(key: bytes, what: str) -> bytes:
+    """16 bytes: the name under which a node holds blobs for its own part of a task or award."""
+    return hashlib.blake2b(what.encode() + key, digest_size=16).digest()
 
 
 class Context:
@@ -75,6 +98,20 @@ class Context:
     def delete(self, table: str, *key: Any) -> None:
         """Delete a row in this turn's transaction."""
         self.out.append(Delete(table, key))
+
+    def lend(self, key: bytes, peer: str, blob: bytes) -> None:
+        """From now on `peer` may fetch the blob by naming `key`, over restarts too, until let_go(key)."""
+        self.put("blob_grants", key, peer, blob)
+        self.out.append(GrantBlob(key, peer, blob))
+
+    def hold(self, key: bytes, blob: bytes) -> None:
+        """The blob is kept for this node's own use until let_go(key)."""
+        self.lend(key, self.me, blob)
+
+    def let_go(self, key: bytes) -> None:
+        """Nobody needs the blobs of `key` any longer; those that no other key holds are deleted."""
+        self.delete("blob_grants", key)
+        self.out.append(RevokeBlobs(key))
 
     def durable(self) -> None:
         """This turn's transaction holds an own chain entry: it is synced before anything leaves."""

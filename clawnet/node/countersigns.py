@@ -1,4 +1,4 @@
-"""Countersigned checkpoints (LEDGER.md section 10): asked for, given, kept, and shown to whom a whole chain is too long."""
+"""Countersigned checkpoints (LEDGER.md section 10): asked for, given, kept, shown where a chain is too long."""
 
 from __future__ import annotations
 
@@ -138,8 +138,13 @@ class Countersigns:
             self._ctx.send(peer, Countersign(self._ctx.account, kept.seq, kept.hash, statement, kept.document))
         return kept.seq - 1
 
+    def offered_seq(self, account: bytes) -> int:
+        """Where the checkpoint stands that an account has shown; -1: it has shown none."""
+        offer = self._offered.get(account)
+        return offer[0].seq if offer is not None else -1
+
     def adopt(self, entries: list[bytes]) -> list[bytes]:
-        """Starts an unknown account at the checkpoint it has shown, if these entries hold it; returns those after it."""
+        """Starts an unknown account at the checkpoint it has shown, if these entries hold it; those after it."""
         if not self._offered or not entries:
             return entries
         books = self._rooms.books

@@ -1,4 +1,4 @@
-"""Node: routes every stimulus to its room and gathers a turn's effects. Pure: no I/O, no clock, no entropy of its own."""
+"""Node: routes every stimulus to its room and gathers a turn's effects. Pure: no I/O, no clock, no entropy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from clawnet.node.jobs import Jobs
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
 from clawnet.node.results import Results
+from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
 from clawnet.wire import events as e
@@ -68,6 +69,7 @@ class Rooms:
     awards: Awards
     results: Results
     bidding: Bidding
+    taking: Taking
     jobs: Jobs
     pay: Pay
     invites: Invites
@@ -98,6 +100,7 @@ class Node:
         rooms.bidding = Bidding(self.ctx, rooms)
         rooms.jobs = Jobs(self.ctx, rooms, os_family)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
+        rooms.taking = Taking(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.views = Views(self.ctx, rooms, version)
@@ -131,7 +134,7 @@ class Node:
         for row in read("table:outbox", ()):
             rooms.outbox.load(row)
             if row[4] in (Kind.TASK_REJECT, Kind.TASK_WAIVER):
-                rooms.jobs.load_over(row[3])
+                rooms.taking.over(row[3])
         for row in read("jobs_open", ()):
             self._load_job(decode_job(row[-1]), read)
         for task_id, peer, blob in read("table:blob_grants", ()):
@@ -142,6 +145,7 @@ class Node:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
         rooms.jobs.resume()
         rooms.members.start()
+        rooms.outbox.peer_up(ctx.me)
         ctx.wake(("heads",), now_ms + limits.HEADS_EVERY_MS)
         return self._close_turn()
 
@@ -151,7 +155,7 @@ class Node:
         known: dict[bytes, int] = {}
         for owner, snapshot in read("table:accounts", ()):
             known[owner] = book.restore(snapshot)
-        for owner, proof in read("table:proofs", ()):
+        for _, proof in read("table:proofs", ()):
             book.learn_proof(proof, trusted=True)
         heads = {owner: int(last) for owner, last in read("entry_heads", ())}
         for owner, last in heads.items():
@@ -166,14 +170,14 @@ class Node:
         if account in heads:
             start = max(0, heads[account] - limits.OPEN_LINES_MAX)
             for row in read("entries_range", (account, start, heads[account], 4 * limits.MIB)):
-                self.rooms.books.recent.append((row[1], row[-1]))
+                self.rooms.books.shipping.recent.append((row[1], row[-1]))
         return account not in heads
 
     def _load_job(self, job: Job, read: Read) -> None:
         rows = list(read("document", (job.job,)))
         self.rooms.jobs.load(job, rows[0][-1] if rows else None)
         if job.state == "claimed":
-            self.rooms.books.load_claimed(job)
+            self.rooms.books.shipping.load_claimed(job)
 
     def _load_tasks(self, read: Read) -> None:
         rooms = self.rooms
@@ -252,8 +256,8 @@ class Node:
             m.Offer: lambda event: r.bidding.offer(event, event.message),  # type: ignore[arg-type]
             m.Bid: lambda event: r.auctions.bid(event.peer, event.message),  # type: ignore[arg-type]
             m.Decline: lambda event: r.auctions.decline(event.peer, event.message),  # type: ignore[arg-type]
-            m.Winner: lambda event: r.jobs.winner(event, event.message),  # type: ignore[arg-type]
-            m.EscrowLock: lambda event: r.jobs.lock(event, event.message),  # type: ignore[arg-type]
+            m.Winner: lambda event: r.taking.winner(event, event.message),  # type: ignore[arg-type]
+            m.EscrowLock: lambda event: r.taking.lock(event, event.message),  # type: ignore[arg-type]
             m.Accept: lambda event: r.awards.accept(event, event.message),  # type: ignore[arg-type]
             m.Reject: lambda event: r.awards.reject(event, event.message),  # type: ignore[arg-type]
             m.Cancel: lambda event: r.jobs.cancel(event, event.message),  # type: ignore[arg-type]
@@ -299,9 +303,7 @@ class Node:
         if row is None or not self.rooms.outbox.acknowledged(message.obligation, event.peer):
             return
         if row.kind is Kind.MARKET_SETTLEMENT:
-            self.rooms.books.settlement_acknowledged(event.peer, row.about)
-        elif row.kind in (Kind.TASK_REJECT, Kind.TASK_WAIVER):
-            self.rooms.jobs.told(row.about)
+            self.rooms.books.shipping.acknowledged(event.peer, row.about)
         elif row.kind is Kind.TASK_RESULT:
             self.rooms.pay.result_acknowledged(row.about)
 

@@ -401,6 +401,11 @@ class Members:
         skews = sorted(link.skew_ms for link in self._ctx.links.values())
         return skews[len(skews) // 2] if skews else None
 
+    def clock_off(self) -> bool:
+        """Whether this clock is so far off its peers' that nothing may be stamped by it (LEDGER.md section 8)."""
+        skew_ms = self.skew_ms()
+        return skew_ms is not None and abs(skew_ms) > limits.CLOCK_STOP_MS
+
     def warnings(self) -> list[str]:
         """What the owner should know of this node's peers and clock."""
         skew_ms = self.skew_ms()

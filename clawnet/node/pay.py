@@ -11,8 +11,8 @@ from clawnet.market.records import Job
 from clawnet.node.context import Context
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire.blobid import blob_id
-from clawnet.wire.events import GrantBlob, RevokeBlobs, TaskExited
-from clawnet.wire.messages import Result
+from clawnet.wire.events import TaskExited
+from clawnet.wire.messages import Kind, Result
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -27,11 +27,13 @@ class Pay:
         self._ctx = ctx
         self._rooms = rooms
         self._seed = escrow_seed
-        self.by_line: dict[tuple[bytes, int, int], bytes] = {}
+        self._by_line: dict[tuple[bytes, int, int], tuple[bytes, bytes]] = {}
+        self._lines: dict[tuple[bytes, int], bytes] = {}
 
     def deliver(self, job: Job, event: TaskExited, amount_ucr: int) -> None:
         """Note and sealed bundle are durable before TASK_RESULT leaves: the outbox row holds both."""
         ctx = self._ctx
+        self._rooms.jobs.leave(job)
         blob = event.blob or blob_id(event.inline)
         job.blob, job.blob_bytes, job.inline = blob, event.blob_bytes or len(event.inline), bool(event.inline)
         job.amount_ucr = amount_ucr
@@ -52,13 +54,12 @@ class Pay:
             )
             job.note = note.signed(ctx.ports.sign)
             job.note_hash = note_hash(job.note)
-            job.waiver = self.waiver(job, 1) if amount_ucr < job.price_ucr else b""
+            if amount_ucr < job.price_ucr:
+                job.waiver = self.waiver(job.account, job.lock_hash, job.line, 1)
         job.state = "delivered"
-        self._rooms.jobs.documents.pop(job.job, None)
         self._rooms.jobs.touch(job)
         if not event.inline:
-            ctx.put("blob_grants", job.task_id, job.peer, event.blob)
-            ctx.out.append(GrantBlob(job.task_id, job.peer, event.blob))
+            ctx.lend(job.job, job.peer, event.blob)
         message = Result(
             task_id=job.task_id,
             attempt=job.attempt,
@@ -79,8 +80,8 @@ class Pay:
 
     def released(self, payer: bytes, lock_seq: int, line: int) -> Job | None:
         """The job that a release of this line pays."""
-        identifier = self.by_line.get((payer, lock_seq, line))
-        return self._rooms.jobs.jobs.get(identifier) if identifier is not None else None
+        bound = self._by_line.get((payer, lock_seq, line))
+        return self._rooms.jobs.jobs.get(bound[0]) if bound is not None else None
 
     def key_of(self, job: Job) -> bytes:
         """The key `k` that the claim shows."""
@@ -89,6 +90,7 @@ class Pay:
     def paid(self, job: Job, seq: int) -> None:
         """The claim is in the own chain."""
         job.state, job.claimed_seq = "claimed", seq
+        self._rooms.outbox.settle(Kind.TASK_RESULT, job.peer, job.job)
         self._rooms.jobs.touch(job)
         self._rooms.members.observe_requester(job.peer, Outcome.PAID)
 
@@ -96,8 +98,7 @@ class Pay:
         """The release is for less, or for another key: the key stays hidden, the rest stays bound."""
         self._rooms.members.observe_requester(job.peer, Outcome.UNDERPAID)
         self._ctx.log("security", "release.underpaid", peer=job.peer, task=job.task_id.hex())
-        job.state, job.reason = "forfeited", "underpaid"
-        self._end(job)
+        self.forfeit(job, "underpaid")
 
     def acknowledged(self, job: Job) -> None:
         """The requester has what it paid for (ring own: it has the result)."""
@@ -114,18 +115,30 @@ class Pay:
     def line_ended(self, payer: bytes, lock_seq: int, line: int) -> None:
         """The payer refunded the line: what was delivered is not paid any more."""
         job = self.released(payer, lock_seq, line)
-        if job is not None and job.state == "delivered":
-            job.state = "forfeited"
+        self._unbind(payer, lock_seq, line)
+        if job is None:
+            return
+        if job.state == "delivered":
             self._rooms.members.observe_requester(job.peer, Outcome.RECEIPT_REFUSED)
-            self._end(job)
+            self.forfeit(job, "refunded")
+        elif job.state in ("fetching", "queued", "running"):
+            self._rooms.jobs.stop(job)
+            self.forfeit(job, "refunded")
+
+    def forfeit(self, job: Job, reason: str) -> None:
+        """Nothing will be paid for this job any more."""
+        job.state, job.reason = "forfeited", reason
+        self._end(job)
 
     def _end(self, job: Job) -> None:
         """The job needs nothing more: its row stays, the memory goes."""
         self._rooms.jobs.touch(job)
         if job.lock_seq >= 0:
-            self.by_line.pop((job.account, job.lock_seq, job.line), None)
+            self._unbind(job.account, job.lock_seq, job.line)
+        self._rooms.outbox.settle(Kind.TASK_RESULT, job.peer, job.job)
+        self._rooms.taking.over(job.job)
         if not job.inline:
-            self._ctx.out.append(RevokeBlobs(job.task_id))
+            self._ctx.let_go(job.job)
 
     def timer(self, identifier: bytes) -> None:
         """Waiting for the release: pull the requester's chain at 10 s, 1 min, 10 min, then hourly."""
@@ -137,8 +150,21 @@ class Pay:
         step = PULLS_MS[min(job.pulls, len(PULLS_MS) - 1)]
         self._ctx.wake(("job", identifier), self._ctx.now + step)
 
-    def waiver(self, job: Job, after_part: int = 0) -> bytes:
-        if job.lock_seq < 0:
-            return b""
-        statement = WaiverStatement(self._rooms.books.mesh, job.account, job.lock_hash, job.line, after_part)
+    def waiver(self, payer: bytes, lock_hash: bytes, line: int, after_part: int = 0) -> bytes:
+        """The signed hand-back of a line, or of what is left of it after a part."""
+        statement = WaiverStatement(self._rooms.books.mesh, payer, lock_hash, line, after_part)
         return statement.signed(self._ctx.ports.sign)
+
+    def bind(self, job: Job) -> None:
+        """From now on this line pays this job and no other."""
+        self._by_line[(job.account, job.lock_seq, job.line)] = (job.job, job.lock_hash)
+        self._lines[(job.lock_hash, job.line)] = job.job
+
+    def _unbind(self, payer: bytes, lock_seq: int, line: int) -> None:
+        bound = self._by_line.pop((payer, lock_seq, line), None)
+        if bound is not None:
+            self._lines.pop((bound[1], line), None)
+
+    def bound(self, lock_hash: bytes, line: int) -> bool:
+        """Whether a job of this node is worked or waited for on this line."""
+        return (lock_hash, line) in self._lines

@@ -12,9 +12,10 @@ from clawnet.ledger.entries import ReleaseItem
 from clawnet.ledger.seal import content_key
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.node.awards import about
-from clawnet.node.context import Context
+from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.views import SMALL_STREAMS_BYTES
 from clawnet.reputation.receipts import Outcome
+from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import BlobReady, Fetch, MessageIn, Open, Opened
 from clawnet.wire.messages import Accept, Cancel, Kind, Result
 
@@ -44,7 +45,9 @@ class Results:
                 self._rooms.awards.acknowledge(event)
             return
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
-        if attempt.lock_seq >= 0 and not self._note_good(task, attempt, message):
+        reason = _bytes_wrong(message) or (self._note_wrong(attempt, message) if attempt.lock_seq >= 0 else "")
+        if reason:
+            self._ctx.log("security", "result.refused", peer=attempt.peer, reason=reason)
             self._rooms.awards.acknowledge(event)
             return
         attempt.delivered_ms = attempt.heard_ms = self._ctx.now
@@ -60,30 +63,36 @@ class Results:
         self._rooms.tasks.touch(task)
         self._rooms.awards.arm(task)
 
-    def _note_good(self, task: Task, attempt: Attempt, message: Result) -> bool:
+    def _note_wrong(self, attempt: Attempt, message: Result) -> str:
+        """Why nothing can be released for this note; "" when it is the payee's word for this line and these bytes."""
         try:
             note = statements.Note.verified(message.note, self._rooms.books.key_of(attempt.account), verify)
         except RemoteError as error:
-            self._ctx.log("security", "note.refused", peer=attempt.peer, reason=error.message)
-            return False
-        good = (
-            (note.payer, note.lock_hash, note.line, note.part)
-            == (self._ctx.account, attempt.lock_hash, attempt.line, 1)
-            and 0 < note.amount_ucr <= attempt.price_ucr
-            and note.ct_bytes <= limits.RESULT_BYTES_MAX + limits.MIB
-            and (note.ct_hash, note.ct_bytes) == (message.blob, message.blob_bytes)
-        )
-        if not good:
-            self._ctx.log("security", "note.refused", peer=attempt.peer, reason="its fields are not of this attempt")
-            return False
+            return error.message
+        place = (self._rooms.books.mesh, self._ctx.account, attempt.lock_hash, attempt.line, 1)
+        if (note.mesh, note.payer, note.lock_hash, note.line, note.part) != place:
+            return "the note is of another line"
+        if not 0 < note.amount_ucr <= attempt.price_ucr:
+            return "the note asks more than is bound"
+        if (note.ct_hash, note.ct_bytes) != (message.blob, message.blob_bytes):
+            return "the note is of other bytes"
         attempt.note, attempt.key_hash, attempt.released_ucr = message.note, note.key_hash, note.amount_ucr
-        return True
+        return ""
 
     def fetch(self, task: Task, attempt: Attempt) -> None:
+        """Fetches the sealed blob, which is checked against its id chunk by chunk, and holds it until it is opened."""
+        ctx = self._ctx
         attempt.state = "fetching"
+        award = job_id(ctx.me, task.task_id, attempt.n)
+        ctx.hold(held_as(award, "sealed"), attempt.blob)
         request = b"result:" + about(task.task_id, attempt.n)
-        blobs = ((attempt.blob, attempt.blob_bytes),)
-        self._ctx.out.append(Fetch(request, attempt.peer, task.task_id, blobs))
+        ctx.out.append(Fetch(request, attempt.peer, award, ((attempt.blob, attempt.blob_bytes),)))
+
+    def forget(self, task: Task, attempt: Attempt) -> None:
+        """The attempt is closed: its sealed bytes are not needed any more."""
+        self.sealed.pop(about(task.task_id, attempt.n), None)
+        if not attempt.inline and attempt.blob:
+            self._ctx.let_go(held_as(job_id(self._ctx.me, task.task_id, attempt.n), "sealed"))
 
     def blob_ready(self, event: BlobReady) -> None:
         """The sealed blob is here and synced, or its executor could not serve it now."""
@@ -110,6 +119,9 @@ class Results:
                 rooms.tasks.move(task, "executing", "accepted")
             rooms.tasks.move(task, "delivered", "result received")
         if attempt.lock_seq < 0:
+            if not attempt.paying:
+                rooms.awards.close(task, attempt, "unpaid", "another attempt has the task")
+                return
             attempt.state = "claimed"
             self.open(task, attempt)
         elif not attempt.paying:
@@ -145,6 +157,7 @@ class Results:
         self.open(task, attempt)
 
     def open(self, task: Task, attempt: Attempt) -> None:
+        """Unseals what was delivered, from memory, from its row, or from its blob."""
         name = about(task.task_id, attempt.n)
         inline = self.sealed.pop(name, b"")
         key = content_key(attempt.key, task.secret) if attempt.key else None
@@ -173,7 +186,7 @@ class Results:
         task, attempt = found
         rooms = self._rooms
         good = not event.reason
-        self._rooms.awards.close(attempt, "done", event.reason)
+        self._rooms.awards.close(task, attempt, "done", event.reason)
         if task.state not in FINAL_STATES:
             rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
             self._keep(task, attempt, event.bundle)
@@ -196,6 +209,9 @@ class Results:
         if bundle is None:
             return
         ctx = self._ctx
+        for blob in (bundle.stdout_blob, bundle.stderr_blob):
+            if blob:
+                ctx.hold(task.task_id, blob)
         result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
         result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
         stdout, stderr = result["stdout"], result["stderr"]
@@ -210,3 +226,12 @@ class Results:
             ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
             self._rooms.views.keep_streams(task.task_id, stdout, stderr)
         task.result = result
+
+
+def _bytes_wrong(message: Result) -> str:
+    """Why these are no sealed bytes of a result: inline ones must be the blob that the message names."""
+    if not 0 < message.blob_bytes <= limits.RESULT_BYTES_MAX + limits.MIB:
+        return f"a result of {message.blob_bytes} bytes"
+    if message.inline and (len(message.inline), blob_id(message.inline)) != (message.blob_bytes, message.blob):
+        return "the bytes are not those named"
+    return ""

@@ -27,7 +27,7 @@ from clawnet.market import taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
-from clawnet.node.context import Context
+from clawnet.node.context import Context, held_as
 from clawnet.node.output import Followers
 from clawnet.wire.events import InputsReady, PackInputs
 
@@ -145,6 +145,8 @@ class Tasks:
             return
         if error is not None:
             task.error_code, task.error_text, task.error_hint = error.code, error.message, error.hint
+        else:
+            task.error_code = task.error_text = task.error_hint = ""
         self.move(task, state, reason or task.error_code)
         self._ctx.count("tasks_total", state)
         self._rooms.auctions.drop(task)
@@ -179,7 +181,8 @@ class Tasks:
         available = self._rooms.books.available()
         if normal["budget_given"] and "member" in stages and normal["budget_ucr"] > available:
             raise FundsError(
-                f"the budget of {format_credits(normal['budget_ucr'])} is above the balance of {format_credits(available)}",
+                f"the budget of {format_credits(normal['budget_ucr'])} is above the balance of "
+                f"{format_credits(available)}",
                 hint="lower --budget, or --ring own to use your own machines at no price",
             )
         task = Task(
@@ -278,6 +281,8 @@ class Tasks:
         if task.spec["idempotency_key"]:
             self.keys[task.spec["idempotency_key"]] = task.task_id
         ctx.put("documents", task.task_id, document)
+        for item in task.inputs:
+            ctx.hold(held_as(task.task_id, "inputs"), item["blob"])
         self._rooms.awards.documents[task.task_id] = document
         task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
         self.move(task, "announced", "accepted")

@@ -91,7 +91,7 @@ class Views:
 
     @staticmethod
     def _shown_attempt(task: Task) -> Attempt | None:
-        """The attempt that stands for the task: the one that delivered, else the one that holds the slot, else the last."""
+        """The attempt that stands for the task: that which delivered, else holds the slot, else the last."""
         for attempt in task.attempts:
             if attempt.state in OUTCOME_STATES:
                 return attempt

@@ -1,0 +1,311 @@
+"""Awards that come in: document, lock and the chain behind it are checked, then it is ACCEPT or REJECT."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.errors import RemoteError, WireError
+from clawnet.ledger import taskdoc
+from clawnet.ledger.entries import Lock, Parsed, parse
+from clawnet.ledger.lockcheck import Expected, check_lock
+from clawnet.market import taskspec
+from clawnet.market.pricing import duration_keys
+from clawnet.market.reasons import Reason
+from clawnet.market.records import Job
+from clawnet.node.context import Context, job_id
+from clawnet.wire.events import MessageIn
+from clawnet.wire.messages import Accept, Ack, Cancel, EscrowLock, Reject, Requirements, Winner
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+CANCELLED_KEPT_MAX: Final = 4_096
+OVER_KEPT_MAX: Final = 65_536
+WAITING_BYTES_MAX: Final = 64 * limits.MIB
+WORD_CHARS_MAX: Final = 64
+
+
+class Award(Struct):
+    """An award that is not answered yet: its document, and the lock with its entry when they have come."""
+
+    job: Job
+    raw: bytes
+    document: taskdoc.TaskDocument
+    payload: dict[str, Any]
+    lock: EscrowLock | None = None
+    entry: Parsed | None = None
+
+
+class Taking:
+    """Awards between their arrival and their answer, and those that are over or were cancelled before they came."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self._waiting: OrderedDict[bytes, Award] = OrderedDict()
+        self._waiting_bytes = 0
+        self._cancelled: OrderedDict[bytes, None] = OrderedDict()
+        self._over: OrderedDict[bytes, None] = OrderedDict()
+
+    # --- what comes in
+
+    def winner(self, event: MessageIn, message: Winner) -> None:
+        """The document. In ring own that is all; otherwise the lock decides."""
+        identifier = job_id(event.peer, message.task_id, message.attempt)
+        if self._answered(event, identifier):
+            return
+        try:
+            document = taskdoc.decode(message.document)
+            payload = payload_of(document)
+        except RemoteError as error:
+            self._refuse(event.peer, message.task_id, message.attempt, "invalid", text=error.message)
+            return
+        award = Award(self._job(event.peer, identifier, message, document), message.document, document, payload)
+        if not message.locked:
+            if award.job.ring != "own" or message.price_ucr:
+                self._refuse(event.peer, message.task_id, message.attempt, Reason.POLICY.value, text="no lock")
+            else:
+                self._admit(award)
+            return
+        earlier = self._drop(identifier)
+        if earlier is not None:
+            award.lock, award.entry = earlier.lock, earlier.entry
+        self._waiting[identifier] = award
+        self._waiting_bytes += len(award.raw)
+        while len(self._waiting) > limits.QUEUED_OFFERS_MAX or self._waiting_bytes > WAITING_BYTES_MAX:
+            self._drop(next(iter(self._waiting)))
+        if award.lock is not None:
+            self._check(award)
+
+    def _job(self, peer: str, identifier: bytes, message: Winner, document: taskdoc.TaskDocument) -> Job:
+        members = self._rooms.members
+        ring = members.ring_of(peer)
+        return Job(
+            job=identifier,
+            peer=peer,
+            account=members.account_of(peer),
+            ring=ring,
+            task_id=message.task_id,
+            attempt=message.attempt,
+            kind=taskspec.ALIASES.get(document.kind, document.kind),
+            price_ucr=message.price_ucr,
+            deadline_ms=message.deadline_ms,
+            deliver_by_ms=message.deliver_by_ms,
+            received_ms=self._ctx.now,
+            task_hash=taskdoc.task_hash(message.document),
+            stream_output=message.stream_output and ring in self._ctx.config.words("market.preview"),
+            locked=message.locked,
+            lease_s=document.lease_s,
+        )
+
+    def lock(self, event: MessageIn, message: EscrowLock) -> None:
+        """The requester's entries up to the lock; what they refer to is pulled before the answer."""
+        identifier = job_id(event.peer, message.task_id, message.attempt)
+        if self._answered(event, identifier):
+            return
+        account = self._rooms.members.account_of(event.peer)
+        entry = _find_lock(message, account)
+        award = self._waiting.get(identifier)
+        if self._too_long(account, message):
+            self._drop(identifier)
+            reason, text = Reason.CANNOT_AUDIT.value, "ask an issuer to countersign a checkpoint"
+            self._refuse(event.peer, message.task_id, message.attempt, reason, text=text, lock=message)
+            return
+        self._rooms.books.take(event.peer, message.entries)
+        if identifier not in self._waiting and self._answered(event, identifier):
+            return  # the entries let it be judged
+        if award is None:
+            if identifier in self._cancelled:
+                self._refuse(event.peer, message.task_id, message.attempt, "cancelled", lock=message)
+            return  # the document comes with the same batch or again from the outbox, and the lock with it
+        award.lock, award.entry = message, entry
+        self._check(award)
+
+    def _too_long(self, account: bytes, message: EscrowLock) -> bool:
+        """Whether more entries would have to be audited than this node audits before work (LEDGER.md section 10)."""
+        books = self._rooms.books
+        head = books.book.head(account)
+        held = head[0] if head is not None else books.countersigns.offered_seq(account)
+        return message.lock_seq - held > self._ctx.config.integer("ledger.audit_entries_max")
+
+    def _answered(self, event: MessageIn, identifier: bytes) -> bool:
+        """A repeated award: the answer is repeated, by us or by the outbox."""
+        known = self._rooms.jobs.jobs.get(identifier)
+        if known is not None:
+            self._ctx.send(event.peer, Accept(known.task_id, known.attempt))
+            return True
+        return identifier in self._over
+
+    def cancelled(self, event: MessageIn, message: Cancel) -> None:
+        """A cancel of something that does not run here: what comes of that award later is refused."""
+        identifier = job_id(event.peer, message.task_id, message.attempt)
+        if identifier in self._over:
+            if event.obligation is not None:
+                self._ctx.send(event.peer, Ack(event.obligation), event.id)
+            return
+        self._cancelled[identifier] = None
+        while len(self._cancelled) > CANCELLED_KEPT_MAX:
+            self._cancelled.popitem(last=False)
+        award = self._waiting.get(identifier)
+        if award is not None and award.lock is not None:
+            self._check(award)
+        elif self._rooms.members.ring_of(event.peer) == "own":
+            self._refuse(event.peer, message.task_id, message.attempt, "cancelled")
+
+    def book_moved(self, account: bytes) -> None:
+        """Entries of this account came in: awards that waited for them are judged now."""
+        for award in [a for a in self._waiting.values() if a.job.account == account and a.lock is not None]:
+            self._check(award)
+
+    def _drop(self, identifier: bytes) -> Award | None:
+        award = self._waiting.pop(identifier, None)
+        if award is not None:
+            self._waiting_bytes -= len(award.raw)
+        return award
+
+    # --- the worker's list
+
+    def _check(self, award: Award) -> None:
+        """LEDGER.md section 11, once the requester's chain is here up to the lock."""
+        job, lock, entry = award.job, award.lock, award.entry
+        assert lock is not None
+        books = self._rooms.books
+        if entry is None:
+            self._reject(award, "chain", "the lock is not among the entries sent")
+            return
+        head = books.book.head(job.account)
+        if (head is None or head[0] < lock.lock_seq) and not books.dead(job.account):
+            books.pull(job.peer, job.account)
+            return  # judged when the missing entries have come
+        job.lock_seq, job.lock_hash, job.line = lock.lock_seq, lock.lock_hash, lock.line
+        expected = Expected(
+            account=self._ctx.account,
+            task=job.task_hash,
+            bid_ucr=job.price_ucr,
+            estimate_ms=int(self._estimate_s(award) * 1000),
+            exposure_max_ucr=self._ctx.config.amount_ucr("ledger.exposure_max"),
+            open_lines_max=books.terms.open_lines_max,
+            banned=self._rooms.members.banned(job.peer),
+            used=self._rooms.pay.bound(lock.lock_hash, lock.line),
+        )
+        verdict = check_lock(books.book, entry, lock.line, expected, self._ctx.now)
+        if verdict:
+            self._ctx.log("warn", "lock.refused", peer=job.peer, reason=verdict)
+            self._reject(award, verdict)
+            return
+        self._admit(award)
+
+    def _estimate_s(self, award: Award) -> float:
+        """How long such work takes here; it is promised, so the job remembers it."""
+        job = award.job
+        size = len(award.raw) + sum(item.bytes for item in award.document.inputs)
+        words = [f"op:{award.payload['op']}"] if award.payload.get("op") else []
+        keys = duration_keys(job.kind, Requirements(capabilities=words), size)
+        job.duration_key = keys[0]
+        job.estimated_s = self._rooms.bidding.durations.estimate(keys, job.kind).estimated_s
+        return job.estimated_s
+
+    def _admit(self, award: Award) -> None:
+        """Accepts what is good and fits, durably, and fetches its inputs or queues it."""
+        job, ctx = award.job, self._ctx
+        reason = self._objection(award)
+        if reason:
+            self._reject(award, reason)
+            return
+        self._estimate_s(award)
+        self._drop(job.job)
+        self._rooms.bidding.promised.pop((job.peer, job.task_id), None)
+        job.retries = 1 if job.kind != "shell" else 0
+        if job.lock_seq >= 0:
+            self._rooms.pay.bind(job)
+        ctx.put("documents", job.job, award.raw)
+        ctx.send(job.peer, Accept(job.task_id, job.attempt))
+        self._rooms.jobs.begin(job, award.document)
+
+    def _objection(self, award: Award) -> str:
+        """Why an award with a good lock is still not taken; "" when it is."""
+        job, ctx, card = award.job, self._ctx, self._rooms.members.card
+        if job.job in self._cancelled:
+            return "cancelled"
+        if ctx.draining:
+            return Reason.DRAINING.value
+        if job.kind not in ("shell", "compute"):
+            return Reason.NO_CAPABILITY.value
+        if job.kind == "compute" and f"op:{award.payload.get('op')}" not in card.capabilities:
+            return Reason.NO_CAPABILITY.value
+        if job.kind == "shell" and job.ring not in card.shell_rings:
+            return Reason.POLICY.value
+        if job.lease_s < limits.LEASE_S:
+            return Reason.POLICY.value
+        if job.lock_seq >= 0:
+            promised_ucr = self._rooms.bidding.promised.get((job.peer, job.task_id))
+            if promised_ucr is None or job.price_ucr < promised_ucr:
+                return "no_bid"
+        workload = self._rooms.bidding.workload()
+        if workload.committed >= workload.slots + workload.queue_max:
+            return Reason.FULL.value
+        if ctx.now >= min(job.deadline_ms, job.deliver_by_ms):
+            return Reason.DEADLINE.value
+        if sum(item.bytes for item in award.document.inputs) > limits.INPUT_BYTES_MAX:
+            return Reason.TOO_LARGE.value
+        return ""
+
+    # --- refusing
+
+    def _reject(self, award: Award, reason: str, text: str = "") -> None:
+        self._drop(award.job.job)
+        self._refuse(award.job.peer, award.job.task_id, award.job.attempt, reason, text=text, lock=award.lock)
+
+    def _refuse(
+        self, peer: str, task_id: bytes, attempt: int, reason: str, *, text: str = "", lock: EscrowLock | None = None
+    ) -> None:
+        """REJECT, with the waiver that frees the line; durable through the outbox.
+
+        A line that another job of this node works for is not waived: a requester that names it twice gets nothing back.
+        """
+        identifier = job_id(peer, task_id, attempt)
+        waiver = b""
+        if lock is not None and not self._rooms.pay.bound(lock.lock_hash, lock.line):
+            waiver = self._rooms.pay.waiver(self._rooms.members.account_of(peer), lock.lock_hash, lock.line)
+        self.over(identifier)
+        self._rooms.outbox.oblige(peer, Reject(task_id, attempt, reason, text[:200], waiver), identifier)
+        self._ctx.count("jobs_total", "rejected")
+
+    def over(self, identifier: bytes) -> None:
+        """This award is answered for good: when it comes again, nothing begins."""
+        self._over[identifier] = None
+        self._cancelled.pop(identifier, None)
+        while len(self._over) > OVER_KEPT_MAX:
+            self._over.popitem(last=False)
+
+
+def payload_of(document: taskdoc.TaskDocument) -> dict[str, Any]:
+    """The work itself as its requester wrote it; raises WireError for what is none."""
+    try:
+        payload = msgspec.msgpack.decode(document.payload)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise WireError(f"not a payload: {error}") from error
+    if not isinstance(payload, dict):
+        raise WireError("not a payload: it is no map")
+    operation = payload.get("op") or ""
+    if not isinstance(operation, str) or len(operation) > WORD_CHARS_MAX:
+        raise WireError("not a payload: its operation is no word")
+    return payload
+
+
+def _find_lock(message: EscrowLock, account: bytes) -> Parsed | None:
+    """The lock entry among those sent; None when it is missing or is not what the message says."""
+    for raw in reversed(message.entries):
+        try:
+            entry = parse(raw)
+        except WireError:
+            continue
+        if entry.hash == message.lock_hash:
+            good = entry.account == account and entry.seq == message.lock_seq and isinstance(entry.body, Lock)
+            return entry if good and message.line < len(entry.body.lines) else None  # type: ignore[union-attr]
+    return None
