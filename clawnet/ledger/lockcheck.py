@@ -6,8 +6,16 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.ledger.book import Book
-from clawnet.ledger.entries import Lock, Parsed
-from clawnet.ledger.state import Payable
+from clawnet.ledger.entries import Parsed
+from clawnet.ledger.state import Line, Payable
+
+
+class LockName(Struct, frozen=True, gc=False):
+    """A lock entry by its place and hash; its bytes need not be at hand, for the book holds its open lines."""
+
+    account: bytes
+    seq: int
+    hash: bytes
 
 
 class Expected(Struct, frozen=True, gc=False):
@@ -28,62 +36,50 @@ class Expected(Struct, frozen=True, gc=False):
     used: bool = False
 
 
-def check_lock(book: Book, lock: Parsed, line: int, expected: Expected, now_ms: int) -> str:
+def check_lock(book: Book, lock: LockName | Parsed, line: int, expected: Expected, now_ms: int) -> str:
     """The word for the first thing wrong with the line, "" when work may begin.
 
     The lock must have been applied to the book before. Words: chain, banned, forked, invalid, upgrade, debt (the
     payer's account), account, task, amount, parts, used (the line), clock, deliver_by, margin (its times), open_lines,
     exposure (limits).
     """
-    return (
-        _payer(book, lock, line, expected)
-        or _line(lock, line, expected)
-        or _times(book, lock, expected, now_ms)
-        or _limits(book, lock, expected)
-    )
-
-
-def _payer(book: Book, lock: Parsed, line: int, expected: Expected) -> str:
     view = book.view(lock.account)
-    held = book.line(lock.account, lock.seq, line)
     if expected.banned:
         return "banned"
     if view.refuse and view.refuse != "unknown":
         return view.refuse
+    held = book.line(lock.account, lock.seq, line)
     if held is None or held.lock_hash != lock.hash:
         return "chain"
-    return ""
+    return _line(held, expected) or _times(book, held, expected, now_ms) or _limits(book, lock.account, expected)
 
 
-def _line(lock: Parsed, line: int, expected: Expected) -> str:
-    assert isinstance(lock.body, Lock), "the book holds a line of it"
-    bound = lock.body.lines[line]
-    if bound.payee != expected.account:
+def _line(held: Line, expected: Expected) -> str:
+    if held.payee != expected.account:
         return "account"
-    if bound.task != expected.task:
+    if held.task != expected.task:
         return "task"
-    if bound.amount_ucr < expected.bid_ucr:
+    if held.amount_ucr < expected.bid_ucr:
         return "amount"
-    if bound.parts != expected.parts:
+    if held.parts != expected.parts:
         return "parts"
     return "used" if expected.used else ""
 
 
-def _times(book: Book, lock: Parsed, expected: Expected, now_ms: int) -> str:
-    assert isinstance(lock.body, Lock), "the book holds a line of it"
-    if abs(lock.time_ms - now_ms) > limits.CLOCK_AHEAD_MS:
+def _times(book: Book, held: Line, expected: Expected, now_ms: int) -> str:
+    if abs(held.time_ms - now_ms) > limits.CLOCK_AHEAD_MS:
         return "clock"
-    if now_ms + expected.estimate_ms > lock.body.deliver_by_ms:
+    if now_ms + expected.estimate_ms > held.deliver_by_ms:
         return "deliver_by"
-    if lock.body.deliver_by_ms + book.terms.margin_ms > lock.body.expiry_ms:
+    if held.deliver_by_ms + book.terms.margin_ms > held.expiry_ms:
         return "margin"
     return ""
 
 
-def _limits(book: Book, lock: Parsed, expected: Expected) -> str:
-    if len(book.open_lines(lock.account)) > expected.open_lines_max:
+def _limits(book: Book, payer: bytes, expected: Expected) -> str:
+    if book.view(payer).open_lines > expected.open_lines_max:
         return "open_lines"
-    if book.exposure_ucr(lock.account, expected.account) > expected.exposure_max_ucr:
+    if book.exposure_ucr(payer, expected.account) > expected.exposure_max_ucr:
         return "exposure"
     return ""
 
