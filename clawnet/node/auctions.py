@@ -16,7 +16,8 @@ from clawnet.wire.messages import Bid, Decline, Offer
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-TRANSIENT = frozenset(("full", "rate", "busy_audit", "cannot_audit", "storage_full"))
+TRANSIENT = frozenset(("full", "rate", "busy_audit", "storage_full"))
+MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 
@@ -31,6 +32,8 @@ class Auctions:
         self._waiting: deque[bytes] = deque()
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
+        self._minute = 0
+        self._bids_in: dict[tuple[str, bytes], int] = {}
         self._weights = weights_from(ctx.config)
         self._live_max = ctx.config.integer("market.max_concurrent_auctions")
         self._soft_close_ms = ctx.config.millis("market.soft_close")
@@ -69,7 +72,7 @@ class Auctions:
                 self._announce(task, ring, candidates)
                 return
             task.stage += 1
-        self._no_bid(task)
+        self._exhausted(task)
 
     def _candidates(self, task: Task, ring: str) -> list[str]:
         ctx, members = self._ctx, self._rooms.members
@@ -142,7 +145,7 @@ class Auctions:
     def bid(self, peer: str, bid: Bid) -> None:
         """A sealed bid."""
         auction = self.live.get(bid.task_id)
-        if auction is None:
+        if auction is None or self._too_many(peer, bid.task_id):
             return
         members = self._rooms.members
         auction.add_bid(
@@ -152,8 +155,19 @@ class Auctions:
             reputation=members.reputation.score(peer, self._ctx.now).total,
             confidence=members.reputation.confidence(peer, bid.confidence, self._ctx.now),
         )
-        members.known_heads[peer] = (bid.known_seq, bid.known_hash)
         self._answered(peer, auction)
+
+    def _too_many(self, peer: str, task_id: bytes) -> bool:
+        """More bids of a peer for one task within a minute than `market.rate_limit_bids` are not looked at."""
+        minute = self._ctx.now // MINUTE_MS
+        if minute != self._minute:
+            self._minute = minute
+            self._bids_in.clear()
+        count = self._bids_in[(peer, task_id)] = self._bids_in.get((peer, task_id), 0) + 1
+        if count <= self._ctx.config.integer("market.rate_limit_bids"):
+            return False
+        self._ctx.count("messages_refused_total", "bid_rate")
+        return True
 
     def decline(self, peer: str, decline: Decline) -> None:
         """A refusal to bid, with its reason."""
@@ -215,7 +229,12 @@ class Auctions:
         if task.stage + 1 < len(task.stages):
             task.stage += 1
             self._open_stage(task)
-        elif TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
+        else:
+            self._exhausted(task)
+
+    def _exhausted(self, task: Task) -> None:
+        """Nobody in any ring takes it: later, where somebody was only full, else never."""
+        if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
             self.pause(task)
         else:
             self._no_bid(task)

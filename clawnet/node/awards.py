@@ -116,11 +116,15 @@ class Awards:
         if found is not None:
             self._rooms.results.claimed(*found, key)
 
+    def knows(self, lock_seq: int, line: int) -> bool:
+        """Whether an open attempt stands behind this own line."""
+        return (lock_seq, line) in self._by_line
+
     def _send_award(self, task: Task, attempt: Attempt) -> None:
         rooms = self._rooms
         rooms.outbox.oblige(attempt.peer, self._winner(task, attempt), about(task.task_id, attempt.n))
         if attempt.lock_seq >= 0:
-            rooms.outbox.oblige(attempt.peer, self._lock(task, attempt), about(task.task_id, attempt.n))
+            rooms.outbox.oblige(attempt.peer, self._lock(task, attempt, again=False), about(task.task_id, attempt.n))
         rooms.tasks.touch(task)
         self.arm(task)
 
@@ -137,14 +141,15 @@ class Awards:
             description="",
         )
 
-    def _lock(self, task: Task, attempt: Attempt) -> EscrowLock:
+    def _lock(self, task: Task, attempt: Attempt, *, again: bool) -> EscrowLock:
+        """The first of a lock's messages to a peer carries its entry; the others only name it."""
         return EscrowLock(
             task_id=task.task_id,
             attempt=attempt.n,
             lock_seq=attempt.lock_seq,
             lock_hash=attempt.lock_hash,
             line=attempt.line,
-            entries=self._rooms.books.shipping.segment(attempt.peer, attempt.known_seq, attempt.lock_seq),
+            entries=self._rooms.books.shipping.segment(attempt.peer, attempt.known_seq, attempt.lock_seq, again=again),
         )
 
     def of_about(self, name: bytes) -> tuple[Task, Attempt] | None:
@@ -160,7 +165,7 @@ class Awards:
 
     def _rebuild_lock(self, name: bytes) -> EscrowLock | None:
         found = self.of_about(name)
-        return self._lock(*found) if found is not None and found[1].state == "locked" else None
+        return self._lock(*found, again=True) if found is not None and found[1].state == "locked" else None
 
     def find(self, event: MessageIn, task_id: bytes, n: int) -> tuple[Task, Attempt] | None:
         task = self._rooms.tasks.open.get(task_id)

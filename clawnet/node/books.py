@@ -110,6 +110,14 @@ class Books:
             items = [claim_item(payable, None) for payable in self.book.payables(self._ctx.account, self._ctx.account)]
             self._wrote(self.purse.claim(items, now))
 
+    def held_reason(self) -> str:
+        """Why no entry may be written now (what is owed waits); "" when it may."""
+        if self.purse.read_only_reason:
+            return f"the wallet is read-only: {self.purse.read_only_reason}"
+        if self._rooms.members.clock_off():
+            return self._rooms.members.clock_warning()
+        return ""
+
     # --- gathering
 
     def lock(self, task: Task, attempt: Attempt) -> None:
@@ -129,7 +137,13 @@ class Books:
 
     def flush(self) -> None:
         """At the end of a turn: writes the entries that are due."""
-        if self.chains.checking:
+        if self.chains.waiting:
+            return
+        held = self.held_reason()
+        if held:
+            locks, self._locks = self._locks, []
+            for task, attempt in locks:
+                self._rooms.awards.lock_failed(task, attempt, NotPermittedError(held, hint="clawnet doctor tells more"))
             return
         if self._locks:
             self._write_locks()
@@ -220,6 +234,17 @@ class Books:
             self._rooms.awards.refunded(one.task, one.attempt)
             return False
         return self.book.refundable(self._ctx.account, one.item, self._ctx.now)
+
+    def refund_orphans(self) -> None:
+        """Expired own lines that no attempt knows of (a restored chain) come back too."""
+        ctx = self._ctx
+        if self.chains.waiting or self.held_reason():
+            return
+        lines = self.book.open_lines(ctx.account)
+        past = [x for x in lines if x.expiry_ms <= ctx.now and not self._rooms.awards.knows(x.lock_seq, x.line)]
+        if past:
+            items = [RefundItem(line.lock_seq, line.line, None) for line in past[: limits.ENTRY_ITEMS_MAX]]
+            self._try(lambda batch: self.purse.refund(batch, ctx.now), items)
 
     def _write_claims(self) -> None:
         """Claims for everything that can be claimed now, in claiming order, entry by entry."""
@@ -356,6 +381,7 @@ class Books:
         if parsed.account == ctx.account:
             ctx.put("balances", parsed.seq, self.book.view(ctx.account).available_ucr)
             self.shipping.recent.append((parsed.seq, parsed.raw))
+            self.chains.begin_restore(f"{self._rooms.members.name_of(peer)} held entries that are not here")
             return
         body = parsed.body
         if isinstance(body, Claim):
@@ -411,8 +437,11 @@ class Books:
         self._wrote(self.purse.grant(payee, amount_ucr, invite, self._ctx.now))
 
     def _check_writable(self) -> None:
-        if self.chains.checking:
+        if self.chains.waiting:
             raise NotPermittedError("the wallet is being checked with its keepers", hint="try again in ten seconds")
+        held = self.held_reason()
+        if held:
+            raise NotPermittedError(held, hint="clawnet doctor tells more")
 
     # --- snapshots
 

@@ -37,9 +37,17 @@ class Chains:
         self._told_proofs: dict[str, set[bytes]] = {}
         self.checking = False
         self._unchecked: dict[str, None] = {}
+        self._suspects: dict[str, None] = {}
+        self._liars: dict[str, None] = {}
+        self._unanswered: dict[str, None] = {}
         self.restore_reason = ""
 
-    # --- the check after a start (LEDGER.md section 9)
+    # --- the check after a start, and the restore rule (LEDGER.md section 9)
+
+    @property
+    def waiting(self) -> bool:
+        """True for the seconds in which others are asked whether this chain is whole: what is to be written waits."""
+        return self.checking or bool(self._suspects)
 
     def start_check(self, keepers: list[str]) -> None:
         """Before the first entry after a start every reachable keeper is asked for our own head."""
@@ -55,8 +63,72 @@ class Chains:
             self.checking = False
 
     def check_ends(self) -> None:
-        """Ten seconds are over: those that did not answer are not reachable."""
+        """Ten seconds are over: who did not answer is not reachable, who claimed to hold more has not shown it."""
         self.checking = False
+        for peer in self._suspects:
+            self._liars[peer] = None
+            self._ctx.log("security", "ledger.head_not_shown", peer=peer)
+        self._suspects.clear()
+        self.reconsider()
+
+    def _answered(self, peer: str) -> None:
+        """This peer holds nothing of the own chain that is not here."""
+        self.checked(peer)
+        self._suspects.pop(peer, None)
+        if self._unanswered.pop(peer, 0) is None and not self._unanswered:
+            self.restore_reason = ""
+            self._ctx.delete("meta", "restore")
+            self._ctx.log("info", "ledger.restored", seq=self._own_seq())
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """Whether the own chain may be written now."""
+        if self._books.convicted(self._ctx.account):
+            reason = "two histories of this account exist"
+        else:
+            reason = self.restore_reason
+        self._books.purse.read_only_reason = reason
+
+    def _own_seq(self) -> int:
+        head = self._books.book.head(self._ctx.account)
+        return -1 if head is None else head[0]
+
+    def _suspect(self, peer: str, head: Head, relation: str) -> None:
+        """A peer says that it holds more, or another branch, of this chain: it must show entries signed by us."""
+        if peer in self._liars:
+            return
+        self._ctx.log("warn", "ledger.head_ahead", peer=peer, seq=head.seq)
+        self._suspects[peer] = None
+        self._ctx.wake(("start_check",), self._ctx.now + limits.START_CHECK_MS)
+        if relation == "differs":
+            self.pull(peer, self._ctx.account, head.seq, head.seq)
+        else:
+            self.pull(peer, self._ctx.account)
+
+    def begin_restore(self, reason: str) -> None:
+        """The disk was behind: nothing is written until everybody known has told what it holds of this chain."""
+        ctx = self._ctx
+        if not self.restore_reason:
+            self.restore_reason = reason
+            records = self._rooms.members.records.values()
+            self._unanswered = {record.peer: None for record in records if not record.banned}
+            ctx.put("meta", "restore", reason.encode())
+            ctx.log("error", "ledger.restore", reason=reason)
+            for peer in self._unanswered:
+                if peer in ctx.links:
+                    self.pull(peer, ctx.account)
+        self.reconsider()
+
+    def _own_from_peer(self, peer: str, message: LedgerPush) -> None:
+        before = self._own_seq()
+        self._books.take(peer, message.entries)
+        if self._own_seq() > before:
+            self.begin_restore(f"{self._rooms.members.name_of(peer)} held entries of this chain that are not here")
+        ahead = any(h.account == self._ctx.account and h.seq > self._own_seq() for h in message.heads)
+        if ahead or not message.end:
+            self.pull(peer, self._ctx.account)
+        else:
+            self._answered(peer)
 
     def keepers(self) -> list[str]:
         """Own machines first, then the inviter, then members known longest: three in all."""
@@ -76,6 +148,8 @@ class Chains:
         if own is not None and all(head.account != self._ctx.account for head in heads):
             heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
         self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
+        if peer in self._unanswered:
+            self.pull(peer, self._ctx.account)
         for account in list(self._books.book.accounts()):
             proof = self._books.book.proof(account)
             if proof is not None:
@@ -85,6 +159,8 @@ class Chains:
         """What was on its way may be lost."""
         self._held.pop(peer, None)
         self._told_proofs.pop(peer, None)
+        self._liars.pop(peer, None)
+        self._suspects.pop(peer, None)
         for key in [key for key in self._pulls if key[0] == peer]:
             del self._pulls[key]
 
@@ -185,7 +261,7 @@ class Chains:
             outcome = books.book.learn_proof(proof)
             if isinstance(outcome, Forked):
                 self.forked(outcome)
-        if message.account == self._ctx.account and message.entries:
+        if message.account == self._ctx.account and (message.entries or not message.heads):
             self._own_from_peer(peer, message)
         elif message.entries:
             books.take(peer, message.entries)
@@ -193,8 +269,6 @@ class Chains:
                 self.pull(peer, message.account)
         for head in message.heads:
             self._head(peer, head)
-        if message.account == self._ctx.account and not message.entries and not message.heads:
-            self.checked(peer)
 
     def _head(self, peer: str, head: Head) -> None:
         ctx, book = self._ctx, self._books.book
@@ -204,38 +278,26 @@ class Chains:
         relation = book.compare_head(head.account, head.seq, head.hash)
         if relation in ("differs", "lookup"):
             self.pull(peer, head.account, head.seq, head.seq)
-        elif relation == "behind" and self._wanted(peer, head.account):
-            self.pull(peer, head.account)
+        elif relation == "behind":
+            if self._wanted(peer, head.account):
+                self.pull(peer, head.account)
+        elif self._rooms.members.account_of(peer) == head.account:
+            held = book.head(head.account)
+            assert held is not None, "a head that is not behind has an account here"
+            ctx.send(peer, LedgerPush(head.account, [], [Head(head.account, *held)]))
 
     def _wanted(self, peer: str, account: bytes) -> bool:
         """Chains worth holding before anybody works for them: this peer's own, and those of own tasks' executors."""
         return self._rooms.members.account_of(peer) == account or self._books.book.head(account) is not None
 
     def _own_head(self, peer: str, head: Head) -> None:
-        """What a peer holds of the own chain: less is pushed; more, or another hash, makes the chain read-only."""
-        own = self._books.book.head(self._ctx.account)
+        """What a peer holds of the own chain: less is pushed when it asks; more, or another hash, must be shown."""
         relation = self._books.book.compare_head(self._ctx.account, head.seq, head.hash)
-        if relation == "behind" or (own is not None and relation == "differs"):
-            self._restore(peer, head)
+        if relation in ("behind", "differs"):
+            self._suspect(peer, head, relation)
             return
         self._held[peer] = max(head.seq, self._held.get(peer, -1))
-        self.checked(peer)
-
-    def _restore(self, peer: str, head: Head) -> None:
-        """LEDGER.md section 9: a peer knows more of this chain than we do. Take the entries in before writing again."""
-        if not self.restore_reason:
-            self.restore_reason = f"{self._rooms.members.name_of(peer)} holds {head.seq + 1} entries of this chain"
-            self._books.purse.read_only_reason = self.restore_reason
-            self._ctx.log("error", "ledger.restore", peer=peer, seq=head.seq)
-        self.pull(peer, self._ctx.account)
-
-    def _own_from_peer(self, peer: str, message: LedgerPush) -> None:
-        self._books.take(peer, message.entries)
-        own = self._books.book.head(self._ctx.account)
-        behind = [h for h in message.heads if h.account == self._ctx.account and own is not None and h.seq > own[0]]
-        if not behind and message.end and not self._books.convicted(self._ctx.account):
-            self._books.purse.read_only_reason = self.restore_reason = ""
-            self.checked(peer)
+        self._answered(peer)
 
     # --- forks
 
@@ -246,6 +308,7 @@ class Chains:
         if outcome.parsed is not None:
             parsed = outcome.parsed
             ctx.put("segments", parsed.account, parsed.seq, parsed.hash, parsed.raw)
+        self.reconsider()
         peer = self._rooms.members.peer_of(outcome.account)
         ctx.log("security", "chain.forked", account=outcome.account.hex()[:16], peer=peer or "")
         ctx.count("forks_total")

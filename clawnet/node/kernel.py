@@ -120,11 +120,13 @@ class Node:
         ctx, rooms = self.ctx, self.rooms
         ctx.now = now_ms
         fresh = self._load_ledger(read)
+        for row in read("table:peers", ()):
+            rooms.members.load(row[-1])
         for key, body in read("table:meta", ()):
             if key == "checkpoint":
                 rooms.books.countersigns.load(body)
-        for row in read("table:peers", ()):
-            rooms.members.load(row[-1])
+            elif key == "restore":
+                rooms.books.chains.begin_restore(body.decode())
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)
         for key, body in read("table:durations", ()):
@@ -141,6 +143,7 @@ class Node:
             ctx.out.append(e.GrantBlob(task_id, peer, blob))
         self._load_tasks(read)
         rooms.books.start(ctx.config.amount_ucr("market.initial_wallet_balance"))
+        rooms.books.chains.reconsider()
         if not fresh:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
         rooms.jobs.resume()
@@ -168,9 +171,13 @@ class Node:
                     book.apply(row[-1], self.ctx.now, trusted=True)
                 first = rows[-1][1] + 1
         if account in heads:
-            start = max(0, heads[account] - limits.OPEN_LINES_MAX)
-            for row in read("entries_range", (account, start, heads[account], 4 * limits.MIB)):
-                self.rooms.books.shipping.recent.append((row[1], row[-1]))
+            first = max(0, heads[account] - limits.OPEN_LINES_MAX)
+            while first <= heads[account]:
+                rows = list(read("entries_range", (account, first, heads[account], 4 * limits.MIB)))
+                if not rows:
+                    break
+                self.rooms.books.shipping.recent.extend((row[1], row[-1]) for row in rows)
+                first = rows[-1][1] + 1
         return account not in heads
 
     def _load_job(self, job: Job, read: Read) -> None:
@@ -324,6 +331,8 @@ class Node:
             rooms.jobs.progress()
         elif what == "heads":
             rooms.books.chains.gossip_heads()
+            rooms.books.refund_orphans()
+            rooms.members.keep_up()
         elif what == "keepers":
             rooms.books.push_keepers()
         elif what == "start_check":

@@ -8,6 +8,7 @@ import msgspec
 
 from clawnet import __version__, limits
 from clawnet.errors import DataError, NotPermittedError, RemoteError
+from clawnet.identity import multiaddr
 from clawnet.identity.certificates import Charter, verify_chain
 from clawnet.identity.keys import public_of, verify
 from clawnet.market.capability import CapabilityIndex, capability_hash
@@ -54,7 +55,6 @@ class Members:
         self._accounts: dict[bytes, str] = {ctx.account: ctx.me}
         self.index = CapabilityIndex()
         self.reputation = Reputation(ctx.config.number("market.reputation_decay_rate"))
-        self.known_heads: dict[str, tuple[int, bytes]] = {}
         self.addresses: list[str] = []
         self.capacity = CapacityChanged((), (), 0, 0, 0)
         self._serial = 0
@@ -79,13 +79,28 @@ class Members:
         self._ctx.put("peers", record.peer, msgspec.msgpack.encode(record))
 
     def start(self) -> None:
-        """Dials every member whose address is known."""
+        """Dials every member whose address is known, and the bootstrap peers of the configuration."""
+        for text in self._ctx.config.words("node.bootstrap_peers"):
+            address = multiaddr.parse(text)
+            if address.peer is not None and address.peer != self._ctx.me:
+                self._ctx.out.append(Dial(0, address.peer, (text,)))
         for record in self.records.values():
             self.redial(record)
 
+    def keep_up(self) -> None:
+        """Every minute: with fewer connections than `node.min_peers` all known members are dialled again."""
+        if len(self._ctx.links) < self._ctx.config.integer("node.min_peers"):
+            for record in self.records.values():
+                self.redial(record)
+
     def redial(self, record: PeerRecord) -> None:
         """Keeps trying to be connected to a member that is neither banned nor disconnected by hand."""
-        if record.addresses and not record.banned and not record.muted and record.peer not in self._ctx.links:
+        if (
+            record.addresses
+            and not self.banned(record.peer)
+            and not record.muted
+            and record.peer not in self._ctx.links
+        ):
             self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
 
     # --- admission and links
@@ -98,8 +113,7 @@ class Members:
         """ "" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
         if hello.mesh != self.facts.mesh:
             return "another mesh"
-        record = self.records.get(peer)
-        if record is not None and record.banned:
+        if self.banned(peer):
             return "banned"
         try:
             verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
@@ -408,10 +422,12 @@ class Members:
 
     def warnings(self) -> list[str]:
         """What the owner should know of this node's peers and clock."""
-        skew_ms = self.skew_ms()
-        if skew_ms is not None and abs(skew_ms) > limits.CLOCK_STOP_MS:
-            return [f"this machine's clock is {skew_ms / 1000:.0f} s off its peers'; nothing is written to the ledger"]
-        return []
+        return [self.clock_warning()] if self.clock_off() else []
+
+    def clock_warning(self) -> str:
+        """How far this clock is off, and what follows."""
+        seconds = abs(self.skew_ms() or 0) / 1000
+        return f"this machine's clock is {seconds:.0f} s off its peers'; nothing is written to the ledger"
 
 
 def _merge(card: PeerCard, record: PeerRecord) -> list[str]:

@@ -42,13 +42,15 @@ class Shipping:
         entries = [raw for at, raw in self.recent if late or at <= seq]
         return Settlement(self._ctx.account, _newest(entries), [])
 
-    def segment(self, peer: str, known_seq: int, upto_seq: int) -> list[bytes]:
-        """Own entries that `peer` lacks up to `upto_seq`, that one always among them, the newest SEGMENT_BYTES_MAX.
+    def segment(self, peer: str, known_seq: int, upto_seq: int, *, again: bool = True) -> list[bytes]:
+        """Own entries that `peer` lacks up to `upto_seq`, the newest SEGMENT_BYTES_MAX; it pulls older ones itself.
 
-        It pulls older ones itself.
+        With `again` that last one is among them even if it was sent before.
         """
         base = self._books.countersigns.show(peer, max(known_seq, self._books.chains.base(peer)))
-        entries = [raw for seq, raw in self._recent_from(min(base + 1, upto_seq)) if seq <= upto_seq]
+        entries = [
+            raw for seq, raw in self._recent_from(min(base + 1, upto_seq) if again else base + 1) if seq <= upto_seq
+        ]
         self._books.chains.sent(peer, upto_seq)
         return _newest(entries)
 

@@ -11,8 +11,7 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.errors import RemoteError, WireError
 from clawnet.ledger import taskdoc
-from clawnet.ledger.entries import Lock, Parsed, parse
-from clawnet.ledger.lockcheck import Expected, check_lock
+from clawnet.ledger.lockcheck import Expected, LockName, check_lock
 from clawnet.market import taskspec
 from clawnet.market.pricing import duration_keys
 from clawnet.market.reasons import Reason
@@ -31,14 +30,13 @@ WORD_CHARS_MAX: Final = 64
 
 
 class Award(Struct):
-    """An award that is not answered yet: its document, and the lock with its entry when they have come."""
+    """An award that is not answered yet: its document, and the lock when it has come."""
 
     job: Job
     raw: bytes
     document: taskdoc.TaskDocument
     payload: dict[str, Any]
     lock: EscrowLock | None = None
-    entry: Parsed | None = None
 
 
 class Taking:
@@ -74,7 +72,7 @@ class Taking:
             return
         earlier = self._drop(identifier)
         if earlier is not None:
-            award.lock, award.entry = earlier.lock, earlier.entry
+            award.lock = earlier.lock
         self._waiting[identifier] = award
         self._waiting_bytes += len(award.raw)
         while len(self._waiting) > limits.QUEUED_OFFERS_MAX or self._waiting_bytes > WAITING_BYTES_MAX:
@@ -109,7 +107,6 @@ class Taking:
         if self._answered(event, identifier):
             return
         account = self._rooms.members.account_of(event.peer)
-        entry = _find_lock(message, account)
         award = self._waiting.get(identifier)
         if self._too_long(account, message):
             self._drop(identifier)
@@ -123,7 +120,7 @@ class Taking:
             if identifier in self._cancelled:
                 self._refuse(event.peer, message.task_id, message.attempt, "cancelled", lock=message)
             return  # the document comes with the same batch or again from the outbox, and the lock with it
-        award.lock, award.entry = message, entry
+        award.lock = message
         self._check(award)
 
     def _too_long(self, account: bytes, message: EscrowLock) -> bool:
@@ -172,12 +169,9 @@ class Taking:
 
     def _check(self, award: Award) -> None:
         """LEDGER.md section 11, once the requester's chain is here up to the lock."""
-        job, lock, entry = award.job, award.lock, award.entry
+        job, lock = award.job, award.lock
         assert lock is not None
         books = self._rooms.books
-        if entry is None:
-            self._reject(award, "chain", "the lock is not among the entries sent")
-            return
         head = books.book.head(job.account)
         if (head is None or head[0] < lock.lock_seq) and not books.dead(job.account):
             books.pull(job.peer, job.account)
@@ -193,7 +187,8 @@ class Taking:
             banned=self._rooms.members.banned(job.peer),
             used=self._rooms.pay.bound(lock.lock_hash, lock.line),
         )
-        verdict = check_lock(books.book, entry, lock.line, expected, self._ctx.now)
+        name = LockName(job.account, lock.lock_seq, lock.lock_hash)
+        verdict = check_lock(books.book, name, lock.line, expected, self._ctx.now)
         if verdict:
             self._ctx.log("warn", "lock.refused", peer=job.peer, reason=verdict)
             self._reject(award, verdict)
@@ -296,16 +291,3 @@ def payload_of(document: taskdoc.TaskDocument) -> dict[str, Any]:
     if not isinstance(operation, str) or len(operation) > WORD_CHARS_MAX:
         raise WireError("not a payload: its operation is no word")
     return payload
-
-
-def _find_lock(message: EscrowLock, account: bytes) -> Parsed | None:
-    """The lock entry among those sent; None when it is missing or is not what the message says."""
-    for raw in reversed(message.entries):
-        try:
-            entry = parse(raw)
-        except WireError:
-            continue
-        if entry.hash == message.lock_hash:
-            good = entry.account == account and entry.seq == message.lock_seq and isinstance(entry.body, Lock)
-            return entry if good and message.line < len(entry.body.lines) else None  # type: ignore[union-attr]
-    return None

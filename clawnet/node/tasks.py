@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.errors import (
+    BusyError,
     CancelledError,
     ClawnetError,
     DataError,
@@ -169,7 +170,7 @@ class Tasks:
         """Accepts a submission, or answers with the error that says what is wrong with it."""
         ctx = self._ctx
         if ctx.draining:
-            raise NotPermittedError("the daemon is stopping and takes no new task", hint="try again when it is back")
+            raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise StorageFullError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="wait until some have ended")
         normal = taskspec.normalise(spec, ctx.config, family=self._rooms.jobs.os_family)
