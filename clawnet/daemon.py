@@ -411,7 +411,8 @@ class Daemon:
     def drain(self, why: str) -> None:
         """Stops bidding, hands back what has not started, lets the rest finish, exits; a second time: at once."""
         self._log("info", "daemon.stopping", why=why)
-        if self._node.ctx.draining or self.runtime.stopped:
+        # A node that rests takes nothing in; what it promised is on the disk, and the next start goes on with it.
+        if self._node.ctx.draining or self.runtime.stopped or self.runtime.resting is not None:
             self._over.set()
             return
         self.runtime.feed(e.Drain())

@@ -86,7 +86,7 @@ class Runtime:
         # Jobs an earlier node had started, being stopped, each with the Run of the present node that waits for its end.
         self._stopping: dict[bytes, e.Run | None] = {}
         self._alone = 0
-        self._resting: ClawnetError | None = None
+        self.resting: ClawnetError | None = None
         self._draining = False
         self._full = False
         self._failures: deque[int] = deque(maxlen=FAILURES_MAX)
@@ -124,7 +124,7 @@ class Runtime:
         Above INBOX_MAX local calls are answered "busy" and peers' messages are dropped and counted; timers and
         completions always fit. Called in the loop's thread only.
         """
-        if (len(self._inbox) >= limits.INBOX_MAX or self._resting is not None) and not self._has_room(stimulus):
+        if (len(self._inbox) >= limits.INBOX_MAX or self.resting is not None) and not self._has_room(stimulus):
             return
         kind = type(stimulus)
         if (kind is e.TaskExited or kind is e.TaskOutput) and self._is_stale(stimulus):  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ class Runtime:
     def _has_room(self, stimulus: e.Stimulus) -> bool:
         if type(stimulus) is e.RpcCall:
             busy = BusyError("the daemon has more calls waiting than it takes", hint="try again in a moment")
-            self.ipc.reply(stimulus.call, None, (self._resting or busy).as_dict())
+            self.ipc.reply(stimulus.call, None, (self.resting or busy).as_dict())
             return False
         if type(stimulus) is e.MessageIn and stimulus.peer != self.me:
             self.observer.count("messages_refused_total", "inbox_full", 1)
@@ -155,7 +155,7 @@ class Runtime:
     def _turn(self) -> None:
         """All that waits (at most INBOX_TURN_MAX), one transaction, one write a peer."""
         self._scheduled = False
-        if self.stopped or self._resting is not None:
+        if self.stopped or self.resting is not None:
             return
         inbox, node = self._inbox, self.node
         now_ms = self.clock()
@@ -492,11 +492,11 @@ class Runtime:
     def _rest(self, error: ClawnetError) -> None:
         """No turns for a while: what peers send is dropped, calls are answered with the error."""
         self.observer.log("error", "node.rests", {"reason": error.message})
-        self._resting = error
+        self.resting = error
         self._loop.call_later(REST_MS / 1000, self._wake_up)
 
     def _wake_up(self) -> None:
-        self._resting = None
+        self.resting = None
         if not self.stopped:
             self._start_again([])
 

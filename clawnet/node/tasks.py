@@ -18,7 +18,6 @@ from clawnet.errors import (
     DataError,
     FundsError,
     NotFoundError,
-    NotPermittedError,
     StorageFullError,
     from_dict,
 )
