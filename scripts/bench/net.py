@@ -13,13 +13,13 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
+
+from machine import machine
 
 from clawnet.errors import LinkError
 from clawnet.identity import multiaddr
@@ -32,18 +32,6 @@ SINK, SOURCE = "/bench/sink/1", "/bench/source/1"
 CHUNK = bytes(256 * 1024)
 TARGET_BULK_MB_PER_S = 200
 TARGET_PING_US = 300
-
-
-def machine() -> str:
-    """One line: processor, cores, system, Python, and how busy the machine is."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, {python}, load {load:.1f}"
 
 
 async def serve() -> None:
