@@ -227,7 +227,10 @@ class Terms(Answer):
 
 
 class Bid(Answer):
-    """A bid as the requester judged it; `score` is the sum of `terms`."""
+    """A bid as the requester judged it; `score` is the sum of `terms`.
+
+    `confidence` is the bidder's `confidence_claimed` after the discount; `rtt_s` is the round trip to it.
+    """
 
     round: int
     bidder: Party
@@ -242,6 +245,8 @@ class Bid(Answer):
     terms: Terms
     at: str
     won: bool
+    rtt_s: float = 0.0
+    confidence_claimed: float = 0.0
 
 
 class BidList(Answer):
@@ -261,7 +266,10 @@ class WhyPeer(Answer):
 
 
 class WhyRound(Answer):
-    """One auction. `closed_by` says what ended it: all_answered, soft_close, bid_timeout, nobody, inner_ring."""
+    """One auction. `closed_by` says what ended it: all_answered, soft_close, bid_timeout, nobody, inner_ring.
+
+    `max_budget` is what was offered at most, `weights` what the four terms of a score counted.
+    """
 
     round: int
     opened_at: str
@@ -273,6 +281,9 @@ class WhyRound(Answer):
     peers: list[WhyPeer]
     winner: Party | None
     reason: str
+    max_budget: str = "0"
+    min_reputation: float = 0.0
+    weights: Terms | None = None
 
 
 class Why(Answer):

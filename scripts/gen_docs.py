@@ -363,8 +363,18 @@ def schema(command: str) -> str:
     """The JSON Schema of what a command prints with --json (draft 2020-12)."""
     found = msgspec.json.schema(ANSWERS[command])
     title = command if command in ("error", "stream") else f"clawnet {command} --json"
-    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **found}
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **_one_line(found)}
     return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+def _one_line(node: Any) -> Any:
+    """The same schema with descriptions on one line: how docstrings are indented depends on Python's version."""
+    if isinstance(node, dict):
+        flat = {name: _one_line(value) for name, value in node.items()}
+        if isinstance(node.get("description"), str):
+            flat["description"] = " ".join(node["description"].split())
+        return flat
+    return [_one_line(item) for item in node] if isinstance(node, list) else node
 
 
 def rendered() -> dict[Path, str]:
