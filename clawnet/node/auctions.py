@@ -20,6 +20,7 @@ TRANSIENT = frozenset(("full", "rate", "busy_audit", "storage_full"))
 MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
+RESUME_MS = 5_000
 
 
 class Auctions:
@@ -32,6 +33,7 @@ class Auctions:
         self._waiting: deque[bytes] = deque()
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
+        self._resumed: dict[bytes, None] = {}
         self._minute = 0
         self._bids_in: dict[tuple[str, bytes], int] = {}
         self._weights = weights_from(ctx.config)
@@ -45,6 +47,20 @@ class Auctions:
         task.stage = 0
         self._waiting.append(task.task_id)
         self._rooms.tasks.touch(task)
+
+    def after_start(self, task: Task) -> None:
+        """Holds the auction of a task from before a restart: not before those who could bid are connected again."""
+        if not self._rooms.members.records:
+            self.queue(task)
+            return
+        self._resumed[task.task_id] = None
+        self._ctx.wake(("auction", task.task_id), self._ctx.now + RESUME_MS)
+
+    def peer_up(self) -> None:
+        """Somebody is connected: what waited for that since the start goes on, when the others had a moment too."""
+        for task_id in self._resumed:
+            self._ctx.wake(("auction", task_id), self._ctx.now + RESUME_MS // 10)
+        self._resumed.clear()
 
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
@@ -198,8 +214,9 @@ class Auctions:
             else:
                 self._arm(auction)
             return
+        self._resumed.pop(task_id, None)
         task = self._rooms.tasks.open.get(task_id)
-        if task is not None and task.state in ("bidding", "reassigned"):
+        if task is not None and task.state in ("announced", "bidding", "reassigned"):
             self.queue(task)
 
     # --- closing

@@ -101,6 +101,7 @@ class Awards:
         """No lock could be written (funds, open lines, read-only chain): the task ends with that error."""
         self.close(task, attempt, "unfunded", error.message)
         attempt.paying = False
+        self._rooms.tasks.touch(task)
         self._rooms.tasks.finish(task, "failed", error)
 
     def no_line(self, task: Task, attempt: Attempt) -> None:
@@ -356,6 +357,7 @@ class Awards:
         """The node stopped while its wallet could not be written: nothing was said, the auction is held again."""
         self.close(task, attempt, "unfunded", "stopped before the lock was written")
         attempt.paying = False
+        self._rooms.tasks.touch(task)
         if task.state not in FINAL_STATES:
             self._rooms.tasks.move(task, "reassigned", attempt.reason)
             self._rooms.auctions.queue(task)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, FundsError, NotPermittedError
+from clawnet.errors import ClawnetError, FundsError, NotPermittedError, TimedOutError
 from clawnet.identity.keys import verify
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import (
@@ -27,7 +27,7 @@ from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outc
 from clawnet.ledger.purse import Purse, claim_item
 from clawnet.ledger.state import Payable
 from clawnet.ledger.terms import LedgerTerms
-from clawnet.market.records import Attempt, Job, Task
+from clawnet.market.records import FINAL_STATES, Attempt, Job, Task
 from clawnet.money import format_credits
 from clawnet.node.chains import Chains
 from clawnet.node.context import Context
@@ -165,9 +165,13 @@ class Books:
 
     def _write_locks(self) -> None:
         groups: dict[tuple[int, int], list[tuple[Task, Attempt]]] = {}
-        for task, attempt in self._locks:
+        locks, self._locks = self._locks, []
+        for task, attempt in locks:
+            if task.state in FINAL_STATES:
+                # It was cancelled, or its deadline passed, while the wallet could not be written.
+                self._rooms.awards.lock_failed(task, attempt, TimedOutError("the lock came too late"))
+                continue
             groups.setdefault((attempt.deliver_by_ms, attempt.expiry_ms), []).append((task, attempt))
-        self._locks = []
         for (deliver_by_ms, expiry_ms), members in groups.items():
             for at in range(0, len(members), limits.LOCK_LINES_MAX):
                 self._write_lock(deliver_by_ms, expiry_ms, members[at : at + limits.LOCK_LINES_MAX])

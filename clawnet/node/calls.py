@@ -281,6 +281,8 @@ class Calls:
             amount_ucr = int(params["amount_ucr"])
         else:
             amount_ucr = parse_credits(str(params.get("amount") or ""))
+        if amount_ucr <= 0:
+            raise DataError("an amount to send is more than 0")
         memo = str(params.get("memo") or "")
         entry = self._rooms.books.send(
             self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)

@@ -13,7 +13,7 @@ from clawnet.identity.certificates import certify_node, certify_owner, verify_ch
 from clawnet.identity.keys import verify
 from clawnet.ledger.entries import EntryKind
 from clawnet.mesh.roster import InviteRecord, clean_name, join_bytes, secret_hash
-from clawnet.money import format_credits
+from clawnet.money import format_credits, parse_credits
 from clawnet.node.context import Context
 from clawnet.wire.events import Adopt, JoinAnswered, JoinAsked, JoinReply, JoinSend
 from clawnet.wire.messages import JoinAnswer, JoinAsk, JoinPeer
@@ -64,7 +64,8 @@ class Invites:
         uses = int(params.get("uses") or 1)
         if not 1 <= uses <= USES_MAX or (ring == "own" and uses != 1):
             raise DataError(f"--uses {uses} is not possible", hint="own invites are single-use; members: 1 to 10000")
-        credits_ucr = -1 if params.get("credits_ucr") is None else int(params["credits_ucr"])
+        given = params.get("credits")
+        credits_ucr = -1 if given is None else parse_credits(str(given), what="--credits")
         self._check_credits(ring, credits_ucr, uses)
         self._forget_expired()
         expires_ms = ctx.now + int(float(params.get("expires_s") or 3600) * 1000)
@@ -101,7 +102,7 @@ class Invites:
                 most = format_credits(books.terms.grant_max_ucr)
                 raise DataError(f"--credits is above what this mesh's charter lets one grant be ({most})")
         elif credits_ucr > 0 and credits_ucr * uses > books.available():
-            raise NotPermittedError(
+            raise FundsError(
                 f"the invite promises {format_credits(credits_ucr * uses)} credits, "
                 f"{format_credits(books.available())} are available",
                 hint="lower --credits or --uses",

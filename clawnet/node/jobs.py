@@ -34,8 +34,10 @@ class Jobs:
         self.os_family = os_family
         self.jobs: dict[bytes, Job] = {}
         self.running: dict[bytes, None] = {}
+        self._short: set[bytes] = set()
         self.queue: deque[bytes] = deque()
         self.documents: dict[bytes, taskdoc.TaskDocument] = {}
+        self._unfetched: dict[bytes, None] = {}
         self._dirty: dict[bytes, Job] = {}
         self.slots = 0
         self._progress_armed = False
@@ -58,6 +60,10 @@ class Jobs:
             return
         for item in document.inputs:
             self._ctx.hold(held_as(job.job, "inputs"), item.blob)
+        self._fetch(job, document)
+
+    def _fetch(self, job: Job, document: taskdoc.TaskDocument) -> None:
+        self._unfetched.pop(job.job, None)
         blobs = tuple((item.blob, item.bytes) for item in document.inputs)
         self._ctx.out.append(Fetch(b"inputs:" + job.job, job.peer, job.job, blobs))
 
@@ -67,18 +73,53 @@ class Jobs:
         if job is None or job.state != "fetching":
             return
         if event.reason:
-            self._give_up(job, "inputs", event.reason)
+            if self._ctx.connected(job.peer):
+                self._give_up(job, "inputs", event.reason)
+            else:
+                self._unfetched[job.job] = None  # until its requester is back, or its deadline
+                self._ctx.wake(("job", job.job), min(job.deadline_ms, job.deliver_by_ms))
             return
         job.state = "queued"
         self.queue.append(job.job)
         self.touch(job)
 
+    def peer_up(self, peer: str) -> None:
+        """A requester is back: the inputs that could not be had from it are asked for again."""
+        for identifier in list(self._unfetched):
+            job = self.jobs.get(identifier)
+            if job is None or job.state != "fetching":
+                del self._unfetched[identifier]
+            elif job.peer == peer:
+                self._fetch(job, self.documents[identifier])
+
+    def timer(self, identifier: bytes) -> None:
+        """A deadline has passed for inputs that never came; or the pay of a delivered job is waited for."""
+        job = self.jobs.get(identifier)
+        if job is not None and job.state == "fetching":
+            if self._ctx.now >= min(job.deadline_ms, job.deliver_by_ms):
+                self._give_up(job, "inputs", "they could not be fetched in time")
+        elif job is not None:
+            self._rooms.pay.timer(job)
+
     def pump(self) -> None:
-        """At the end of a turn: starts queued jobs while a slot is free, in the order they came."""
-        while self.queue and len(self.running) < self.slots:
-            job = self.jobs.get(self.queue.popleft())
-            if job is not None and job.state == "queued":
-                self._run(job)
+        """At the end of a turn: starts queued jobs while a slot is free, in the order they came.
+
+        Short built-in operations share a slot: the worker process does them one after the other, and handed over one
+        by one each would cost it a wake-up and this node a turn.
+        """
+        while self.queue:
+            job = self.jobs.get(self.queue[0])
+            if job is None or job.state != "queued":
+                self.queue.popleft()
+                continue
+            short = job.kind == "compute" and job.estimated_s <= limits.SHORT_RUN_S
+            taken = len(self.running) - max(0, len(self._short) - 1)
+            if taken >= self.slots and not (short and 0 < len(self._short) < limits.SHORT_RUNS_MAX):
+                return
+            self.queue.popleft()
+            self._run(job)
+            if short and job.job in self.running:
+                self._short.add(job.job)
 
     def _run(self, job: Job) -> None:
         ctx = self._ctx
@@ -149,6 +190,7 @@ class Jobs:
         """Delivers the sealed bundle, or hands the line back with a report."""
         job = self.jobs.get(event.job)
         self.running.pop(event.job, None)
+        self._short.discard(event.job)
         if job is None or job.state != "running":
             return
         job.ended_ms, job.duration_s, job.cpu_s = self._ctx.now, event.duration_s, event.cpu_s

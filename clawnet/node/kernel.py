@@ -324,7 +324,7 @@ class Node:
         elif what == "auction":
             rooms.auctions.timer(key[1])
         elif what == "job":
-            rooms.pay.timer(key[1])
+            rooms.jobs.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
         elif what == "progress":

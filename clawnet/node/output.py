@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-from datetime import UTC, datetime
 from typing import Any
 
 from msgspec import Struct, field
 
 from clawnet import limits
+from clawnet.answers_market import time_text
 from clawnet.market.records import Task
 from clawnet.node.context import Context
 
@@ -22,11 +22,6 @@ def text_or_b64(data: bytes, key: str) -> dict[str, str]:
         return {key: data.decode()}
     except UnicodeDecodeError:
         return {key + "_b64": base64.b64encode(data).decode()}
-
-
-def rfc3339(at_ms: int) -> str:
-    """UTC time with milliseconds."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Preview(Struct):
@@ -80,7 +75,7 @@ class Followers:
     def state(self, task_id: bytes, state: str, reason: str, at_ms: int) -> None:
         """A transition, to those who follow."""
         for follower in self._of.get(task_id, {}).values():
-            self._ctx.notify(follower.call, "task.state", {"state": state, "reason": reason, "at": rfc3339(at_ms)})
+            self._ctx.notify(follower.call, "task.state", {"state": state, "reason": reason, "at": time_text(at_ms)})
 
     def output(self, task_id: bytes, stream: int, offset: int, data: bytes) -> None:
         """Bytes of a running task; a gap or a repeat is left to the result to fill."""

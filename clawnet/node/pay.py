@@ -75,6 +75,7 @@ class Pay:
         )
         self._rooms.outbox.oblige(job.peer, message, job.job)
         if job.lock_seq >= 0:
+            ctx.durable()
             ctx.wake(("job", job.job), ctx.now + PULLS_MS[0])
         ctx.count("jobs_total", "delivered")
 
@@ -140,15 +141,14 @@ class Pay:
         if not job.inline:
             self._ctx.let_go(job.job)
 
-    def timer(self, identifier: bytes) -> None:
+    def timer(self, job: Job) -> None:
         """Waiting for the release: pull the requester's chain at 10 s, 1 min, 10 min, then hourly."""
-        job = self._rooms.jobs.jobs.get(identifier)
-        if job is None or job.state != "delivered" or job.lock_seq < 0:
+        if job.state != "delivered" or job.lock_seq < 0:
             return
         self._rooms.books.pull(job.peer, job.account)
         job.pulls += 1
         step = PULLS_MS[min(job.pulls, len(PULLS_MS) - 1)]
-        self._ctx.wake(("job", identifier), self._ctx.now + step)
+        self._ctx.wake(("job", job.job), self._ctx.now + step)
 
     def waiver(self, payer: bytes, lock_hash: bytes, line: int, after_part: int = 0) -> bytes:
         """The signed hand-back of a line, or of what is left of it after a part."""

@@ -219,6 +219,8 @@ class Taking:
         if job.lock_seq >= 0:
             self._rooms.pay.bind(job)
         ctx.put("documents", job.job, award.raw)
+        if job.kind == "shell":
+            ctx.durable()  # what may not run twice is remembered even when the power fails
         ctx.send(job.peer, Accept(job.task_id, job.attempt))
         self._rooms.jobs.begin(job, award.document)
 

@@ -15,8 +15,9 @@ from typing import Any
 from clawnet.config import Config
 from clawnet.execution import bundle
 from clawnet.identity.certificates import certify_node, certify_owner, read_charter
-from clawnet.identity.keys import KeyPair
+from clawnet.identity.keys import KeyPair, verify
 from clawnet.identity.membership import LocalMembership, found_mesh
+from clawnet.ledger.book import FOREVER_MS, Book
 from clawnet.ledger.terms import LedgerTerms
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
@@ -25,7 +26,7 @@ from clawnet.storage.memory import MemoryStore
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.codec import decode_payload, encode_payload
-from clawnet.wire.messages import Hello
+from clawnet.wire.messages import Hello, Message
 
 START_MS = 1_800_000_000_000
 
@@ -68,6 +69,11 @@ def echo(member: Member, run: e.Run) -> e.TaskExited | None:
     )
 
 
+def stopped(job: bytes) -> e.TaskExited:
+    """What the executor answers when a run was stopped before it left anything."""
+    return e.TaskExited(job, "cancelled", "stopped", None, None, b"", b"", 0, bytes(32), 0, 0.0, 0.0, 0)
+
+
 class Member:
     """One node with its disk, its inbox and its timers."""
 
@@ -89,11 +95,25 @@ class Member:
         self.notes: dict[int, list[tuple[str, Any]]] = {}
         self.logs: list[e.Log] = []
         self.runner: Runner = echo
+        self.stopper: Callable[[Member, bytes], e.TaskExited | None] = lambda member, job: stopped(job)
         self.runs: list[e.Run] = []
         self.stops: list[bytes] = []
         self.sent: list[tuple[str, str]] = []
+        self.blobs: dict[bytes, bytes] = {}
+        self.grants: dict[bytes, set[tuple[str, bytes]]] = {}
+        self.packed: dict[str, bytes] = {}
+        self.skew_ms = 0
+        self.turns = 0
+        self.crash_at = 0
+        self.crash_after_commit = False
+        self.power_cut = False
         self._timer = 0
         self.boot()
+
+    @property
+    def now_ms(self) -> int:
+        """The time by this member's own clock."""
+        return self.mesh.now_ms + self.skew_ms
 
     @property
     def peer(self) -> str:
@@ -127,7 +147,8 @@ class Member:
         self.inbox.clear()
         self.timers.clear()
         self.due.clear()
-        self.perform(self.node.load(self.mesh.now_ms, self._read))
+        self.grants.clear()
+        self.perform(self.node.load(self.now_ms, self._read))
         self.feed(
             e.CapacityChanged(
                 ("compute", "op:primes", "op:sha256", "op:sort", "op:wordcount", "shell-execution"),
@@ -159,14 +180,29 @@ class Member:
             return False
         out: list[e.Effect] = []
         for _ in range(len(self.inbox)):
-            out += self.node.step(self.mesh.now_ms, self.inbox.popleft())
-        out += self.node.end_turn(self.mesh.now_ms)
-        self.perform(out)
+            out += self.node.step(self.now_ms, self.inbox.popleft())
+        out += self.node.end_turn(self.now_ms)
+        self.turns += 1
+        crash = self.turns == self.crash_at
+        self.perform(out, silent=crash and self.crash_after_commit)
+        if crash:
+            self.restart()
         return True
 
-    def perform(self, out: list[e.Effect]) -> None:
+    def restart(self) -> None:
+        """The process is killed and starts again: jobs, links and unsent messages are gone, the disk stays."""
+        if self.power_cut:
+            self.store.cut_power()
+        for other in self.mesh.linked(self):
+            self.mesh.cut(self, other)
+            self.mesh.relink.append((self, other))
+        self.boot()
+
+    def perform(self, out: list[e.Effect], *, silent: bool = False) -> None:
         rows = [x for x in out if isinstance(x, (e.Put, e.Delete))]
         self.store.commit(rows, any(isinstance(x, e.Durable) for x in out))
+        if silent:
+            return
         for effect in out:
             handler = getattr(self, "_do_" + type(effect).__name__, None)
             if handler is not None:
@@ -190,7 +226,7 @@ class Member:
 
     def _fire(self) -> bool:
         fired = False
-        while self.timers and self.timers[0][0] <= self.mesh.now_ms:
+        while self.timers and self.timers[0][0] <= self.now_ms:
             _, number, key = heapq.heappop(self.timers)
             if self.due.get(key, (0, 0))[1] == number:
                 del self.due[key]
@@ -201,7 +237,7 @@ class Member:
     def next_timer_ms(self) -> int | None:
         while self.timers and self.due.get(self.timers[0][2], (0, 0))[1] != self.timers[0][1]:
             heapq.heappop(self.timers)
-        return self.timers[0][0] if self.timers else None
+        return self.timers[0][0] - self.skew_ms if self.timers else None
 
     def _do_Run(self, effect: e.Run) -> None:
         self.runs.append(effect)
@@ -211,13 +247,55 @@ class Member:
 
     def _do_StopRun(self, effect: e.StopRun) -> None:
         self.stops.append(effect.job)
+        ended = self.stopper(self, effect.job)
+        if ended is not None:
+            self.feed(ended)
+
+    def _do_GrantBlob(self, effect: e.GrantBlob) -> None:
+        self.grants.setdefault(effect.task_id, set()).add((effect.peer, effect.blob))
+
+    def _do_RevokeBlobs(self, effect: e.RevokeBlobs) -> None:
+        gone = {blob for _, blob in self.grants.pop(effect.task_id, ())}
+        used = {blob for granted in self.grants.values() for _, blob in granted}
+        for blob in gone - used:
+            self.blobs.pop(blob, None)
+
+    def _do_PackInputs(self, effect: e.PackInputs) -> None:
+        found = []
+        for name, path in effect.paths:
+            data = self.packed[path]
+            self.blobs[blob_id(data)] = data
+            found.append({"name": name, "kind": "file", "blob": blob_id(data), "bytes": len(data), "mode": 0o644})
+        self.feed(e.InputsReady(effect.request, tuple(found)))
+
+    def _do_Fetch(self, effect: e.Fetch) -> None:
+        if not self.mesh.fetching:
+            return
+        source = self.mesh.members[effect.peer]
+        if source is not self and frozenset((self.peer, source.peer)) not in self.mesh.links:
+            self.feed(e.BlobReady(effect.request, "not connected"))
+            return
+        for blob, _ in effect.blobs:
+            if blob in self.blobs:
+                continue
+            if (self.peer, blob) not in source.grants.get(effect.task_id, ()) or blob not in source.blobs:
+                self.feed(e.BlobReady(effect.request, "not found"))
+                return
+            self.blobs[blob] = source.blobs[blob]
+        self.feed(e.BlobReady(effect.request))
+
+    def _do_Hangup(self, effect: e.Hangup) -> None:
+        other = self.mesh.members.get(effect.peer)
+        if other is not None and frozenset((self.peer, other.peer)) in self.mesh.links:
+            self.mesh.cut(self, other)
 
     def _do_Load(self, effect: e.Load) -> None:
         self.feed(e.Loaded(effect.request, tuple(self.store.query(effect.query, effect.args))))
 
     def _do_Open(self, effect: e.Open) -> None:
         try:
-            plain = effect.inline if effect.key is None else bundle.unseal(effect.inline, effect.key)
+            sealed = effect.inline or self.blobs[effect.blob]
+            plain = sealed if effect.key is None else bundle.unseal(sealed, effect.key)
             opened = bundle.decode(plain)
         except Exception as error:  # noqa: BLE001 - what the real adapter turns into a reason
             self.feed(e.Opened(effect.request, str(error)))
@@ -258,7 +336,13 @@ class Mesh:
         self.now_ms = START_MS
         self.members: dict[str, Member] = {}
         self.links: set[frozenset[str]] = set()
-        self.drop: Callable[[Member, Member, str], bool] = lambda sender, receiver, kind: False
+        self.relink: list[tuple[Member, Member]] = []
+        self.fetching = True
+        self.fate: Callable[[Member, Member, Message], int] = lambda sender, receiver, message: 1
+        """How often a message arrives: 0 drops it, 2 repeats it."""
+        self.late: list[tuple[Member, e.MessageIn]] = []
+        self.reorder: Callable[[Member, Member, Message], bool] = lambda sender, receiver, message: False
+        """True: the message comes after everything else of this turn."""
         self._calls = 0
         self._ids = 0
 
@@ -305,7 +389,7 @@ class Mesh:
         for one, other in ((a, b), (b, a)):
             mesh, name, certificates, rotations = other.node.hello_facts()
             hello = Hello(
-                [1, 0], "test", other.peer, one.peer, mesh, bytes(32), self.now_ms, name, certificates, rotations
+                [1, 0], "test", other.peer, one.peer, mesh, bytes(32), other.now_ms, name, certificates, rotations
             )
             refusal = one.node.admit(other.peer, hello)
             assert not refusal, refusal
@@ -316,6 +400,10 @@ class Mesh:
         self.links.discard(frozenset((a.peer, b.peer)))
         a.feed(e.PeerDown(b.peer, "cut"))
         b.feed(e.PeerDown(a.peer, "cut"))
+
+    def linked(self, member: Member) -> list[Member]:
+        """Whom a member is connected to."""
+        return [other for other in self.members.values() if frozenset((member.peer, other.peer)) in self.links]
 
     def link_all(self) -> None:
         members = list(self.members.values())
@@ -332,18 +420,31 @@ class Mesh:
             return
         receiver = self.members[effect.peer]
         kind, payload = encode_payload(effect.message)
-        if self.drop(sender, receiver, type(effect.message).__name__):
-            return
-        self._ids += 1
         message = decode_payload(int(kind), payload)
-        receiver.feed(
-            e.MessageIn(sender.peer, self._ids.to_bytes(16, "big"), message, effect.reply_to, effect.obligation)
-        )
+        for _ in range(self.fate(sender, receiver, message)):
+            self._ids += 1
+            event = e.MessageIn(sender.peer, self._ids.to_bytes(16, "big"), message, effect.reply_to, effect.obligation)
+            if self.reorder(sender, receiver, message):
+                self.late.append((receiver, event))
+            else:
+                receiver.feed(event)
 
     def settle(self, turns_max: int = 10_000) -> None:
         """Runs turns until nobody has anything to do at this moment."""
         for _ in range(turns_max):
-            if not any([member.turn() for member in self.members.values()]):
+            moved = any([member.turn() for member in self.members.values()])
+            if not moved and self.relink:
+                pairs, self.relink = self.relink, []
+                for one, other in pairs:
+                    if other not in self.linked(one):
+                        self.link(one, other)
+                moved = True
+            if not moved and self.late:
+                late, self.late = self.late, []
+                for receiver, event in reversed(late):
+                    receiver.feed(event)
+                moved = True
+            if not moved:
                 return
         raise AssertionError("the mesh does not come to rest")
 
@@ -364,3 +465,15 @@ class Mesh:
         for member in self.members.values():
             totals = member.node.rooms.books.book.conservation()
             assert totals.conserved, (member.name, totals)
+            self._check_disk(member)
+
+    def _check_disk(self, member: Member) -> None:
+        """The chains on the disk, judged anew from their first entries, give the heads and balances in memory."""
+        live = member.node.rooms.books.book
+        read = Book(live.terms, live.mesh, verify)
+        for row in member.store.load_all("entries"):
+            read.apply(row[-1], FOREVER_MS - 10**6)
+        read.drain(FOREVER_MS - 10**6)
+        for account in live.accounts():
+            assert read.head(account) == live.head(account), (member.name, account.hex())
+            assert read.view(account).available_ucr == live.view(account).available_ucr or live.proof(account)
