@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType, field
@@ -17,6 +18,11 @@ class Answer(Struct, kw_only=True):
 def time_text(at_ms: int) -> str:
     """RFC 3339 in UTC with milliseconds, of Unix milliseconds (by the calendar alone; no clock is read)."""
     seconds, millis = divmod(at_ms, 1000)
+    return f"{_second_text(seconds)}.{millis:03}Z"
+
+
+@lru_cache(maxsize=256)
+def _second_text(seconds: int) -> str:
     days, second = divmod(seconds, 86_400)
     # Days are counted from 1 March of year 0, so that the leap day is the last of a year (Hinnant, civil_from_days).
     era, day_of_era = divmod(days + 719_468, 146_097)
@@ -27,7 +33,7 @@ def time_text(at_ms: int) -> str:
     month = march_month + 3 if march_month < 10 else march_month - 9
     full_year = year + era * 400 + (month <= 2)
     hours, minutes = second // 3_600, second // 60 % 60
-    return f"{full_year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{second % 60:02}.{millis:03}Z"
+    return f"{full_year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{second % 60:02}"
 
 
 class Submitted(Answer):

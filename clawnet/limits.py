@@ -10,7 +10,7 @@ MIB: Final = 1024 * KIB
 # --- the turn (performance.md rule 1)
 INBOX_TURN_MAX: Final = 512
 INBOX_MAX: Final = 20_000
-GATHER_MS: Final = 50
+GATHER_MS: Final = 10
 GATHER_ABOVE_TASKS: Final = 8
 
 # --- wire
@@ -146,6 +146,8 @@ DAEMON_START_TIMEOUT_S: Final = 30.0
 STDIN_BYTES_MAX: Final = 128 * KIB
 
 # --- execution
+SHORT_RUN_S: Final = 0.05
+SHORT_RUNS_MAX: Final = 64
 RUN_WALL_S_MAX: Final = 24 * 3_600
 RUN_OUTPUT_BYTES_MAX: Final = 64 * MIB
 ARGV_BYTES_MAX: Final = 128 * KIB
