@@ -53,6 +53,13 @@ def _reason(task: asyncio.Task[Connection]) -> str:
     raise problem
 
 
+def _report(task: asyncio.Task[None]) -> None:
+    """A defect must not end a dialler in silence: the peer would never be dialled again."""
+    if not task.cancelled() and (defect := task.exception()) is not None:
+        context = {"message": "a dialler failed", "exception": defect, "task": task}
+        task.get_loop().call_exception_handler(context)
+
+
 def _close_late(task: asyncio.Task[Connection]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().close("another address was faster")
@@ -149,6 +156,7 @@ class Dialler:
         self._stop()
         self._pausing = False
         self._task = asyncio.ensure_future(self._run(pause_s))
+        self._task.add_done_callback(_report)
 
     def _stop(self) -> None:
         if self._task is not None and self._task is not asyncio.current_task():

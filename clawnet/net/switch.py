@@ -123,6 +123,7 @@ class Switch:
         self._diallers: dict[str, Dialler] = {}
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._early: list[tuple[int, str, tuple[str, ...], bool]] | None = []
         self._stopping = False
 
     # --- the runtime's side
@@ -140,6 +141,9 @@ class Switch:
                 self._on_connection,
                 self.note,
             )
+        early, self._early = self._early or [], None
+        for asked in early:
+            self.dial(*asked)
         return self.addresses()
 
     def addresses(self) -> list[str]:
@@ -180,7 +184,13 @@ class Switch:
         return sum(link.send_encoded(items) for link in links)
 
     def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:
-        """Connects to a peer; `keep` tries for ever and again after every loss. A call other than 0 gets DialEnded."""
+        """Connects to a peer; `keep` tries for ever and again after every loss. A call other than 0 gets DialEnded.
+
+        What is asked before the start is done once this node listens.
+        """
+        if self._early is not None:
+            self._early.append((call, peer, tuple(addresses), keep))
+            return
         peer = peer or peer_in(addresses)
         keep = keep and bool(peer)
         if peer == self.peer_id:
@@ -209,6 +219,7 @@ class Switch:
 
     def hangup(self, peer: str, reason: str) -> None:
         """Ends the link to a peer and does not dial it again."""
+        self._early = self._early and [asked for asked in self._early if asked[1] != peer]
         dialler = self._diallers.pop(peer, None)
         if dialler is not None:
             dialler.cancel(reason)

@@ -56,6 +56,23 @@ def test_messages_arrive_whole_and_in_order_both_ways(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_dialled_before_the_start_is_dialled_once_it_listens(kind: str) -> None:
+    async def body(world: SwitchWorld) -> None:
+        other, third = await world.node(1), await world.node(2)
+        one = SwitchNode(KEYS[0], world.transport(KEYS[0]))
+        world.nodes.append(one)
+        for known in (other, third):
+            one.switch.dial(0, known.peer, known.addresses, keep=True)
+        one.switch.hangup(third.peer, "not this one")
+        await one.switch.start()
+        await one.find(PeerUp, peer=other.peer)
+        await other.find(PeerUp, peer=one.peer)
+        assert list(one.up) == [other.peer]
+
+    run(kind, body)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_link_shows_who_where_and_how_far(kind: str) -> None:
     async def body(world: SwitchWorld) -> None:
         one, other = await world.pair()
