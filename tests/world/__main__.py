@@ -1,0 +1,70 @@
+"""python -m tests.world: runs seeds, prints steps/s, and stops at the first broken law with seed and story."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.world.clock import LawBroken
+from tests.world.signer import signer
+from tests.world.world import World
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when every law held; with --plant 0 when the planted bug was found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.world", description=__doc__)
+    parser.add_argument("--seeds", default="0:200", help="FIRST:LAST (exclusive), or one seed")
+    parser.add_argument("--nodes", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=60.0, help="simulated seconds of traffic and faults")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks per node and simulated minute")
+    parser.add_argument("--calm", action="store_true", help="no faults: figures only")
+    parser.add_argument("--ed25519", action="store_true", help="real signatures instead of the cheap signer")
+    parser.add_argument("--plant", default="", help="put a known bug in and look for it; 'list' names them")
+    parser.add_argument("--story", type=int, default=60, help="lines of the story to print")
+    parser.add_argument("--keep-going", action="store_true", help="name every seed that breaks a law, tell no story")
+    parser.add_argument("-v", "--verbose", action="store_true", help="one line a seed")
+    args = parser.parse_args(argv)
+    first, _, last = args.seeds.partition(":")
+    seeds = range(int(first), int(last) if last else int(first) + 1)
+    print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
+    with signer(args.ed25519) as oracle:
+        return _seeds(args, seeds, oracle)
+
+
+def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
+    steps = broken_total = 0
+    began = time.perf_counter()
+    for seed in seeds:
+        world = None
+        start = time.perf_counter()
+        try:
+            world = World(seed, args.nodes, args.seconds, faults=not args.calm, tasks_per_minute=args.tasks)
+            world.run()
+        except LawBroken as broken:
+            broken_total += 1
+            if args.keep_going:
+                print(f"seed {seed}: {str(broken).strip().splitlines()[0][:220]} ... {str(broken).strip()[-160:]!r}")
+                continue
+            print(f"seed {seed}: LAW BROKEN: {broken}")
+            if world is not None:
+                print("\n".join(list(world.clock.story)[-args.story :]))
+            return 1
+        steps += world.steps_total
+        if args.verbose or len(seeds) == 1:
+            took = time.perf_counter() - start
+            r = world.referee
+            print(
+                f"seed {seed}: trace {world.clock.trace}, {len(world.client.accepted)} tasks, {r.releases_total} paid, "
+                f"{r.refunds_total} refunded, {world.steps_total} steps, {world.clock.elapsed_s:.0f} simulated s, "
+                f"faults {sum(world.faults.done.values())}, {took:.2f} s"
+            )
+    took = time.perf_counter() - began
+    held = f"laws broken in {broken_total}" if broken_total else "every law held"
+    print(f"{len(seeds)} seeds, {held}; {steps} steps in {took:.1f} s: {steps / took:.0f} steps/s")
+    print(f"signatures: {getattr(oracle, 'signed_total', 0)} made, {getattr(oracle, 'verified_total', 0)} verified")
+    return 1 if broken_total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

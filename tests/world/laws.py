@@ -1,0 +1,186 @@
+"""The laws that are asked of the whole mesh: at any moment, when nothing is owed any more, and of every disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clawnet import limits
+from clawnet.identity import keys
+from clawnet.ledger.audit import audit_chains
+from clawnet.market.records import FINAL_STATES, Task, decode_job, decode_task, encode
+from clawnet.storage.memory import MemoryStore
+from tests.node.meshkit import Entropy
+from tests.world.clock import LawBroken
+
+if TYPE_CHECKING:
+    from tests.world.machine import Machine
+    from tests.world.world import World
+
+
+def now(world: World) -> None:
+    """What holds at every moment."""
+    there, granted = world.referee.conservation()
+    if there != granted:
+        raise LawBroken(f"credits: {there} ucr are there, {granted} were granted")
+    for machine in world.machines:
+        if machine.up:
+            _bounds(machine)
+            _book(machine)
+    number = int(world.clock.elapsed_s)
+    machine = world.machines[number % len(world.machines)]
+    if machine.up:
+        replay(machine)
+
+
+def _bounds(machine: Machine) -> None:
+    rooms = machine.node.rooms
+    lines = len(rooms.books.book.open_lines(machine.key.public))
+    for what, count, most in (
+        ("stimuli that wait", machine.runtime.backlog, limits.INBOX_MAX),
+        ("open tasks", len(rooms.tasks.open), limits.OPEN_TASKS_MAX),
+        ("open lines", lines, limits.OPEN_LINES_MAX),
+        ("runs", len(machine.executor.runs), machine.world.slots),
+        ("rows in the outbox", len(rooms.outbox.rows), 4 * (len(rooms.tasks.open) + len(rooms.jobs.jobs)) + 512),
+    ):
+        if count > most:
+            raise LawBroken(f"{machine.name} has {count} {what}; {most} is the limit")
+
+
+def _book(machine: Machine) -> None:
+    book = machine.node.rooms.books.book
+    if not book.conservation().conserved:
+        raise LawBroken(f"{machine.name}'s book does not add up: {book.conservation()}")
+
+
+# --- the disk
+
+
+_FLEETING = ("heard_ms", "pulls", "updated_ms", "card", "refusals", "backoff_ms", "stage")
+"""Fields that may run ahead of their row: they only time what is repeated anyway after a start."""
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    fields = {name: getattr(record, name) for name in record.__struct_fields__ if name not in _FLEETING}
+    if isinstance(record, Task):
+        fields["attempts"] = [_plain(attempt) for attempt in record.attempts]
+    return fields
+
+
+def replay(machine: Machine) -> None:
+    """A node made from this disk knows what the running one knows, wherever a turn has just ended."""
+    node, disk = machine.node, machine.disk
+    rooms = node.rooms
+    for row in disk.query("tasks_open"):
+        if row[0] not in rooms.tasks.open:
+            raise LawBroken(f"{machine.name}: open task {row[0].hex()[:8]} is on the disk, not in memory")
+    for task_id, task in rooms.tasks.open.items():
+        row = disk.tables["tasks"].get((task_id,))
+        if row is None or _plain(decode_task(row[-1])) != _plain(decode_task(encode(task))):
+            kept = row and _plain(decode_task(row[-1]))
+            raise LawBroken(f"{machine.name}: task {task_id.hex()[:8]} on the disk is {kept}, in memory {_plain(task)}")
+    on_disk = {row[0]: decode_job(row[-1]) for row in disk.query("jobs_open")}
+    if on_disk.keys() != rooms.jobs.jobs.keys():
+        odd = {job.hex()[:8] for job in on_disk.keys() ^ rooms.jobs.jobs.keys()}
+        raise LawBroken(f"{machine.name}: jobs {odd} are either on the disk or in memory")
+    for job, kept in on_disk.items():
+        if _plain(kept) != _plain(rooms.jobs.jobs[job]):
+            raise LawBroken(
+                f"{machine.name}: job {job.hex()[:8]} on the disk is {kept}, in memory {rooms.jobs.jobs[job]}"
+            )
+    if {key[0] for key in disk.tables["outbox"]} != set(rooms.outbox.rows):
+        raise LawBroken(f"{machine.name}: the outbox on the disk is not the one in memory")
+    _replay_book(machine)
+
+
+def _replay_book(machine: Machine) -> None:
+    copy = MemoryStore()
+    copy.tables = {name: dict(rows) for name, rows in machine.disk.tables.items()}
+    again, _ = machine.make_node(copy, Entropy("replay"))
+    book, other = machine.node.rooms.books.book, again.rooms.books.book
+    accounts = set(book.accounts()) | set(other.accounts())
+    for account in sorted(accounts):
+        mine, theirs = book.view(account), other.view(account)
+        if account == machine.key.public and theirs.seq > mine.seq:
+            continue  # the new node has at once written what the old one still gathers
+        if mine != theirs or book.state_bytes(account) != other.state_bytes(account):
+            raise LawBroken(f"{machine.name}: account {account.hex()[:8]} replays to {theirs}; memory has {mine}")
+
+
+# --- the end
+
+
+def quiet(world: World) -> bool:
+    """Nothing is owed anywhere."""
+    for machine in world.machines:
+        rooms = machine.node.rooms
+        if not machine.up or rooms.tasks.open or rooms.outbox.rows or rooms.jobs.jobs or machine.executor.runs:
+            return False
+    return not world.referee.line_ends()
+
+
+def end(world: World) -> None:
+    """Once the faults have ended and time has passed."""
+    now(world)
+    _audit(world)
+    if world.losing:
+        return
+    for machine in world.machines:
+        _nothing_owed(machine)
+        replay(machine)
+        _tasks(world, machine)
+    for what in (world.referee.line_ends(), world.referee.unclaimed()):
+        if what:
+            raise LawBroken("; ".join(what[:5]))
+
+
+def _nothing_owed(machine: Machine) -> None:
+    rooms = machine.node.rooms
+    for task in rooms.tasks.open.values():
+        states = [(a.n, a.state, a.escrow, a.closed, a.reason) for a in task.attempts]
+        raise LawBroken(f"{machine.name}: task {task.task_id.hex()[:8]} is still {task.state}: {states}")
+    for job in rooms.jobs.jobs.values():
+        raise LawBroken(f"{machine.name}: job {job.job.hex()[:8]} is still {job.state}")
+    for row in rooms.outbox.rows.values():
+        to = machine.world.names.get(row.peer)
+        raise LawBroken(f"{machine.name}: the outbox still holds {row.kind.name} for {to} about {row.about.hex()}")
+    view = rooms.books.book.view(machine.key.public)
+    chain = machine.world.referee.chains[machine.key.public]
+    if (view.seq + 1, view.available_ucr) != (len(chain.hashes), chain.available_ucr) or view.refuse:
+        raise LawBroken(f"{machine.name}: its own chain is {view}; the referee has {chain.available_ucr}")
+    if rooms.books.purse.read_only_reason or rooms.books.chains.checking:
+        raise LawBroken(f"{machine.name} may not write its chain: {rooms.books.purse.read_only_reason}")
+
+
+def _tasks(world: World, machine: Machine) -> None:
+    """Every accepted task is final; what was settled at a price was paid and claimed once, and nothing else was."""
+    tasks = {row[0].hex(): decode_task(row[-1]) for row in machine.disk.load_all("tasks")}
+    for (peer, task_id), wish in world.client.accepted.items():
+        if peer == machine.peer:
+            task = tasks.get(task_id)
+            if task is None or task.state not in FINAL_STATES:
+                raise LawBroken(f"{machine.name}: accepted task {wish.mark} is {task and task.state}")
+    chain = world.referee.chains[machine.key.public]
+    claimed = {pay.line for pay in chain.payments.values() if pay.line is not None and pay.claimed}
+    for task in tasks.values():
+        lines = [(a.lock_seq, a.line) for a in task.attempts if a.lock_seq >= 0]
+        paid = [line for line in lines if line in claimed]
+        free = any(a.lock_seq < 0 and a.state == "done" for a in task.attempts)
+        name = f"{machine.name}: task {task.task_id.hex()[:8]} ({task.state})"
+        if task.error_code == "verification_failed":
+            raise LawBroken(f"{name}: the result of an honest executor does not open: {task.error_text}")
+        if task.state == "settled" and not free and len(paid) != 1:
+            raise LawBroken(f"{name} was settled, and {len(paid)} of its lines were paid")
+        if len(paid) > 1 or (paid and task.result is None):
+            raise LawBroken(f"{name} paid {len(paid)} lines and has {'a' if task.result else 'no'} result")
+        spent = sum(chain.lines[line].released_ucr for line in paid)
+        if spent > task.max_budget_ucr:
+            raise LawBroken(f"{name} cost {spent}, its budget is {task.max_budget_ucr}")
+
+
+def _audit(world: World) -> None:
+    """The product's own full audit, from genesis with every signature, over what all authors have written."""
+    node = world.machines[0].node
+    chains = {account: chain.raws for account, chain in world.referee.chains.items()}
+    report = audit_chains(node.rooms.books.terms, node.rooms.books.mesh, chains, keys.verify)
+    if not report.sound:
+        raise LawBroken(f"the audit of all chains: {report.problems[:3]}, conserved: {report.conserved}")

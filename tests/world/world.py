@@ -1,0 +1,221 @@
+"""A whole mesh from one seed: machines, network, faults, people; the laws are asked at every commit and at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from clawnet.config import Config
+from clawnet.identity.certificates import certify_node, certify_owner, read_charter
+from clawnet.identity.keys import KeyPair
+from clawnet.identity.membership import LocalMembership, found_mesh
+from clawnet.ledger.entries import EntryKind, Parsed, Release
+from clawnet.market.records import decode_job
+from clawnet.wire import events as e
+from clawnet.wire.blobid import blob_id
+from tests.node.meshkit import START_MS, Entropy
+from tests.world.client import Client
+from tests.world.clock import Clock, LawBroken
+from tests.world.faults import Faults
+from tests.world.machine import Machine
+from tests.world.network import Network
+from tests.world.referee import Referee
+
+GRANT_UCR = 200_000_000
+
+
+class Delivery:
+    """A sealed result that an executor has made durable."""
+
+    def __init__(self, executor: Machine, task_id: bytes, attempt: int, blob: bytes, amount_ucr: int) -> None:
+        self.executor = executor
+        self.task_id = task_id
+        self.attempt = attempt
+        self.blob = blob
+        self.amount_ucr = amount_ucr
+
+
+class World:
+    """`faults` False: a calm mesh, for figures. Everything follows from `seed`, `nodes` and `seconds`."""
+
+    def __init__(
+        self, seed: int, nodes: int = 50, seconds: float = 60.0, *, faults: bool = True, tasks_per_minute: int = 1
+    ) -> None:
+        self.seed = seed
+        self.seconds = seconds
+        self.clock = Clock(START_MS)
+        rng = Random(f"{seed} world")
+        self.rng = rng
+        self.restarts = True
+        self.sends = nodes <= 200
+        self.run_s = rng.choice((0.05, 1.0, 8.0)) if faults else 0.2
+        self.success = rng.choice((1.0, 0.95, 0.8)) if faults else 1.0
+        self.slots = rng.choice((2, 3, 4))
+        self.network = Network(self.clock, Random(f"{seed} network"))
+        self.client = Client(self, Random(f"{seed} client"))
+        self.machines: list[Machine] = []
+        self.by_peer: dict[str, Machine] = {}
+        self.names: dict[str, str] = {}
+        self._names_of_accounts: dict[bytes, str] = {}
+        self.referee = Referee(self._names_of_accounts)
+        self.deliveries: dict[tuple[bytes, int, int], Delivery] = {}
+        self.task_of_job: dict[bytes, tuple[str, bytes]] = {}
+        self.starts_of: dict[tuple[str, bytes], int] = {}
+        self.losing = False
+        """Some machine has lost its power: what was not synced is gone, which only the ledger's laws survive."""
+        self.warnings: dict[str, int] = {}
+        self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.0005, 0.005)))
+        self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults)
+        self.client.plan(self.machines, seconds, tasks_per_minute)
+
+    # --- making
+
+    def _key(self, name: str) -> KeyPair:
+        return KeyPair.from_seed(hashlib.sha256(f"{self.seed} {name}".encode()).digest())
+
+    def _make(self, count: int, rng: Random, loss: float) -> None:
+        now_ms = START_MS
+        key, owner = self._key("m0"), self._key("m0 owner")
+        local = found_mesh(owner, key.public, "m0", Entropy(f"{self.seed} charter"), now_ms)
+        _, mesh = read_charter(local.charter)
+        self._add("m0", key, owner, local)
+        for number in range(1, count):
+            name = f"m{number}"
+            node = self._key(name)
+            mine = self._key(name + " owner")
+            chain = [
+                certify_owner(owner, mesh, mine.public, may_invite=False, issued_ms=now_ms, inviter=key.peer_id),
+                certify_node(mine, mesh, node.public, issued_ms=now_ms, inviter=key.peer_id),
+            ]
+            self._add(name, node, mine, LocalMembership(local.charter, tuple(chain), False, key.peer_id, "member"))
+        for machine in self.machines:
+            machine.boot()
+        founder = self.machines[0]
+        for machine in self.machines[1:]:
+            founder.node.rooms.books.grant(machine.key.public, GRANT_UCR, bytes(16))
+        founder.runtime.perform(founder.node.end_turn(founder.now_ms()))
+        degree = min(count - 1, 7)
+        for number, machine in enumerate(self.machines):
+            if number:
+                self.network.join(machine, founder if count <= 60 else self.machines[number // 30], loss)
+            others = rng.sample(self.machines, min(count, degree)) if count > 9 else self.machines
+            for other in others:
+                self.network.join(machine, other, loss)
+
+    def _add(self, name: str, key: KeyPair, owner: KeyPair, local: LocalMembership) -> None:
+        words = {"node.name": name, "market.self": "fallback" if self.rng.random() < 0.1 else "never"}
+        machine = Machine(self, name, key, owner, local, Config.defaults(words))
+        self.machines.append(machine)
+        self.by_peer[machine.peer] = machine
+        self.names[machine.peer] = name
+        self._names_of_accounts[key.public] = name
+
+    # --- running
+
+    def run(self) -> None:
+        """The busy time with its faults, then peace until nothing is owed, then the last laws. Raises LawBroken."""
+        from tests.world import laws
+
+        start_us = self.clock.now_us
+        self.faults.plan(self.seconds)
+        step_us = 5_000_000
+        while self.clock.now_us < start_us + round(self.seconds * 1e6):
+            self.clock.run(min(self.clock.now_us + step_us, start_us + round(self.seconds * 1e6)))
+            laws.now(self)
+        self.peace()
+        for _ in range(720):
+            self.clock.run(self.clock.now_us + 20_000_000)
+            laws.now(self)
+            if laws.quiet(self):
+                break
+        self.clock.run(self.clock.now_us + 130_000_000)
+        laws.end(self)
+
+    def peace(self) -> None:
+        """The faults end: every machine runs, every link heals, every disk has room, every clock may stay as it is."""
+        self.clock.tell("", "peace")
+        self.client.again = False
+        self.network.calm = True
+        self.faults.end()
+        for edge in self.network.edges.values():
+            edge.loss = 0.0
+            edge.blocked_us = [min(until, self.clock.now_us) for until in edge.blocked_us]
+        for machine in self.machines:
+            machine.disk.bytes_max = None
+            machine.dies_at = -1
+            machine.pace_us = 200
+            machine.loop.pace_us = 200
+            if not machine.up:
+                machine.boot()
+
+    def restart(self, machine: Machine) -> None:
+        """The service manager."""
+        if not machine.up:
+            machine.boot()
+
+    @property
+    def steps_total(self) -> int:
+        """Stimuli that nodes have taken."""
+        return sum(machine.steps_total for machine in self.machines)
+
+    # --- what the machines report
+
+    def committed(self, machine: Machine, rows: Sequence[e.Put | e.Delete], durable: bool) -> None:
+        """Rows are on a disk."""
+        releases: list[Parsed] = []
+        for row in rows:
+            if type(row) is not e.Put:
+                continue
+            if row.table == "entries":
+                account, seq, entry_hash, raw = row.row
+                entry = self.referee.saw(machine.key.public, account, seq, entry_hash, raw, durable)
+                if entry is not None and entry.kind == EntryKind.RELEASE:
+                    releases.append(entry)
+            elif row.table == "jobs":
+                self._job(machine, row.row[1], row.row[-1])
+        for entry in releases:
+            self._released(machine, entry)
+
+    def _job(self, machine: Machine, state: str, body: bytes) -> None:
+        if state == "running":
+            job = decode_job(body)
+            self.task_of_job[job.job] = (job.peer, job.task_id)
+        elif state == "delivered":
+            job = decode_job(body)
+            if job.lock_seq >= 0:
+                delivery = Delivery(machine, job.task_id, job.attempt, job.blob, job.amount_ucr)
+                self.deliveries[job.account, job.lock_seq, job.line] = delivery
+
+    def _released(self, machine: Machine, entry: Parsed) -> None:
+        """A release stands only where the sealed result is durable (LEDGER.md section 6, step 6)."""
+        assert isinstance(entry.body, Release)
+        for item in entry.body.items:
+            where = f"{machine.name} releases line {(item.lock_seq, item.line)}"
+            delivery = self.deliveries.get((entry.account, item.lock_seq, item.line))
+            if delivery is None:
+                raise LawBroken(f"{where}, but nobody has delivered anything for it")
+            if item.amount_ucr != delivery.amount_ucr:
+                raise LawBroken(f"{where} for {item.amount_ucr}; the note asks {delivery.amount_ucr}")
+            row = machine.disk.tables["results"].get((delivery.task_id, delivery.attempt))
+            held = machine.blobs.has(delivery.blob) or (row is not None and blob_id(row[-1]) == delivery.blob)
+            if not held:
+                raise LawBroken(f"{where}, and the sealed result is not on its disk")
+
+    def started(self, machine: Machine, spec: Any) -> None:
+        """An executor starts a run."""
+        where = self.task_of_job.get(spec.job)
+        if where is None:
+            raise LawBroken(f"{machine.name} runs job {spec.job.hex()[:8]}, of which no disk knows")
+        self.starts_of[where] = self.starts_of.get(where, 0) + 1
+        wish = self.client.wishes[spec.env["MARK"]]
+        if wish.once and self.starts_of[where] > 1 and not self.losing:
+            raise LawBroken(f"task {wish.mark} ({where[1].hex()[:8]}), a shell task without retries, starts twice")
+
+    def logged(self, machine: Machine, level: str, event: str, fields: dict[str, Any]) -> None:
+        """What a node thought worth a security line: honest nodes give no cause for one."""
+        if level == "security":
+            self.warnings[event] = self.warnings.get(event, 0) + 1
+            if event in ("chain.forked", "chain.invalid", "note.refused", "waiver.refused", "release.underpaid"):
+                raise LawBroken(f"{machine.name} logs {event} of an honest peer: {fields}")
