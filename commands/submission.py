@@ -170,6 +170,9 @@ def _spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+CHOICES = {"ring": ("own", "member"), "prefer": ("market",), "os": ("linux", "darwin", "windows", "any")}
+
+
 def build(base: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The spec file's task with the options given on the command line over it; empty options change nothing."""
     spec = dict(base)
@@ -182,6 +185,8 @@ def build(base: dict[str, Any], **options: Any) -> dict[str, Any]:
     for name, value in options.items():
         if value is None or value == [] or value == {} or value == "":
             continue
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UsageError(f"--{name} cannot be {value!r}", hint=f"it is {' or '.join(CHOICES[name])}")
         spec[name] = texts[name](value) if name in texts else value
     return spec
 

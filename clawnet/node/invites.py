@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, DataError, NotPermittedError, UnreachableError
+from clawnet.errors import ClawnetError, DataError, FundsError, NotPermittedError, UnreachableError
 from clawnet.identity import invite as tokens
 from clawnet.identity.certificates import certify_node, certify_owner, verify_chain
 from clawnet.identity.keys import verify
@@ -64,8 +64,8 @@ class Invites:
         uses = int(params.get("uses") or 1)
         if not 1 <= uses <= USES_MAX or (ring == "own" and uses != 1):
             raise DataError(f"--uses {uses} is not possible", hint="own invites are single-use; members: 1 to 10000")
-        given = params.get("credits")
-        credits_ucr = -1 if given is None else parse_credits(str(given), what="--credits")
+        asked = params.get("credits")
+        credits_ucr = -1 if asked is None else parse_credits(str(asked), what="--credits")
         self._check_credits(ring, credits_ucr, uses)
         self._forget_expired()
         expires_ms = ctx.now + int(float(params.get("expires_s") or 3600) * 1000)
