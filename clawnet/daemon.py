@@ -196,6 +196,7 @@ class Daemon:
             mesh_key=membership.load_mesh_key(self.home, check_permissions=check),
             inviter=local.inviter,
             founded=local.founded,
+            imported=local.imported,
         )
         terms = LedgerTerms(
             issuers=frozenset(charter.issuers),
@@ -334,6 +335,10 @@ class Daemon:
         fresh = config.load(self.home, self.environ, self.flags)
         applied, restart = self.config.adopt(fresh)
         self.observer.set_level(self.config.text("log.level"))
+        self.switch.settings = SwitchSettings.of(self.config, f"clawnet/{__version__}")
+        self.executor.settings = self._execution()
+        self._deliver(self.executor.capacity())
+        self.blobs.bytes_max = self.config.integer("storage.max_size")
         if applied or restart:
             self._log("security", "config.changed", applied=" ".join(applied), restart=" ".join(restart))
         self.runtime.feed(e.Reloaded())

@@ -36,9 +36,14 @@ class Auctions:
         self._resumed: dict[bytes, None] = {}
         self._minute = 0
         self._bids_in: dict[tuple[str, bytes], int] = {}
-        self._weights = weights_from(ctx.config)
-        self._live_max = ctx.config.integer("market.max_concurrent_auctions")
-        self._soft_close_ms = ctx.config.millis("market.soft_close")
+        self.reloaded()
+
+    def reloaded(self) -> None:
+        """What the configuration says now; an auction under way keeps the rules it was opened with."""
+        read = self._ctx.config
+        self._weights = weights_from(read)
+        self._live_max = read.integer("market.max_concurrent_auctions")
+        self._soft_close_ms = read.millis("market.soft_close")
 
     # --- opening
 
@@ -273,6 +278,9 @@ class Auctions:
             return
         reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))
         asked = f"nobody can take it ({reasons})" if reasons else "nobody allowed to see it can do it"
+        if task.attempts:
+            last = task.attempts[-1]
+            asked += f"; attempt {len(task.attempts)} had ended before: {last.reason or last.state}"
         error_hint = self._widen(task, refusals)
         self._rooms.tasks.finish(
             task, "no_bids", NoBidError(f"no acceptable bid: {asked}", hint=error_hint, refusals=refusals)

@@ -25,11 +25,17 @@ class Bidding:
         self._ctx = ctx
         self._rooms = rooms
         self.durations = Durations()
-        self.rates: Rates = rates_from(ctx.config)
+        self.rates: Rates
+        self._enabled: bool
+        self.reloaded()
         self._queue_max = ctx.config.integer("execution.queue_max")
         self.promised: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         """What was last asked for a task: an award for less is refused. Forgotten over a restart, like the bids."""
-        self._enabled = ctx.config.flag("market.enabled")
+
+    def reloaded(self) -> None:
+        """What the configuration says now; read here so that an offer costs no look-up."""
+        self.rates = rates_from(self._ctx.config)
+        self._enabled = self._ctx.config.flag("market.enabled")
 
     def workload(self) -> Workload:
         """What stands before one more task."""

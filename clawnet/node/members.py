@@ -41,6 +41,7 @@ class MeshFacts(msgspec.Struct, frozen=True):
     mesh_key: bytes
     inviter: str
     founded: bool
+    imported: bool = False
 
 
 class Members:
@@ -301,8 +302,11 @@ class Members:
                 self._ctx.out.append(Dial(0, peer.peer, tuple(peer.addresses)))
 
     def reloaded(self, event: Reloaded) -> None:
-        """The configuration changed: what the card says may have."""
+        """The configuration changed: what the card says may have, and every figure that is not read when it is used."""
         self.name = self._ctx.config.text("node.name")
+        self.reputation.fade(self._ctx.config.number("market.reputation_decay_rate"))
+        self._rooms.bidding.reloaded()
+        self._rooms.auctions.reloaded()
         self.refresh_card()
 
     def take_over(self, previous: Members) -> None:

@@ -106,9 +106,13 @@ class Reputation:
     """The node's own view of every peer it worked with. Bounded; records go by age, those with a fraud proof last."""
 
     def __init__(self, decay_per_day: float, peers_max: int = limits.REPUTATION_PEERS_MAX) -> None:
-        self._keep_per_day_log = math.log1p(-min(max(decay_per_day, 0.0), 0.999999))
+        self.fade(decay_per_day)
         self._peers_max = peers_max
         self._records: dict[str, Record] = {}
+
+    def fade(self, decay_per_day: float) -> None:
+        """From now on this part of old evidence fades in a day."""
+        self._keep_per_day_log = math.log1p(-min(max(decay_per_day, 0.0), 0.999999))
 
     def __len__(self) -> int:
         return len(self._records)
