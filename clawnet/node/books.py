@@ -100,8 +100,10 @@ class Books:
     def start(self, initial_ucr: int) -> None:
         """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim."""
         if self.purse.opened:
-            for payable in self.book.incomes(self._ctx.account):
-                self._claim_from[payable.payer] = None
+            self.claim_all()
+            return
+        if self._rooms.members.facts.imported:
+            self.chains.begin_import()
             return
         now = self._ctx.now
         self._wrote(self.purse.genesis(now))
@@ -109,6 +111,11 @@ class Books:
             self._wrote(self.purse.grant(self._ctx.account, initial_ucr, bytes(16), now))
             items = [claim_item(payable, None) for payable in self.book.payables(self._ctx.account, self._ctx.account)]
             self._wrote(self.purse.claim(items, now))
+
+    def claim_all(self) -> None:
+        """Everything that can be claimed from anybody is."""
+        for payable in self.book.incomes(self._ctx.account):
+            self._claim_from[payable.payer] = None
 
     def held_reason(self) -> str:
         """Why no entry may be written now (what is owed waits); "" when it may."""

@@ -79,6 +79,7 @@ class Chains:
             self.restore_reason = ""
             self._ctx.delete("meta", "restore")
             self._ctx.log("info", "ledger.restored", seq=self._own_seq())
+            self._books.claim_all()
         self.reconsider()
 
     def reconsider(self) -> None:
@@ -119,9 +120,16 @@ class Chains:
                     self.pull(peer, ctx.account)
         self.reconsider()
 
+    def begin_import(self) -> None:
+        """The keys came from elsewhere and the chain did not: nothing is written before a peer has shown it."""
+        self.begin_restore("this identity was imported, and no peer has shown its chain yet")
+        self._unanswered[""] = None
+
     def _own_from_peer(self, peer: str, message: LedgerPush) -> None:
         before = self._own_seq()
         self._books.take(peer, message.entries)
+        if self._own_seq() >= 0:
+            self._unanswered.pop("", None)
         if self._own_seq() > before:
             self.begin_restore(f"{self._rooms.members.name_of(peer)} held entries of this chain that are not here")
         ahead = any(h.account == self._ctx.account and h.seq > self._own_seq() for h in message.heads)
@@ -148,7 +156,8 @@ class Chains:
         if own is not None and all(head.account != self._ctx.account for head in heads):
             heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
         self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
-        if peer in self._unanswered:
+        if self.restore_reason:
+            self._unanswered[peer] = None
             self.pull(peer, self._ctx.account)
         for account in list(self._books.book.accounts()):
             proof = self._books.book.proof(account)

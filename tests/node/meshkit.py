@@ -58,7 +58,7 @@ def echo(member: Member, run: e.Run) -> e.TaskExited | None:
         reason="",
         exit_code=0,
         signal=None,
-        inline=sealed,
+        inline=sealed if len(sealed) <= member.inline_max else member.keep(sealed),
         blob=blob_id(sealed),
         blob_bytes=len(sealed),
         plain_hash=hashlib.sha256(plain).digest(),
@@ -102,6 +102,7 @@ class Member:
         self.blobs: dict[bytes, bytes] = {}
         self.grants: dict[bytes, set[tuple[str, bytes]]] = {}
         self.packed: dict[str, bytes] = {}
+        self.inline_max = 2**19
         self.skew_ms = 0
         self.turns = 0
         self.crash_at = 0
@@ -109,6 +110,11 @@ class Member:
         self.power_cut = False
         self._timer = 0
         self.boot()
+
+    def keep(self, sealed: bytes) -> bytes:
+        """A result too large to go inline becomes a blob."""
+        self.blobs[blob_id(sealed)] = sealed
+        return b""
 
     @property
     def now_ms(self) -> int:
@@ -131,6 +137,7 @@ class Member:
             bytes(32),
             self.local.inviter,
             self.local.founded,
+            self.local.imported,
         )
         terms = LedgerTerms(issuers=frozenset(charter.issuers), grant_max_ucr=charter.grant_max_ucr)
         self.node = Node(

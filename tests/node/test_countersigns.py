@@ -8,7 +8,9 @@ from tests.node.meshkit import Member, Mesh
 
 def long_chain(mesh: Mesh) -> tuple[Member, Member]:
     alice = mesh.found("alice")
-    bob = mesh.join(alice, "bob", credits_ucr=100_000_000, **{"market.self": "never", "ledger.audit_entries_max": "100"})
+    bob = mesh.join(
+        alice, "bob", credits_ucr=100_000_000, **{"market.self": "never", "ledger.audit_entries_max": "100"}
+    )
     mesh.link_all()
     mesh.run(2)
     for _ in range(limits.CHECKPOINT_EVERY):
