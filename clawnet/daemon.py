@@ -15,7 +15,7 @@ from typing import Any
 
 from clawnet import PROTOCOL_ID, __version__, config, limits, paths, rpc
 from clawnet.config import Config
-from clawnet.errors import ClawnetError, ConfigError, StorageError
+from clawnet.errors import ClawnetError, ConfigError, DataError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
 from clawnet.identity import membership, multiaddr
@@ -24,6 +24,7 @@ from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
 from clawnet.ipc.server import IpcServer
 from clawnet.ledger.terms import LedgerTerms
+from clawnet.net.ping import measure
 from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
 from clawnet.net.tcp import TcpTransport
 from clawnet.node.context import Ports
@@ -41,7 +42,7 @@ from clawnet.wire.messages import Hello
 from clawnet.wire.session import HelloFacts
 
 SWEEP_EVERY_S = 3_600.0
-GROWTH_CHECK_S = 15.0
+PINGS_MAX = 1_000
 OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
 
 
@@ -111,6 +112,7 @@ class Daemon:
         self._store: Store
         self._node: Node
         self._warnings: list[str] = []
+        self._pings: set[asyncio.Task[None]] = set()
 
     async def serve(self, ready: Callable[[list[str]], None]) -> int:
         """Builds, runs, and takes everything down again."""
@@ -198,17 +200,7 @@ class Daemon:
             founded=local.founded,
             imported=local.imported,
         )
-        terms = LedgerTerms(
-            issuers=frozenset(charter.issuers),
-            grant_max_ucr=charter.grant_max_ucr,
-            issue_total_max_ucr=charter.issue_total_max_ucr,
-            open_lines_max=charter.open_lines_max,
-            margin_ms=charter.margin_ms,
-            lock_max_ms=charter.lock_max_ms,
-            stranger_credit_ucr=charter.stranger_credit_ucr,
-            pow_bits=charter.pow_bits,
-            open_mesh=charter.mode == "open",
-        )
+        terms = LedgerTerms.of(charter)
         ports = Ports(secrets.token_bytes, self.key.sign, self._rtt_ms, owner)
         node = Node(
             self.config,
@@ -285,7 +277,16 @@ class Daemon:
 
     def _call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
         """A call of a local client: what only the process knows is answered here, all else by the node."""
+        if method == "peer.ping":
+            task = asyncio.get_running_loop().create_task(self._ping(call, params))
+            task.add_done_callback(lambda done: done.exception())
+            return
         own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
+        if method == "peer.ping":
+            task = asyncio.get_running_loop().create_task(self._ping(call, params))
+            self._pings.add(task)
+            task.add_done_callback(self._pings.discard)
+            return
         handler = own.get(method)
         if handler is None:
             self.runtime.feed(e.RpcCall(call, method, params, client))
@@ -294,6 +295,32 @@ class Daemon:
             self.ipc.reply(call, handler(params))
         except ClawnetError as error:
             self.ipc.reply(call, None, error.as_dict())
+
+    async def _ping(self, call: int, params: dict[str, Any]) -> None:
+        try:
+            peer = self._node.rooms.calls.named(params)
+            sent, seconds = await measure(self.switch.connection(peer), int(params.get("count") or 4))
+        except ClawnetError as error:
+            self.ipc.reply(call, None, error.as_dict())
+            return
+        party = self._node.rooms.members.party(peer)
+        self.ipc.reply(call, {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds})
+
+    async def _ping(self, call: int, params: dict[str, Any]) -> None:
+        """`peer ping`: round trips over the open connection to a peer."""
+        members = self._node.rooms.members
+        try:
+            peer = members.resolve(str(params.get("peer") or ""))
+            count = max(1, min(int(params.get("count") or 4), PINGS_MAX))
+            rtts_s = await self.switch.ping(peer, count)
+        except ClawnetError as error:
+            self.ipc.reply(call, None, error.as_dict())
+        except ValueError:
+            self.ipc.reply(call, None, DataError("count must be a whole number").as_dict())
+        else:
+            self.ipc.reply(
+                call, {"peer": members.party(peer), "sent": count, "received": len(rtts_s), "rtts_s": rtts_s}
+            )
 
     def _gone(self, call: int) -> None:
         self.runtime.feed(e.CallGone(call))

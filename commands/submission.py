@@ -201,7 +201,11 @@ def resolve_peers(client: Client, spec: dict[str, Any], say: Callable[[str], Non
     """Names and short ids in --peer and --exclude become whole ids, which are told to the person."""
     for field in ("peer", "exclude"):
         for place, name in enumerate(spec.get(field) or []):
-            found = client.call("peer.show", {"peer": name})["peer_id"]
+            try:
+                found = client.call("peer.show", {"peer": name})["peer_id"]
+            except DataError:
+                # This node itself, which is no peer of its own and yet may be chosen or left out.
+                continue
             if found != name:
                 say(f"--{field} {name} is {found}")
             spec[field][place] = found

@@ -63,6 +63,25 @@ class Pinger:
         return loop.time() - sent_at
 
 
+async def measure(connection: Connection, count: int) -> tuple[int, list[float]]:
+    """How many pings went out, and the seconds of each that came back; the first without an answer is the last.
+
+    Raises LinkError when none was answered.
+    """
+    pinger = Pinger(connection)
+    seconds: list[float] = []
+    try:
+        while len(seconds) < count:
+            seconds.append(await pinger.ping())
+    except LinkError:
+        if not seconds:
+            raise
+        return len(seconds) + 1, seconds
+    finally:
+        pinger.close()
+    return count, seconds
+
+
 class Answerer:
     """Answers one peer's pings on at most two streams; beyond limits.PING_PER_S it answers later, never more."""
 

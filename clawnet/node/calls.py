@@ -207,7 +207,8 @@ class Calls:
 
     # --- peers
 
-    def _named(self, params: Params) -> str:
+    def named(self, params: Params) -> str:
+        """The peer that a call is about; raises NotFoundError, or DataError for this node itself."""
         peer = self._rooms.members.resolve(str(params.get("peer") or ""))
         if peer not in self._rooms.members.records:
             raise DataError("that is this node itself", hint="name another peer")
@@ -221,7 +222,7 @@ class Calls:
         self._ctx.reply(call, {"items": [views.peer(record.peer) for record in order], "next": None})
 
     def _peer_show(self, call: int, params: Params) -> None:
-        self._ctx.reply(call, self._rooms.views.peer(self._named(params)))
+        self._ctx.reply(call, self._rooms.views.peer(self.named(params)))
 
     def _peer_connect(self, call: int, params: Params) -> None:
         text = str(params.get("address") or "")
@@ -253,7 +254,7 @@ class Calls:
         self._ctx.reply(event.call, {"peer": party, "state": "connected", "changed": True})
 
     def _peer_disconnect(self, call: int, params: Params) -> None:
-        peer = self._named(params)
+        peer = self.named(params)
         connected = peer in self._ctx.links
         record = self._rooms.members.records[peer]
         record.muted = True
@@ -262,21 +263,21 @@ class Calls:
         self._ctx.reply(call, {"peer": self._rooms.members.party(peer), "state": "known", "changed": connected})
 
     def _ban(self, call: int, params: Params, on: bool) -> None:
-        peer = self._named(params)
+        peer = self.named(params)
         changed = self._rooms.members.ban(peer, on)
         state = "banned" if on else ("connected" if peer in self._ctx.links else "known")
         self._ctx.reply(call, {"peer": self._rooms.members.party(peer), "state": state, "changed": changed})
 
     def _reputation(self, call: int, params: Params) -> None:
         members, views = self._rooms.members, self._rooms.views
-        peers = [self._named(params)] if params.get("peer") else [r.peer for r in members.records.values()]
+        peers = [self.named(params)] if params.get("peer") else [r.peer for r in members.records.values()]
         items = sorted((views.reputation(peer) for peer in peers), key=lambda item: -item["score"])
         self._ctx.reply(call, {"items": items, "next": None})
 
     # --- wallet
 
     def _send(self, call: int, params: Params) -> None:
-        peer = self._named(params)
+        peer = self.named(params)
         if params.get("amount_ucr") is not None:
             amount_ucr = int(params["amount_ucr"])
         else:
