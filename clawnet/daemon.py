@@ -15,7 +15,7 @@ from typing import Any
 
 from clawnet import PROTOCOL_ID, __version__, config, limits, paths, rpc
 from clawnet.config import Config
-from clawnet.errors import ClawnetError, ConfigError, DataError, StorageError
+from clawnet.errors import ClawnetError, ConfigError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
 from clawnet.identity import membership, multiaddr
@@ -42,7 +42,6 @@ from clawnet.wire.messages import Hello
 from clawnet.wire.session import HelloFacts
 
 SWEEP_EVERY_S = 3_600.0
-PINGS_MAX = 1_000
 OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
 
 
@@ -112,7 +111,6 @@ class Daemon:
         self._store: Store
         self._node: Node
         self._warnings: list[str] = []
-        self._pings: set[asyncio.Task[None]] = set()
 
     async def serve(self, ready: Callable[[list[str]], None]) -> int:
         """Builds, runs, and takes everything down again."""
@@ -282,11 +280,6 @@ class Daemon:
             task.add_done_callback(lambda done: done.exception())
             return
         own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
-        if method == "peer.ping":
-            task = asyncio.get_running_loop().create_task(self._ping(call, params))
-            self._pings.add(task)
-            task.add_done_callback(self._pings.discard)
-            return
         handler = own.get(method)
         if handler is None:
             self.runtime.feed(e.RpcCall(call, method, params, client))
@@ -305,22 +298,6 @@ class Daemon:
             return
         party = self._node.rooms.members.party(peer)
         self.ipc.reply(call, {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds})
-
-    async def _ping(self, call: int, params: dict[str, Any]) -> None:
-        """`peer ping`: round trips over the open connection to a peer."""
-        members = self._node.rooms.members
-        try:
-            peer = members.resolve(str(params.get("peer") or ""))
-            count = max(1, min(int(params.get("count") or 4), PINGS_MAX))
-            rtts_s = await self.switch.ping(peer, count)
-        except ClawnetError as error:
-            self.ipc.reply(call, None, error.as_dict())
-        except ValueError:
-            self.ipc.reply(call, None, DataError("count must be a whole number").as_dict())
-        else:
-            self.ipc.reply(
-                call, {"peer": members.party(peer), "sent": count, "received": len(rtts_s), "rtts_s": rtts_s}
-            )
 
     def _gone(self, call: int) -> None:
         self.runtime.feed(e.CallGone(call))

@@ -99,7 +99,7 @@ def import_identity(home: Home, data: bytes, passphrase: str) -> str:
         KeyPair.from_seed(identity.owner_seed).save(home.owner_key)
     save_mesh_key(home, identity.mesh_key)
     save_escrow_seed(home, identity.escrow_seed)
-    save_membership(home, identity.membership)
+    save_membership(home, msgspec.structs.replace(identity.membership, imported=True))
     return node.peer_id
 
 

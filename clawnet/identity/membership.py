@@ -32,7 +32,8 @@ class LocalMembership(Struct, frozen=True):
     """The mesh this node belongs to: the content of mesh.json; the mesh key lies in a file of its own.
 
     `certificates` is the chain from the founder to this node; `founded` says that this home's owner key founded the
-    mesh; `inviter` is the peer that let this node in ("" for a founder); `ring` is what it is to that peer.
+    mesh; `inviter` is the peer that let this node in ("" for a founder); `ring` is what it is to that peer. `imported`
+    tells that these keys had a life elsewhere: a chain of theirs may exist that is not on this disk.
     """
 
     charter: bytes
@@ -40,6 +41,7 @@ class LocalMembership(Struct, frozen=True):
     founded: bool
     inviter: str = ""
     ring: str = "own"
+    imported: bool = False
     v: int = VERSION
 
     def verified(self, node_public: bytes) -> tuple[Charter, bytes, Membership]:

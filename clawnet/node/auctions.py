@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from typing import TYPE_CHECKING
 
 from clawnet import limits
@@ -30,7 +30,8 @@ class Auctions:
         self._ctx = ctx
         self._rooms = rooms
         self.live: dict[bytes, Auction] = {}
-        self._waiting: deque[bytes] = deque()
+        self._waiting: list[tuple[int, int, bytes]] = []
+        self._turn = 0
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
         self._resumed: dict[bytes, None] = {}
@@ -50,7 +51,8 @@ class Auctions:
     def queue(self, task: Task) -> None:
         """Holds an auction for the task, now or when one of the running ones has ended."""
         task.stage = 0
-        self._waiting.append(task.task_id)
+        self._turn += 1
+        heapq.heappush(self._waiting, (-task.spec["priority"], self._turn, task.task_id))
         self._rooms.tasks.touch(task)
 
     def after_start(self, task: Task) -> None:
@@ -70,7 +72,7 @@ class Auctions:
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
         while self._waiting and len(self.live) < self._live_max:
-            task = self._rooms.tasks.open.get(self._waiting.popleft())
+            task = self._rooms.tasks.open.get(heapq.heappop(self._waiting)[2])
             if (
                 task is not None
                 and task.state in ("announced", "bidding", "reassigned")
