@@ -173,7 +173,7 @@ def status(
     context: typer.Context,
     task: Annotated[str | None, typer.Argument(metavar="[TASK]", show_default=False)] = None,
 ) -> None:
-    """The state of one task; without one, how many are in each state."""
+    """The state of one task; without one, how many are in each state (with --json: what `daemon status` prints)."""
     invocation = here(context)
     if task is not None:
         found = invocation.call("task.get", {"task": task})
