@@ -16,7 +16,6 @@ import pytest
 
 from tests.cli.harness import (
     PATIENCE_S,
-    PROGRAM,
     Node,
     Nodes,
     alive,
