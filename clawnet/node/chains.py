@@ -285,6 +285,8 @@ class Chains:
             self._own_head(peer, head)
             return
         relation = book.compare_head(head.account, head.seq, head.hash)
+        if self._books.convicted(head.account):
+            return  # both branches are known of; to ask each other for them would never end
         if relation in ("differs", "lookup"):
             self.pull(peer, head.account, head.seq, head.seq)
         elif relation == "behind":
@@ -302,7 +304,7 @@ class Chains:
     def _own_head(self, peer: str, head: Head) -> None:
         """What a peer holds of the own chain: less is pushed when it asks; more, or another hash, must be shown."""
         relation = self._books.book.compare_head(self._ctx.account, head.seq, head.hash)
-        if relation in ("behind", "differs"):
+        if relation in ("behind", "differs") and not self._books.convicted(self._ctx.account):
             self._suspect(peer, head, relation)
             return
         self._held[peer] = max(head.seq, self._held.get(peer, -1))

@@ -417,9 +417,9 @@ class Members:
         self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
 
     def skew_ms(self) -> int | None:
-        """The median of how far peers' clocks are ahead of ours; None without a peer."""
+        """The median of how far peers' clocks are ahead of ours (of two in the middle the nearer); None without a peer."""
         skews = sorted(link.skew_ms for link in self._ctx.links.values())
-        return skews[len(skews) // 2] if skews else None
+        return min(skews[(len(skews) - 1) // 2], skews[len(skews) // 2], key=abs) if skews else None
 
     def clock_off(self) -> bool:
         """Whether this clock is so far off its peers' that nothing may be stamped by it (LEDGER.md section 8)."""

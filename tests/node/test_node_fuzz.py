@@ -130,9 +130,7 @@ def test_messages_garbled(seed: int) -> None:
         one = garbled(message, tap.pools, choice)
         if one is not None:
             obligation = number.to_bytes(16, "big") if choice(3) else None
-            names[receiver].feed(
-                e.MessageIn(names[sender].peer, number.to_bytes(16, "big"), one, None, obligation)
-            )
+            names[receiver].feed(e.MessageIn(names[sender].peer, number.to_bytes(16, "big"), one, None, obligation))
         if choice(2):
             mesh.settle()
         if choice(20) == 0:
