@@ -84,6 +84,7 @@ class Auctions:
         """The task is final: its auction, if any, is over."""
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
+            self._ctx.sleep(("auction", task.task_id))
             self._keep(task, auction, closed_by=task.state)
 
     def _open_stage(self, task: Task) -> None:
@@ -236,6 +237,7 @@ class Auctions:
 
     def _close(self, auction: Auction) -> None:
         del self.live[auction.task_id]
+        self._ctx.sleep(("auction", auction.task_id))
         task = self._rooms.tasks.open.get(auction.task_id)
         if task is None or task.state in FINAL_STATES:
             return

@@ -74,6 +74,7 @@ class Books:
         self._gather_ms = 0
         self._since_snapshot = 0
         self._moved: dict[bytes, None] = {}
+        self._branched: dict[bytes, None] = {}
         self._push_armed = False
 
     # --- what others ask
@@ -351,6 +352,9 @@ class Books:
         """Entries set aside may be judgeable now; awards that waited for them are judged."""
         for outcome in self.book.drain(self._ctx.now):
             self._outcome(outcome, peer)
+        branched, self._branched = self._branched, {}
+        for account in branched:
+            self.chains.branched(account, peer)
         moved, self._moved = self._moved, {}
         for account in moved:
             self._rooms.taking.book_moved(account)
@@ -370,9 +374,12 @@ class Books:
             ctx.count("chains_refused_total", outcome.reason)
         elif isinstance(outcome, Forked):
             self.chains.forked(outcome)
+            if outcome.parsed is not None:
+                self._branched[outcome.account] = None
         elif isinstance(outcome, Branch):
             parsed = outcome.parsed
             ctx.put("segments", parsed.account, parsed.seq, parsed.hash, parsed.raw)
+            self._branched[parsed.account] = None
         elif isinstance(outcome, Unauditable):
             ctx.log(
                 "warn", "chain.unauditable", account=outcome.account.hex()[:16], seq=outcome.seq, reason=outcome.text

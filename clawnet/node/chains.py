@@ -251,6 +251,37 @@ class Chains:
             first = self._books.countersigns.show(peer, -1) + 1
         args = (message.account, first, message.to_seq, limits.SEGMENT_BYTES_MAX)
         self._rooms.loads.ask("entries_range", args, lambda rows: self._serve(peer, message, rows))
+        if self._books.convicted(message.account):
+            self._rooms.loads.ask("segments", (message.account,), lambda rows: self._serve_beside(peer, message, rows))
+
+    def _serve_beside(self, peer: str, message: LedgerPull, rows: tuple[Any, ...]) -> None:
+        """The other branch of a forker: who claims on it must be able to show it."""
+        part, size = [], 0
+        for row in rows:
+            size += len(row[-1])
+            if message.from_seq <= row[1] <= message.to_seq and size <= limits.SEGMENT_BYTES_MAX:
+                part.append(row[-1])
+        if part:
+            self._ctx.send(peer, LedgerPush(message.account, part))
+
+    def branched(self, account: bytes, peer: str) -> None:
+        """Entries off the held chain came in: that branch is judged from where it leaves it, for claims on it."""
+        self._read_chain(account, peer, [])
+
+    def _read_chain(self, account: bytes, peer: str, raws: list[bytes]) -> None:
+        args = (account, len(raws), SEQ_MAX, limits.MIB)
+
+        def read(rows: tuple[Any, ...]) -> None:
+            if rows and rows[0][1] == len(raws):
+                raws.extend(row[-1] for row in rows)
+                self._read_chain(account, peer, raws)
+                return
+            missing = self._books.book.check_branch(account, raws, self._ctx.now)
+            if missing is not None and missing.need in ("gap", "payer", "branch"):
+                self.pull(peer, missing.account, missing.first, missing.last)
+            self._books.drain(peer)
+
+        self._rooms.loads.ask("entries_range", args, read)
 
     def _serve(self, peer: str, message: LedgerPull, rows: tuple[Any, ...]) -> None:
         head = self._books.book.head(message.account)

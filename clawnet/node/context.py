@@ -15,6 +15,7 @@ from clawnet.errors import ClawnetError
 from clawnet.identity.keys import KeyPair
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.events import (
+    NEVER,
     Count,
     Delete,
     Durable,
@@ -120,6 +121,10 @@ class Context:
     def wake(self, key: tuple[Any, ...], at_ms: int) -> None:
         """TimerFired(key) at `at_ms`; replaces an earlier one."""
         self.out.append(Wake(key, max(at_ms, self.now)))
+
+    def sleep(self, key: tuple[Any, ...]) -> None:
+        """No TimerFired(key) any more: nothing can be due."""
+        self.out.append(Wake(key, NEVER))
 
     def log(self, level: str, event: str, **fields: Any) -> None:
         """One structured log line."""

@@ -272,6 +272,7 @@ class Jobs:
             self._ctx.put("jobs", job.job, job.state, self._ctx.now, encode(job))
             if job.state in ("done", "rejected", "waived", "forfeited"):
                 self.jobs.pop(job.job, None)
+                self._ctx.sleep(("job", job.job))
         self._dirty.clear()
 
     def load(self, job: Job, document: bytes | None) -> None:

@@ -417,7 +417,7 @@ class Members:
         self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
 
     def skew_ms(self) -> int | None:
-        """The median of how far peers' clocks are ahead of ours (of two in the middle the nearer); None without a peer."""
+        """The median of how far peers' clocks are ahead of ours (of two the nearer); None without a peer."""
         skews = sorted(link.skew_ms for link in self._ctx.links.values())
         return min(skews[(len(skews) - 1) // 2], skews[len(skews) // 2], key=abs) if skews else None
 

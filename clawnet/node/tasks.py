@@ -105,6 +105,7 @@ class Tasks:
                 del self._unsettled[task.task_id]
                 ctx.delete("unsettled", task.task_id)
             if self.open.pop(task.task_id, None) is not None:
+                ctx.sleep(("task", task.task_id))
                 self.finished[task.task_id] = task
                 while len(self.finished) > FINISHED_KEPT_MAX:
                     self.finished.popitem(last=False)

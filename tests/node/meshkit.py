@@ -227,6 +227,9 @@ class Member:
         self.notes.setdefault(effect.call, []).append((effect.method, effect.value))
 
     def _do_Wake(self, effect: e.Wake) -> None:
+        if effect.at_ms == e.NEVER:
+            self.due.pop(effect.key, None)
+            return
         self._timer += 1
         self.due[effect.key] = (effect.at_ms, self._timer)
         heapq.heappush(self.timers, (effect.at_ms, self._timer, effect.key))

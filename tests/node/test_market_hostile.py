@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from clawnet import limits
-from clawnet.ledger.entries import Body, Lock, LockLine, Parsed, Release, ReleaseItem, build
+from clawnet.ledger.entries import Body, Lock, LockLine, Parsed, Release, ReleaseItem, Send, build
 from clawnet.market.records import Job
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
@@ -137,6 +137,29 @@ def test_two_locks_for_one_place_convict_and_get_nothing(mesh: Mesh) -> None:
     assert bob.node.rooms.members.banned(alice.peer) and claims(bob) == 0
     hello = alice.node.hello_facts()
     assert hello[0] == bob.node.hello_facts()[0]
+
+
+def test_income_from_the_other_branch_is_void_here_and_convicts_only_the_forker(mesh: Mesh) -> None:
+    alice, bob, carol = three(mesh)
+    mesh.cut(bob, carol)
+    seq, prev = head(alice, alice)
+    for payee in (bob, carol):
+        paying = forged(alice, seq + 1, prev, Send(payee.key.public, 7 * CREDIT, bytes(32)))
+        tell(alice, payee, LedgerPush(alice.key.public, [paying.raw]))
+    mesh.cut(alice, bob)
+    mesh.cut(alice, carol)
+    mesh.run(1)
+    mesh.link(bob, carol)
+    mesh.run(130)
+    for one, other in ((bob, carol), (carol, bob)):
+        book = one.node.rooms.books.book
+        assert book.proof(alice.key.public) is not None
+        assert head(one, other) == head(other, other), "the other's claim is judged, not stuck"
+        assert book.view(other.key.public).void_ucr == 7 * CREDIT
+        assert book.view(other.key.public).refuse == "" and not one.node.rooms.members.banned(other.peer)
+    compute(bob, peer=["carol"])
+    mesh.run(10)
+    assert claims(carol) == 1, "they go on to trade"
 
 
 # --- awards
