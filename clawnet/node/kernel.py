@@ -343,11 +343,11 @@ class Node:
             rooms.jobs.drain_now()
 
     def _inputs_ready(self, event: e.InputsReady) -> None:
-        call = self.rooms.tasks.draft_call(event.request)
+        calls = self.rooms.tasks.draft_calls(event.request)
         try:
             self.rooms.tasks.inputs_ready(event)
         except ClawnetError as error:
-            if call is not None:
+            for call in calls:
                 self.ctx.fail(call, error)
 
     def _blob_ready(self, event: e.BlobReady) -> None:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from clawnet import limits
 from clawnet.errors import (
@@ -42,6 +42,8 @@ class _Draft(Struct):
 
     call: int
     task: Task
+    again: list[int] = field(default_factory=list)
+    """Calls that came with the same idempotency key meanwhile."""
 
 
 class Tasks:
@@ -222,7 +224,7 @@ class Tasks:
         key = spec["idempotency_key"]
         known = self.keys.get(key) if key else None
         if known is None:
-            return False
+            return bool(key) and self._drafted_key(call, spec)
         task = self.get(known)
         if task is not None:
             self._same_key(call, spec, task)
@@ -230,21 +232,33 @@ class Tasks:
         self._rooms.loads.ask("task", (known,), lambda rows: self._loaded_key(call, spec, rows), call=call)
         return True
 
+    def _drafted_key(self, call: int, spec: dict[str, Any]) -> bool:
+        """The task of this key is about to be accepted: the call waits for that."""
+        for draft in self._drafts.values():
+            if draft.task.spec["idempotency_key"] == spec["idempotency_key"]:
+                self._check_content(spec, draft.task)
+                draft.again.append(call)
+                return True
+        return False
+
     def _loaded_key(self, call: int, spec: dict[str, Any], rows: tuple[Any, ...]) -> None:
         task = decode_task(rows[0][-1]) if rows else None
         if task is None:
-            del self.keys[spec["idempotency_key"]]
+            self.keys.pop(spec["idempotency_key"], None)
             raise NotFoundError("the task of this idempotency key is past its retention", hint="submit it again")
         self._same_key(call, spec, task)
 
     def _same_key(self, call: int, spec: dict[str, Any], task: Task) -> None:
+        self._check_content(spec, task)
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
+
+    def _check_content(self, spec: dict[str, Any], task: Task) -> None:
         if task.content != self.content_hash(spec):
             raise DataError(
                 f"the idempotency key {spec['idempotency_key']!r} belongs to another task ({task.task_id.hex()[:8]})",
                 hint="use a new key for new content",
                 task_id=task.task_id.hex(),
             )
-        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
 
     def inputs_ready(self, event: InputsReady) -> None:
         """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
@@ -261,11 +275,13 @@ class Tasks:
                 hint="send less; larger inputs come with a later version",
             )
         self._accept(draft.call, draft.task)
+        for call in draft.again:
+            self._ctx.reply(call, {"task_id": draft.task.task_id.hex(), "created": False})
 
-    def draft_call(self, request: bytes) -> int | None:
+    def draft_calls(self, request: bytes) -> list[int]:
         """Whose submission a pack request belongs to (for error answers)."""
         draft = self._drafts.get(request)
-        return draft.call if draft else None
+        return [draft.call, *draft.again] if draft else []
 
     def _accept(self, call: int, task: Task) -> None:
         ctx = self._ctx
