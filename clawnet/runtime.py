@@ -315,13 +315,16 @@ class Runtime:
     # --- timers
 
     def _wake(self, effect: e.Wake) -> None:
+        if effect.at_ms == e.NEVER:
+            self._due.pop(effect.key, None)
+            return
         self._timer_count += 1
         number = self._timer_count
         self._due[effect.key] = (effect.at_ms, number)
         heapq.heappush(self._timers, (effect.at_ms, number, effect.key))
         if self._handle is None or effect.at_ms < self._handle_ms:
             self._arm(effect.at_ms)
-        if len(self._timers) > 4 * len(self._due) + 1024:
+        if len(self._timers) > 2 * len(self._due) + 1024:
             self._timers = [(at, number, key) for key, (at, number) in self._due.items()]
             heapq.heapify(self._timers)
 

@@ -233,10 +233,16 @@ class Notify(Effect, frozen=True, gc=False):
 
 
 class Wake(Effect, frozen=True, gc=False):
-    """TimerFired(key) at `at_ms` (Unix milliseconds). A later Wake with the same key replaces the earlier one."""
+    """TimerFired(key) at `at_ms` (Unix milliseconds). A later Wake with the same key replaces the earlier one.
+
+    At NEVER the earlier one is forgotten: what it spoke of has ended.
+    """
 
     key: tuple[Any, ...]
     at_ms: int
+
+
+NEVER = -1
 
 
 class Run(Effect, frozen=True, gc=False):

@@ -26,7 +26,7 @@ from time import perf_counter
 from typing import Any
 
 from celery_side import Celery, celery_missing
-from machine import machine
+from machine import fsync_ms, machine
 from mesh import Mesh, percentile
 
 TARGET_P50_MS = 10.0
@@ -105,7 +105,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds; for each load the round with the median throughput, and how far the rounds lie apart."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     missing = "it was not asked for" if options.no_celery else celery_missing(options.celery)
-    directory = Path(tempfile.mkdtemp(prefix="clawnet-bench-"))
+    directory = Path(tempfile.mkdtemp(prefix="clawnet-bench-", dir=options.dir or None))
+    synced_ms = fsync_ms(directory)
     try:
         async with contextlib.AsyncExitStack() as stack:
             mesh = await stack.enter_async_context(Mesh.running(directory, options.slots))
@@ -125,7 +126,12 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"kept: {directory}", file=sys.stderr)
         else:
             shutil.rmtree(directory, ignore_errors=True)
-    return {"loads": {side: medians(rounds) for side, rounds in found.items()}, "celery": missing, "books": books}
+    return {
+        "loads": {side: medians(rounds) for side, rounds in found.items()},
+        "celery": missing,
+        "books": books,
+        "fsync_p50_ms": synced_ms,
+    }
 
 
 def medians(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -142,6 +148,7 @@ def medians(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The figures as text."""
+    print(f"an fsync of 16 KiB takes {found['fsync_p50_ms']} ms here")
     for side, results in found["loads"].items():
         print(f"\n{side}")
         for name, result in results.items():
@@ -184,6 +191,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only loads whose name contains this")
     parser.add_argument("--celery", default="", metavar="PYTHON", help="a Python that has celery and redis")
     parser.add_argument("--no-celery", action="store_true", help="leave Celery out")
+    parser.add_argument("--dir", default="", help="where the homes lie: the disk whose fsyncs count")
     parser.add_argument("--keep", action="store_true", help="keep the homes and their logs")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     options = parser.parse_args()
