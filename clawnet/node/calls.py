@@ -14,12 +14,12 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
 from clawnet.node.context import Context
+from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-Params = dict[str, Any]
 PAGE_MAX = 500
 
 
@@ -77,12 +77,9 @@ class Calls:
         """Finds the task named by id or prefix, in memory or in the database."""
 
         def run(call: int, params: Params) -> None:
-            text = str(params.get("task") or "").strip().lower()
-            if len(text) == 32:
-                try:
-                    task = self._rooms.tasks.get(bytes.fromhex(text))
-                except ValueError:
-                    task = None
+            text = task_digits(params)
+            if len(text) == ID_DIGITS:
+                task = self._rooms.tasks.get(bytes.fromhex(text))
                 if task is not None:
                     then(call, params, task)
                     return
@@ -156,8 +153,8 @@ class Calls:
         stream = str(params.get("stream") or "stdout")
         if stream not in ("stdout", "stderr") or task.result is None:
             raise NotFoundError(f"the task has no {stream} to read", hint="it has no result yet")
-        offset = max(0, int(params.get("offset") or 0))
-        length = max(1, min(int(params.get("length") or limits.MIB), limits.MIB))
+        offset = integer(params, "offset", 0)
+        length = max(1, min(integer(params, "length", limits.MIB), limits.MIB))
         blob = task.result.get(stream + "_blob") or b""
         size = task.result[stream + "_bytes"]
         if blob:
@@ -180,13 +177,13 @@ class Calls:
         self._ctx.reply(call, {"task_id": task.task_id.hex(), "state": task.state})
 
     def _task_list(self, call: int, params: Params) -> None:
-        limit = max(1, min(int(params.get("limit") or 20), PAGE_MAX))
-        states = params.get("states") or []
+        limit = max(1, min(integer(params, "limit", 20), PAGE_MAX))
+        states = words(params, "states")
         after_ms, after_id = None, None
         if params.get("after"):
             try:
                 stamp, _, identifier = str(params["after"]).partition("-")
-                after_ms, after_id = int(stamp), bytes.fromhex(identifier)
+                after_ms, after_id = min(int(stamp), 2**62), bytes.fromhex(identifier)
             except ValueError:
                 raise DataError(f"{params['after']!r} is no continuation of a list") from None
         if states == ["open"] or (len(states) > 1 and not FINAL_STATES & set(states)):
@@ -279,7 +276,7 @@ class Calls:
     def _send(self, call: int, params: Params) -> None:
         peer = self.named(params)
         if params.get("amount_ucr") is not None:
-            amount_ucr = int(params["amount_ucr"])
+            amount_ucr = integer(params, "amount_ucr", 0)
         else:
             amount_ucr = parse_credits(str(params.get("amount") or ""))
         if amount_ucr <= 0:
@@ -299,8 +296,8 @@ class Calls:
         )
 
     def _history(self, call: int, params: Params) -> None:
-        limit = max(1, min(int(params.get("limit") or 20), PAGE_MAX))
-        before = int(params["after"]) if params.get("after") not in (None, "") else None
+        limit = max(1, min(integer(params, "limit", 20), PAGE_MAX))
+        before = integer(params, "after", 0) if params.get("after") not in (None, "") else None
         account = self._ctx.account
 
         def entries(rows: tuple[Any, ...]) -> None:

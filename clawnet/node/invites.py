@@ -15,6 +15,7 @@ from clawnet.ledger.entries import EntryKind
 from clawnet.mesh.roster import InviteRecord, clean_name, join_bytes, secret_hash
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.context import Context
+from clawnet.node.params import integer, number
 from clawnet.wire.events import Adopt, JoinAnswered, JoinAsked, JoinReply, JoinSend
 from clawnet.wire.messages import JoinAnswer, JoinAsk, JoinPeer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 OPEN_INVITES_MAX = 1_000
 USES_MAX = 10_000
+EXPIRES_S_MAX = 366 * 86_400
 
 
 class Invites:
@@ -61,14 +63,14 @@ class Invites:
                 "only the founder of this mesh may invite members (mesh.members_may_invite is off)",
                 hint="ask the founder for a token, or invite a machine of your own with --ring own",
             )
-        uses = int(params.get("uses") or 1)
+        uses = integer(params, "uses", 1)
         if not 1 <= uses <= USES_MAX or (ring == "own" and uses != 1):
             raise DataError(f"--uses {uses} is not possible", hint="own invites are single-use; members: 1 to 10000")
         asked = params.get("credits")
         credits_ucr = -1 if asked is None else parse_credits(str(asked), what="--credits")
         self._check_credits(ring, credits_ucr, uses)
         self._forget_expired()
-        expires_ms = ctx.now + int(float(params.get("expires_s") or 3600) * 1000)
+        expires_ms = ctx.now + int(number(params, "expires_s", 3_600.0, 1, EXPIRES_S_MAX) * 1000)
         if not members.addresses:
             raise NotPermittedError("this node listens nowhere, so nobody could redeem an invite")
         secret = ctx.entropy(16)
