@@ -253,13 +253,13 @@ def _refused(what: str, error: OSError) -> ConfigError | StorageFullError:
 
 def _user_home(environ: Mapping[str, str]) -> Path:
     name = "USERPROFILE" if sys.platform == "win32" else "HOME"
-    return Path(environ.get(name) or os.path.expanduser("~"))
+    return Path(environ.get(name) or Path.home())
 
 
 def _absolute(text: str, environ: Mapping[str, str]) -> Path:
     if text == "~" or text.startswith(("~/", "~\\")):
         text = str(_user_home(environ)) + text[1:]
-    return Path(os.path.abspath(text))
+    return Path(os.path.abspath(text))  # noqa: PTH100 - links stay as they were named
 
 
 def _user_id() -> int:
@@ -268,5 +268,5 @@ def _user_id() -> int:
 
 def _short_dir() -> Path:
     """A directory whose name is short and the same for every process of this machine."""
-    usual = Path("/tmp")
+    usual = Path("/tmp")  # noqa: S108 - only a directory of this user's, checked, is used in it
     return usual if usual.is_dir() else Path(os.environ.get("PREFIX", "/")) / "tmp"

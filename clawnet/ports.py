@@ -1,4 +1,4 @@
-"""What the loop needs of the node and of the adapters around it; an adapter, and the fake of a test, has these shapes."""
+"""What the loop needs of the node and of the adapters around it; adapters and the fakes of tests have these shapes."""
 
 from __future__ import annotations
 

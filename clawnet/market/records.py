@@ -1,7 +1,7 @@
 """What a node remembers of a task it submitted (Task, Attempt) and of one it runs for somebody (Job).
 
-These are the bodies of the rows `tasks` and `jobs`. Payloads, documents and results are rows of their own, written once.
-Times are Unix milliseconds; 0 means "not yet".
+These are the bodies of the rows `tasks` and `jobs`. Payloads, documents and results are rows of their own, written
+once. Times are Unix milliseconds; 0 means "not yet".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is remembered of peers and invites, and the names people call peers by. Bodies of the rows `peers` and `invites`."""
+"""What is remembered of peers and invites (the rows `peers` and `invites`), and the names people call peers by."""
 
 from __future__ import annotations
 

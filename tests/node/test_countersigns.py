@@ -1,4 +1,4 @@
-"""A long chain: its checkpoint is countersigned by the issuer, and a worker that never met it starts its audit there."""
+"""A long chain: the issuer countersigns its checkpoint, and a worker that never met it starts its audit there."""
 
 from __future__ import annotations
 

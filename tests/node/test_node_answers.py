@@ -1,4 +1,4 @@
-"""Every method of the local socket answers in the shape of answers.py, and mistakes of a caller are told, never raised."""
+"""Every method of the local socket answers in the shape of answers.py; a caller's mistakes are told, never raised."""
 
 from __future__ import annotations
 
