@@ -211,22 +211,22 @@ class Member:
         if silent:
             return
         for effect in out:
-            handler = getattr(self, "_do_" + type(effect).__name__, None)
+            handler = getattr(self, "_do_" + type(effect).__name__.lower(), None)
             if handler is not None:
                 handler(effect)
 
-    def _do_Send(self, effect: e.Send) -> None:
+    def _do_send(self, effect: e.Send) -> None:
         self.sent.append((effect.peer, type(effect.message).__name__))
         self.mesh.carry(self, effect)
 
-    def _do_Reply(self, effect: e.Reply) -> None:
+    def _do_reply(self, effect: e.Reply) -> None:
         assert effect.call not in self.replies, "a call is answered once"
         self.replies[effect.call] = effect.error if effect.error is not None else effect.value
 
-    def _do_Notify(self, effect: e.Notify) -> None:
+    def _do_notify(self, effect: e.Notify) -> None:
         self.notes.setdefault(effect.call, []).append((effect.method, effect.value))
 
-    def _do_Wake(self, effect: e.Wake) -> None:
+    def _do_wake(self, effect: e.Wake) -> None:
         if effect.at_ms == e.NEVER:
             self.due.pop(effect.key, None)
             return
@@ -249,28 +249,28 @@ class Member:
             heapq.heappop(self.timers)
         return self.timers[0][0] - self.skew_ms if self.timers else None
 
-    def _do_Run(self, effect: e.Run) -> None:
+    def _do_run(self, effect: e.Run) -> None:
         self.runs.append(effect)
         ended = self.runner(self, effect)
         if ended is not None:
             self.feed(ended)
 
-    def _do_StopRun(self, effect: e.StopRun) -> None:
+    def _do_stoprun(self, effect: e.StopRun) -> None:
         self.stops.append(effect.job)
         ended = self.stopper(self, effect.job)
         if ended is not None:
             self.feed(ended)
 
-    def _do_GrantBlob(self, effect: e.GrantBlob) -> None:
+    def _do_grantblob(self, effect: e.GrantBlob) -> None:
         self.grants.setdefault(effect.task_id, set()).add((effect.peer, effect.blob))
 
-    def _do_RevokeBlobs(self, effect: e.RevokeBlobs) -> None:
+    def _do_revokeblobs(self, effect: e.RevokeBlobs) -> None:
         gone = {blob for _, blob in self.grants.pop(effect.task_id, ())}
         used = {blob for granted in self.grants.values() for _, blob in granted}
         for blob in gone - used:
             self.blobs.pop(blob, None)
 
-    def _do_PackInputs(self, effect: e.PackInputs) -> None:
+    def _do_packinputs(self, effect: e.PackInputs) -> None:
         found = []
         for name, path in effect.paths:
             data = self.packed[path]
@@ -278,7 +278,7 @@ class Member:
             found.append({"name": name, "kind": "file", "blob": blob_id(data), "bytes": len(data), "mode": 0o644})
         self.feed(e.InputsReady(effect.request, tuple(found)))
 
-    def _do_Fetch(self, effect: e.Fetch) -> None:
+    def _do_fetch(self, effect: e.Fetch) -> None:
         if not self.mesh.fetching:
             return
         source = self.mesh.members[effect.peer]
@@ -294,15 +294,15 @@ class Member:
             self.blobs[blob] = source.blobs[blob]
         self.feed(e.BlobReady(effect.request))
 
-    def _do_Hangup(self, effect: e.Hangup) -> None:
+    def _do_hangup(self, effect: e.Hangup) -> None:
         other = self.mesh.members.get(effect.peer)
         if other is not None and frozenset((self.peer, other.peer)) in self.mesh.links:
             self.mesh.cut(self, other)
 
-    def _do_Load(self, effect: e.Load) -> None:
+    def _do_load(self, effect: e.Load) -> None:
         self.feed(e.Loaded(effect.request, tuple(self.store.query(effect.query, effect.args))))
 
-    def _do_Open(self, effect: e.Open) -> None:
+    def _do_open(self, effect: e.Open) -> None:
         try:
             sealed = effect.inline or self.blobs[effect.blob]
             plain = sealed if effect.key is None else bundle.unseal(sealed, effect.key)
@@ -324,7 +324,7 @@ class Member:
         )
         self.feed(e.Opened(effect.request, "", summary))
 
-    def _do_Log(self, effect: e.Log) -> None:
+    def _do_log(self, effect: e.Log) -> None:
         self.logs.append(effect)
 
     # --- what tests ask
@@ -368,7 +368,7 @@ class Mesh:
 
     def join(self, founder: Member, name: str, *, ring: str = "member", credits_ucr: int = 0, **keys: str) -> Member:
         """A member (or another machine of the founder's), certified as an invite would, with credits if asked."""
-        charter, mesh = read_charter(founder.local.charter)
+        _, mesh = read_charter(founder.local.charter)
         key = self._key(name)
         owner = founder.owner if ring == "own" else self._key(name + " owner")
         chain = list(founder.local.certificates[:-1])
@@ -442,7 +442,7 @@ class Mesh:
     def settle(self, turns_max: int = 10_000) -> None:
         """Runs turns until nobody has anything to do at this moment."""
         for _ in range(turns_max):
-            moved = any([member.turn() for member in self.members.values()])
+            moved = sum(member.turn() for member in self.members.values()) > 0  # all of them, not the first
             if not moved and self.relink:
                 pairs, self.relink = self.relink, []
                 for one, other in pairs:

@@ -12,7 +12,7 @@ from clawnet.market.records import Attempt
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from tests.node.meshkit import Member, Mesh, echo
-from tests.node.trades import CREDIT, claims, compute, laws, only, pair, paid, shell, three
+from tests.node.trades import CREDIT, claims, compute, laws, only, paid, pair, shell, three
 
 HOUR_S = 3_600
 

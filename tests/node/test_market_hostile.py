@@ -1,4 +1,4 @@
-"""Parties that lie about money (LEDGER.md section 7): no key without a good release, proofs travel, claims are not hidden."""
+"""Parties that lie about money (LEDGER.md section 7): keys, forks, hidden claims, poisoned chains, old disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Cancel, EscrowLock, Head, LedgerPush, Settlement, Winner
 from tests.node.meshkit import Member, Mesh
-from tests.node.trades import CREDIT, claims, compute, laws, only, pair, paid, three
+from tests.node.trades import CREDIT, claims, compute, laws, only, paid, pair, tasks, three
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_an_award_below_the_bid_is_refused(mesh: Mesh) -> None:
 
 
 def test_a_claim_hidden_from_its_payer_is_passed_on(mesh: Mesh) -> None:
-    alice, bob, carol = three(mesh)
+    alice, bob, _ = three(mesh)
     hidden = ("Settlement", "LedgerPush")
     mesh.fate = lambda one, other, message: 0 if (one, other) == (bob, alice) and _is(message, hidden) else 1
     compute(alice, peer=["bob"], deadline_s=3_000)
@@ -254,15 +254,9 @@ def test_a_payer_that_earned_elsewhere_shows_where_its_money_is_from(mesh: Mesh)
     mesh.run(1)
     compute(bob, peer=["dave"])
     mesh.run(20)
-    assert [task.state for task in _tasks(bob)] == ["settled"]
+    assert [task.state for task in tasks(bob)] == ["settled"]
     book = dave.node.rooms.books.book
     assert book.head(carol.key.public) is not None, "carol's chain came by way of bob"
-
-
-def _tasks(member: Member) -> list:
-    from tests.node.trades import tasks
-
-    return tasks(member)
 
 
 def test_long_chains_are_pulled_in_pieces(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

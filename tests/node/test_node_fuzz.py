@@ -55,6 +55,17 @@ def garbled(message: Message, pools: Pools, choice: Callable[[int], int]) -> Mes
         return None
 
 
+def rolls(seed: int) -> Callable[[int], int]:
+    """Numbers below a bound, one after the other, from a seed."""
+    state = [seed]
+
+    def choice(count: int) -> int:
+        state[0] = (state[0] * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (state[0] >> 33) % max(1, count)
+
+    return choice
+
+
 def _fits(value: Any, other: Any) -> bool:
     return not isinstance(value, bytes) or len(value) not in (16, 32) or len(other) == len(value)
 
@@ -99,13 +110,7 @@ def test_messages_made_up(messages: list[tuple[Message, int]]) -> None:
     mesh, tap = running("made up")
     alice, bob, _ = mesh.members.values()
     for number, (message, dice) in enumerate(messages):
-        state = [dice]
-
-        def choice(count: int) -> int:
-            state[0] = (state[0] * 6364136223846793005 + 1442695040888963407) % 2**64
-            return (state[0] >> 33) % max(1, count)
-
-        for one in (message, garbled(message, tap.pools, choice)):
+        for one in (message, garbled(message, tap.pools, rolls(dice))):
             if one is not None:
                 sender, receiver = (alice, bob) if dice % 2 else (bob, alice)
                 obligation = number.to_bytes(16, "big") if dice % 3 else None
