@@ -36,7 +36,7 @@ class Auctions:
         self._missed: dict[str, None] = {}
         self._resumed: dict[bytes, None] = {}
         self._minute = 0
-        self._bids_in: dict[tuple[str, bytes], int] = {}
+        self._bids_in: dict[bytes, dict[str, int]] = {}
         self.reloaded()
 
     def reloaded(self) -> None:
@@ -82,6 +82,7 @@ class Auctions:
 
     def drop(self, task: Task) -> None:
         """The task is final: its auction, if any, is over."""
+        self._bids_in.pop(task.task_id, None)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
             self._ctx.sleep(("auction", task.task_id))
@@ -187,7 +188,8 @@ class Auctions:
         if minute != self._minute:
             self._minute = minute
             self._bids_in.clear()
-        count = self._bids_in[(peer, task_id)] = self._bids_in.get((peer, task_id), 0) + 1
+        of_task = self._bids_in.setdefault(task_id, {})
+        count = of_task[peer] = of_task.get(peer, 0) + 1
         if count <= self._ctx.config.integer("market.rate_limit_bids"):
             return False
         self._ctx.count("messages_refused_total", "bid_rate")
@@ -248,6 +250,7 @@ class Auctions:
         if ranking:
             best = ranking[0][0]
             self._order.note(best.peer)
+            self._bids_in.pop(task.task_id, None)
             self._rooms.awards.award(task, best)
             return
         refusals = auction.refusals()

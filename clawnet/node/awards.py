@@ -108,6 +108,7 @@ class Awards:
         """The limit of open lines is reached: the auction is held again when some have ended."""
         self.close(task, attempt, "unfunded", "open lines")
         attempt.paying = False
+        task.attempts.remove(attempt)  # nothing was said of it
         self._rooms.tasks.move(task, "reassigned", "the limit of open escrow lines is reached")
         self._rooms.auctions.pause(task)
 
@@ -116,6 +117,13 @@ class Awards:
         found = self._by_line.get((lock_seq, line))
         if found is not None:
             self._rooms.results.claimed(*found, key)
+
+    def pulled(self, peer: str) -> None:
+        """A worker audits this chain before it answers: it has a little longer for that (LEDGER.md section 6)."""
+        for task, attempt in list(self._by_line.values()):
+            if attempt.peer == peer and attempt.state == "locked":
+                attempt.heard_ms = self._ctx.now
+                self.arm(task)
 
     def knows(self, lock_seq: int, line: int) -> bool:
         """Whether an open attempt stands behind this own line."""
@@ -349,6 +357,8 @@ class Awards:
                 self._rooms.results.stored(task, attempt, b"")
             elif attempt.state == "claimed":
                 self._rooms.results.open(task, attempt)
+            elif attempt.state in ("rejected", "waived") and attempt.waiver and not attempt.refunded:
+                self._rooms.books.refund(task, attempt, attempt.waiver)
             elif attempt.state == "awarded" and attempt.price_ucr and attempt.lock_seq < 0:
                 self._never_locked(task, attempt)
         self.arm(task)

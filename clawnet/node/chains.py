@@ -246,6 +246,8 @@ class Chains:
 
     def pulled(self, peer: str, message: LedgerPull) -> None:
         """Serves any chain that this node keeps, void segments included."""
+        if message.account == self._ctx.account:
+            self._rooms.awards.pulled(peer)
         first = message.from_seq
         if message.account == self._ctx.account and first == 0:
             first = self._books.countersigns.show(peer, -1) + 1

@@ -13,6 +13,7 @@ from clawnet.market.records import Task
 from clawnet.node.context import Context
 
 PREVIEW_BYTES_MAX = 1 * limits.MIB
+KEPT_BYTES_MAX = 64 * limits.MIB
 STREAMS = ("stdout", "stderr")
 
 
@@ -44,6 +45,7 @@ class Followers:
         self._of: dict[bytes, dict[int, _Follower]] = {}
         self._calls: dict[int, bytes] = {}
         self._previews: dict[bytes, Preview] = {}
+        self._kept_bytes = 0
 
     def add(self, call: int, task: Task, *, output: bool, from_end: bool) -> None:
         """From now on `call` is told; with output, from byte 0 (or from what has come so far)."""
@@ -81,15 +83,19 @@ class Followers:
         """Bytes of a running task; a gap or a repeat is left to the result to fill."""
         preview = self._previews.setdefault(task_id, Preview())
         kept = preview.streams[stream - 1]
-        if offset == len(kept) and len(kept) + len(data) <= PREVIEW_BYTES_MAX:
+        fits = len(kept) + len(data) <= PREVIEW_BYTES_MAX and self._kept_bytes + len(data) <= KEPT_BYTES_MAX
+        if offset == len(kept) and fits:
             kept += data
+            self._kept_bytes += len(data)
         for follower in self._of.get(task_id, {}).values():
             if follower.output:
                 self._tell_at(follower, stream, offset, data)
 
     def reset(self, task_id: bytes) -> None:
         """A new attempt begins: what the last one showed is no longer the start of the result."""
-        self._previews.pop(task_id, None)
+        preview = self._previews.pop(task_id, None)
+        if preview is not None:
+            self._kept_bytes -= sum(len(stream) for stream in preview.streams)
 
     def _tell(self, follower: _Follower, stream: int, whole: bytes | bytearray) -> None:
         self._tell_at(follower, stream, 0, whole)
@@ -107,7 +113,7 @@ class Followers:
 
     def finish(self, task: Task, streams: tuple[bytes, bytes] | None) -> list[int]:
         """Ends following: tells what the previews left out, and returns the calls to answer."""
-        self._previews.pop(task.task_id, None)
+        self.reset(task.task_id)
         followers = self._of.pop(task.task_id, {})
         result = task.result
         for follower in followers.values():
