@@ -1,18 +1,18 @@
-"""After the auction: award, lock, accept, reject, waiver, reassignment, timers. The requester's side of an attempt."""
+"""After the auction: award, lock, accept, reject, waiver, reassignment. The requester's side of an attempt."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError, TimedOutError
+from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError
 from clawnet.identity.keys import verify
 from clawnet.ledger import statements
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
 from clawnet.node.context import Context, held_as, job_id
-from clawnet.reputation.receipts import Outcome, outcome_of_waiver
+from clawnet.reputation.receipts import outcome_of_waiver
 from clawnet.wire.events import MessageIn
 from clawnet.wire.messages import (
     Accept,
@@ -20,7 +20,6 @@ from clawnet.wire.messages import (
     Cancel,
     EscrowLock,
     Kind,
-    LedgerPull,
     Output,
     Progress,
     Reject,
@@ -31,10 +30,7 @@ from clawnet.wire.messages import (
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-KEY_PULLS_MS = (5_000, 30_000, 300_000)
-HOUR_MS = 3_600_000
 TEN_S_MS = 10_000
-AGAIN_MS = 5_000
 RUNNING = ("awarded", "locked", "accepted")
 WAIVABLE = (*RUNNING, "unpaid")
 TRANSIENT = frozenset(("full", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
@@ -123,7 +119,7 @@ class Awards:
         for task, attempt in list(self._by_line.values()):
             if attempt.peer == peer and attempt.state == "locked":
                 attempt.heard_ms = self._ctx.now
-                self.arm(task)
+                self._rooms.leases.arm(task)
 
     def knows(self, lock_seq: int, line: int) -> bool:
         """Whether an open attempt stands behind this own line."""
@@ -135,7 +131,7 @@ class Awards:
         if attempt.lock_seq >= 0:
             rooms.outbox.oblige(attempt.peer, self._lock(task, attempt, again=False), about(task.task_id, attempt.n))
         rooms.tasks.touch(task)
-        self.arm(task)
+        self._rooms.leases.arm(task)
 
     def _winner(self, task: Task, attempt: Attempt) -> Winner:
         return Winner(
@@ -197,7 +193,7 @@ class Awards:
         if attempt.paying and task.state == "awarded":
             self._rooms.tasks.move(task, "executing", "accepted")
         self._rooms.tasks.touch(task)
-        self.arm(task)
+        self._rooms.leases.arm(task)
 
     def reject(self, event: MessageIn, message: Reject) -> None:
         """Durably not started: the line comes back, and the slot may move whatever the retries say."""
@@ -213,7 +209,7 @@ class Awards:
         self._give_back(task, attempt, message.waiver)
         if attempt.paying:
             why = f"rejected: {message.reason} {message.text}".strip()
-            self._move_slot(task, attempt, why, free=True, later=message.reason in TRANSIENT)
+            self.move_slot(task, attempt, why, free=True, later=message.reason in TRANSIENT)
 
     def progress(self, event: MessageIn, message: Progress) -> None:
         """The attempt lives."""
@@ -224,7 +220,7 @@ class Awards:
         if attempt.state in ("awarded", "locked"):
             self.accept(event, Accept(message.task_id, message.attempt))
         attempt.heard_ms = self._ctx.now
-        self.arm(task)
+        self._rooms.leases.arm(task)
 
     def output(self, event: MessageIn, message: Output) -> None:
         """A preview of the output, from rings own and member only (LEDGER.md: preview)."""
@@ -248,7 +244,7 @@ class Awards:
             return
         self._rooms.members.receipt(attempt, outcome_of_waiver(message.reason), task)
         text = message.report.decode("utf-8", "replace")
-        self._move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
+        self.move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
 
     def acknowledge(self, event: MessageIn) -> None:
         if event.obligation is not None:
@@ -308,9 +304,9 @@ class Awards:
         self.documents.pop(task.task_id, None)
         if task.inputs:
             self._ctx.let_go(held_as(task.task_id, "inputs"))
-        self.arm(task)
+        self._rooms.leases.arm(task)
 
-    def _move_slot(self, task: Task, attempt: Attempt, why: str, *, free: bool = False, later: bool = False) -> None:
+    def move_slot(self, task: Task, attempt: Attempt, why: str, *, free: bool = False, later: bool = False) -> None:
         """The paying slot leaves this attempt; a new auction where the retries allow, else the task has failed.
 
         `free`: it costs no retry. `later`: the executor may take it yet, so it is asked again after a pause.
@@ -361,7 +357,7 @@ class Awards:
                 self._rooms.books.refund(task, attempt, attempt.waiver)
             elif attempt.state == "awarded" and attempt.price_ucr and attempt.lock_seq < 0:
                 self._never_locked(task, attempt)
-        self.arm(task)
+        self._rooms.leases.arm(task)
 
     def _never_locked(self, task: Task, attempt: Attempt) -> None:
         """The node stopped while its wallet could not be written: nothing was said, the auction is held again."""
@@ -371,129 +367,3 @@ class Awards:
         if task.state not in FINAL_STATES:
             self._rooms.tasks.move(task, "reassigned", attempt.reason)
             self._rooms.auctions.queue(task)
-
-    def arm(self, task: Task) -> None:
-        """One timer a task, at the earliest thing that could be due."""
-        due = [self._due_ms(task, attempt) for attempt in task.attempts if not attempt.closed]
-        if task.state not in FINAL_STATES and not task.shown_lost and task.state not in ("delivered", "verified"):
-            due.append(task.deadline_ms)
-        due = [at_ms for at_ms in due if at_ms]
-        if due:
-            self._ctx.wake(("task", task.task_id), max(min(due), self._ctx.now + 1))
-
-    def _due_ms(self, task: Task, attempt: Attempt) -> int:
-        """When something is next to be done for an open attempt; 0 for never."""
-        if attempt.state in ("claimed", "delivering"):
-            return 0
-        if attempt.state == "released":
-            return attempt.delivered_ms + self._key_wait_ms(attempt)
-        ends_ms = attempt.expiry_ms
-        if attempt.refunded or self._ctx.now >= ends_ms:
-            # The refund is asked for and waits for the wallet, or for its clock.
-            ends_ms = self._ctx.now + AGAIN_MS
-        if attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
-            silent_ms = self._silent_ms(attempt)
-            if silent_ms:
-                return min(attempt.heard_ms + silent_ms, ends_ms)
-        return ends_ms
-
-    @staticmethod
-    def _silent_ms(attempt: Attempt) -> int:
-        """How long nothing may be heard of an attempt in this state; 0: that does not matter."""
-        if attempt.state == "locked" or (attempt.state == "awarded" and not attempt.price_ucr):
-            return limits.ACCEPT_TIMEOUT_MS
-        return limits.LEASE_S * 1000 if attempt.state == "accepted" else 0
-
-    def _key_wait_ms(self, attempt: Attempt) -> int:
-        """LEDGER.md section 8: pull at 5 s, 30 s, 5 min, then hourly."""
-        waited = self._ctx.now - attempt.delivered_ms
-        for step in KEY_PULLS_MS:
-            if waited < step:
-                return step
-        return (waited // HOUR_MS + 1) * HOUR_MS
-
-    def timer(self, task: Task) -> None:
-        """Something may be due: deadline, accept, lease, key, expiry."""
-        ctx = self._ctx
-        if (
-            task.state not in FINAL_STATES
-            and ctx.now >= task.deadline_ms
-            and task.state not in ("delivered", "verified")
-            and not task.shown_lost
-        ):
-            self._deadline(task)
-        for attempt in task.attempts:
-            if attempt.closed or attempt.state in ("claimed", "delivering"):
-                continue
-            if attempt.state == "released":
-                if ctx.now >= attempt.delivered_ms + KEY_PULLS_MS[0]:
-                    self._pull_key(task, attempt)
-            elif ctx.now >= attempt.expiry_ms:
-                self._expired(task, attempt)
-            elif attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
-                self._silence(task, attempt)
-        self.arm(task)
-
-    def _expired(self, task: Task, attempt: Attempt) -> None:
-        """The last moment has passed without a result: a line is refunded; without one the attempt just ends."""
-        if attempt.lock_seq >= 0:
-            if not attempt.refunded:
-                self._rooms.books.refund(task, attempt, None)
-            return
-        self.close(task, attempt, "lost", "no word until its expiry")
-        if task.state not in FINAL_STATES and attempt.paying:
-            error = ExecutorLostError(f"{self._rooms.members.name_of(attempt.peer)} delivered nothing in time")
-            self._rooms.tasks.finish(task, "failed", error)
-        self._rooms.tasks.touch(task)
-
-    def _deadline(self, task: Task) -> None:
-        self.cancel(task, "deadline")
-        if task.paying is not None:
-            self._rooms.members.receipt(task.paying, Outcome.LATE, task)
-        seconds = (task.deadline_ms - task.created_ms) / 1000
-        error = TimedOutError(f"no result within the deadline of {seconds:g} s", hint="allow more with --deadline")
-        self._rooms.tasks.finish(task, "timed_out", error)
-
-    def _silence(self, task: Task, attempt: Attempt) -> None:
-        """No ACCEPT in time, or no progress within the lease (LEDGER.md section 6, reassignment)."""
-        ctx = self._ctx
-        limit_ms = self._silent_ms(attempt)
-        if not limit_ms or ctx.now < attempt.heard_ms + limit_ms:
-            return
-        name = self._rooms.members.name_of(attempt.peer)
-        self._rooms.members.receipt(attempt, Outcome.LOST, task)
-        if task.spec["retries"] > 0 and task.retries_left > 0:
-            self.cancel(task, "lease ended")
-            self._move_slot(task, attempt, f"no word from {name} for {limit_ms // 1000} s")
-            return
-        if task.spec["retries"] > 0:
-            self.cancel(task, "lease ended")
-            self._rooms.tasks.finish(task, "failed", ExecutorLostError(f"{name} was lost and no retry is left"))
-            return
-        until = max(attempt.deliver_by_ms, ctx.now)
-        self._lost(task, attempt, until, name)
-
-    def _lost(self, task: Task, attempt: Attempt, until_ms: int, name: str) -> None:
-        """Retries 0: who waits is told; the slot stays, and a result that still comes is paid and shown."""
-        task.shown_lost = True
-        error = ExecutorLostError(
-            f"no word from {name}; the command may still run there until {self._rooms.views.time(until_ms)}",
-            hint="clawnet market wait TASK shows a result that still arrives",
-        )
-        task.error_code, task.error_text, task.error_hint = error.code, error.message, error.hint
-        self._rooms.tasks.answer(task)
-        self._rooms.tasks.touch(task)
-
-    def _pull_key(self, task: Task, attempt: Attempt) -> None:
-        ctx = self._ctx
-        head = self._rooms.books.book.head(attempt.account)
-        start = 0 if head is None else head[0] + 1
-        ctx.send(attempt.peer, LedgerPull(attempt.account, start, 2**62))
-        waited = ctx.now - attempt.delivered_ms
-        if waited >= HOUR_MS and attempt.reason != "key withheld":
-            attempt.reason = "key withheld"
-            self._rooms.members.receipt(attempt, Outcome.KEY_WITHHELD, task)
-            if task.state not in FINAL_STATES:
-                name = self._rooms.members.name_of(attempt.peer)
-                error = ExecutorLostError(f"{name} was paid but withholds the key of the result")
-                self._rooms.tasks.finish(task, "failed", error)

@@ -100,10 +100,10 @@ class Calls:
         self._with_streams(task, call, lambda: self._task_reply(call, task))
 
     def _task_reply(self, call: int, task: Task) -> None:
-        view = self._rooms.views.task(task)
+        view, newest = self._rooms.views.task(task), tuple(task.moves)
 
         def done(rows: tuple[Any, ...]) -> None:
-            self._ctx.reply(call, {**view, "transitions": self._rooms.views.transitions(rows)})
+            self._ctx.reply(call, {**view, "transitions": self._rooms.views.transitions(rows, newest)})
 
         self._rooms.loads.ask("transitions", (task.task_id,), done, call=call)
 
@@ -132,13 +132,13 @@ class Calls:
         )
 
     def _task_why(self, call: int, params: Params, task: Task) -> None:
-        loads, views = self._rooms.loads, self._rooms.views
+        loads, views, newest = self._rooms.loads, self._rooms.views, tuple(task.moves)
 
         def bids(rows: tuple[Any, ...]) -> None:
             loads.ask(
                 "transitions",
                 (task.task_id,),
-                lambda moves: self._ctx.reply(call, views.why(task, rows, moves)),
+                lambda moves: self._ctx.reply(call, views.why(task, rows, moves, newest)),
                 call=call,
             )
 

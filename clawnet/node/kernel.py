@@ -18,6 +18,7 @@ from clawnet.node.calls import Calls
 from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
+from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
 from clawnet.node.results import Results
@@ -67,6 +68,7 @@ class Rooms:
     tasks: Tasks
     auctions: Auctions
     awards: Awards
+    leases: Leases
     results: Results
     bidding: Bidding
     taking: Taking
@@ -107,6 +109,7 @@ class Node:
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
         rooms.awards = Awards(self.ctx, rooms)
+        rooms.leases = Leases(self.ctx, rooms)
         rooms.results = Results(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
@@ -320,7 +323,7 @@ class Node:
         if what == "task":
             task = rooms.tasks.open.get(key[1])
             if task is not None:
-                rooms.awards.timer(task)
+                rooms.leases.timer(task)
         elif what == "auction":
             rooms.auctions.timer(key[1])
         elif what == "job":

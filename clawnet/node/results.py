@@ -61,7 +61,7 @@ class Results:
         else:
             self.fetch(task, attempt)
         self._rooms.tasks.touch(task)
-        self._rooms.awards.arm(task)
+        self._rooms.leases.arm(task)
 
     def _note_wrong(self, attempt: Attempt, message: Result) -> str:
         """Why nothing can be released for this note; "" when it is the payee's word for this line and these bytes."""
@@ -106,7 +106,7 @@ class Results:
         else:
             self.stored(task, attempt, b"")
         self._rooms.tasks.touch(task)
-        self._rooms.awards.arm(task)
+        self._rooms.leases.arm(task)
 
     def stored(self, task: Task, attempt: Attempt, inline: bytes) -> None:
         """The sealed result is durable with this turn: with a lock the release is written beside it."""
@@ -146,7 +146,7 @@ class Results:
         if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
             self._rooms.books.refund(task, attempt, attempt.waiver)
         self._rooms.tasks.touch(task)
-        self._rooms.awards.arm(task)
+        self._rooms.leases.arm(task)
 
     def claimed(self, task: Task, attempt: Attempt, key: bytes) -> None:
         """The executor's claim is in its valid chain; the key in it opens the result."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 FINISHED_KEPT_MAX = 512
+MOVES_KEPT_MAX = 16
 
 
 class _Draft(Struct):
@@ -87,6 +88,10 @@ class Tasks:
         ctx = self._ctx
         for task in self._dirty.values():
             task.updated_ms = ctx.now
+            if task.moves and (task.state in FINAL_STATES or len(task.moves) >= MOVES_KEPT_MAX):
+                for n, at_ms, state, reason in task.moves:
+                    ctx.put("transitions", task.task_id, n, at_ms, state, reason)
+                task.moves.clear()
             ctx.put(
                 "tasks",
                 task.task_id,
@@ -137,7 +142,7 @@ class Tasks:
         ctx = self._ctx
         task.state = state
         task.transitions += 1
-        ctx.put("transitions", task.task_id, task.transitions, ctx.now, state, reason)
+        task.moves.append((task.transitions, ctx.now, state, reason))
         self.touch(task)
         self.followers.state(task.task_id, state, reason, ctx.now)
 
@@ -304,7 +309,7 @@ class Tasks:
         self.move(task, "announced", "accepted")
         ctx.reply(call, {"task_id": task.task_id.hex(), "created": True})
         self._rooms.auctions.queue(task)
-        self._rooms.awards.arm(task)
+        self._rooms.leases.arm(task)
 
     def _document(self, task: Task) -> TaskDocument:
         spec = task.spec

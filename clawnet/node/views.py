@@ -184,7 +184,9 @@ class Views:
             rounds.append(record)
         return rounds
 
-    def why(self, task: Task, bids: tuple[Any, ...], transitions: tuple[Any, ...]) -> dict[str, Any]:
+    def why(
+        self, task: Task, bids: tuple[Any, ...], transitions: tuple[Any, ...], newest: tuple[Any, ...] = ()
+    ) -> dict[str, Any]:
         """Who was asked, who declined and why, every bid's four terms, why the winner won."""
         rounds = self._rounds(bids)
         last = rounds[-1] if rounds else None
@@ -206,13 +208,17 @@ class Views:
             "summary": summary,
             "hint": task.error_hint,
             "rounds": rounds,
-            "transitions": self.transitions(transitions),
+            "transitions": self.transitions(transitions, newest),
         }
 
     @staticmethod
-    def transitions(rows: tuple[Any, ...]) -> list[dict[str, Any]]:
-        """The states a task went through."""
-        return [{"state": state, "at": time_text(at_ms), "reason": reason} for _, _, at_ms, state, reason in rows]
+    def transitions(rows: tuple[Any, ...], newest: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+        """The states a task went through: those with rows, and the newest that lie with the task (perhaps both)."""
+        moves = {n: (at_ms, state, reason) for n, at_ms, state, reason in (*(row[1:] for row in rows), *newest)}
+        return [
+            {"state": state, "at": time_text(at_ms), "reason": reason}
+            for _, (at_ms, state, reason) in sorted(moves.items())
+        ]
 
     # --- peers
 
