@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import heapq
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -26,12 +25,11 @@ from clawnet.errors import (
 )
 from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
 from clawnet.storage.queries import is_quick
+from clawnet.timers import Timers
 from clawnet.wire import events as e
 
 REST_MS = 1_000
 """So long a node waits that could not even write what it owes at its start, for the disk was full."""
-TIMER_MS_MAX = 30_000
-"""The longest sleep: the wall clock may be set, and the loop's clock stands still while the machine is suspended."""
 FAILURES_MAX = 8
 FAILURES_WITHIN_MS = 10_000
 
@@ -74,11 +72,7 @@ class Runtime:
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[e.Stimulus] = deque()
         self._scheduled = False
-        self._timers: list[tuple[int, int, tuple[Any, ...]]] = []
-        self._due: dict[tuple[Any, ...], tuple[int, int]] = {}
-        self._timer_count = 0
-        self._handle: asyncio.TimerHandle | None = None
-        self._handle_ms = 0
+        self._timers = Timers(clock, lambda key: self.feed(e.TimerFired(key)), lambda: self.stopped)
         # Answers to what an earlier node asked for are of no use to the present one.
         self._generation = 0
         self._calls: set[int] = set()
@@ -90,6 +84,7 @@ class Runtime:
         self._draining = False
         self._full = False
         self._failures: deque[int] = deque(maxlen=FAILURES_MAX)
+        self._reports = 0
         self.turns_total = 0
         self.stimuli_total = 0
         self.stopped = False
@@ -316,43 +311,9 @@ class Runtime:
 
     def _wake(self, effect: e.Wake) -> None:
         if effect.at_ms == e.NEVER:
-            self._due.pop(effect.key, None)
-            return
-        self._timer_count += 1
-        number = self._timer_count
-        self._due[effect.key] = (effect.at_ms, number)
-        heapq.heappush(self._timers, (effect.at_ms, number, effect.key))
-        if self._handle is None or effect.at_ms < self._handle_ms:
-            self._arm(effect.at_ms)
-        if len(self._timers) > 2 * len(self._due) + 1024:
-            self._timers = [(at, number, key) for key, (at, number) in self._due.items()]
-            heapq.heapify(self._timers)
-
-    def _arm(self, at_ms: int) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-        self._handle_ms = at_ms
-        wait_ms = min(max(0, at_ms - self.clock()), TIMER_MS_MAX)
-        self._handle = self._loop.call_later(wait_ms / 1000, self._fire)
-
-    def _fire(self) -> None:
-        self._handle = None
-        if self.stopped:
-            return
-        now_ms = self.clock()
-        timers = self._timers
-        while timers:
-            at_ms, number, key = timers[0]
-            current = self._due.get(key)
-            if current is None or current[1] != number:
-                heapq.heappop(timers)
-                continue
-            if at_ms > now_ms:
-                self._arm(at_ms)
-                return
-            heapq.heappop(timers)
-            del self._due[key]
-            self.feed(e.TimerFired(key))
+            self._timers.forget(effect.key)
+        else:
+            self._timers.set(effect.key, effect.at_ms)
 
     # --- what goes wrong
 
@@ -407,8 +368,8 @@ class Runtime:
             self.ipc.reply(call, None, answer.as_dict())
 
     def _report(self, event: str, about: str, error: BaseException) -> str:
-        self._timer_count += 1
-        identifier = f"{self.clock():x}-{self._timer_count:x}"
+        self._reports += 1
+        identifier = f"{self.clock():x}-{self._reports:x}"
         story = "".join(traceback.format_exception(error))
         self.observer.log("error", event, {"id": identifier, "stimulus": about, "traceback": story})
         self.observer.count("defects_total", "", 1)
@@ -434,7 +395,6 @@ class Runtime:
         """A node from the database. It learns first who is connected, then `again` one by one, then what waits."""
         self._generation += 1
         self._timers.clear()
-        self._due.clear()
         self._stopping.update(dict.fromkeys(self._jobs))
         for job in sorted(self._jobs):
             self.executor.stop(job)

@@ -36,6 +36,7 @@ FLOORS = {
     "ipc": 5,
     "observe": 5,
     "ports": 5,
+    "timers": 5,
     "runtime": 6,
     "daemon": 7,
 }

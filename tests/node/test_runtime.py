@@ -445,7 +445,7 @@ def test_the_timers_of_a_stopped_runtime_sleep(store: Store | MemoryStore) -> No
         await house.settle()
         house.runtime.stopped = True
         house.now_ms += 5
-        house.runtime._fire()
+        house.runtime._timers.fire()
         assert house.runtime.backlog == 0
 
     play(store, test)

@@ -6,7 +6,8 @@ import pytest
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, ConfigError, StorageError, StorageFullError, UnreachableError
-from clawnet.runtime import FAILURES_MAX, REST_MS, TIMER_MS_MAX
+from clawnet.runtime import FAILURES_MAX, REST_MS
+from clawnet.timers import TIMER_MS_MAX
 from clawnet.wire import events as e
 from clawnet.wire.messages import Ping, Pong
 from tests.node.runtimekit import BLOB, BOB, JOB, ME, TASK, Entry, World, call, effects, exited, make, ping
