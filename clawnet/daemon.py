@@ -495,4 +495,5 @@ class Daemon:
             "rtt_seconds": sum(rtts) / len(rtts) / 1000 if rtts else 0.0,
             "memory_bytes": rss_bytes(),
             "storage_bytes": self._store.size() + self.blobs.total_bytes,
+            **{f"net_{name}_total": float(count) for name, count in self.switch.counters.items()},
         }
