@@ -87,6 +87,8 @@ class Task(Struct, array_like=True):
     backoff_ms: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
     content: str = ""
+    moves: list[tuple[int, int, str, str]] = field(default_factory=list)
+    """The newest transitions (n, time, state, reason): they get rows together, at the latest at the end."""
 
     @property
     def paying(self) -> Attempt | None:
