@@ -7,6 +7,7 @@ import sys
 import time
 
 from tests.world.clock import LawBroken
+from tests.world.plants import PLANTS, planted
 from tests.world.signer import signer
 from tests.world.world import World
 
@@ -27,8 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     first, _, last = args.seeds.partition(":")
     seeds = range(int(first), int(last) if last else int(first) + 1)
+    if args.plant == "list" or (args.plant and args.plant not in PLANTS):
+        print("\n".join(f"{name}: {work.__doc__}" for name, work in PLANTS.items()))
+        return 0 if args.plant == "list" else 64
     print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
     with signer(args.ed25519) as oracle:
+        if args.plant:
+            with planted(args.plant):
+                found = _seeds(args, seeds, oracle)
+            print(f"planted {args.plant}: {'found' if found else 'NOT FOUND'}")
+            return 1 - found
         return _seeds(args, seeds, oracle)
 
 

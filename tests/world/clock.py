@@ -11,8 +11,8 @@ from typing import Any
 STORY_LINES = 400
 
 
-class LawBroken(AssertionError):
-    """A law of the mesh does not hold; the message says which, where and when."""
+class LawBroken(BaseException):
+    """A law of the mesh does not hold; the message says which and where. No handler of the product may catch it."""
 
 
 class Killed(BaseException):

@@ -38,8 +38,20 @@ class Faults:
         if not self.enabled:
             return
         rng, machines = self.rng, self.world.machines
-        per_machine = rng.choice((0.5, 1.5, 4.0)) * seconds / 60
-        kinds = [self._die, self._die, self._die, self._cut, self._cut, self._fill, self._slow, self._drop, self._drain]
+        per_machine = rng.choice((1.0, 5.0, 15.0, 30.0)) * seconds / 60
+        kinds = [
+            self._die,
+            self._die,
+            self._die,
+            self._die,
+            self._die,
+            self._cut,
+            self._cut,
+            self._fill,
+            self._slow,
+            self._drop,
+            self._drain,
+        ]
         for _ in range(round(per_machine * len(machines))):
             at_us = round(rng.uniform(1.0, seconds - 0.5) * 1e6)
             self.world.clock.after(at_us, self._happen, rng.choice(kinds), rng.choice(machines))

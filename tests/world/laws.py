@@ -26,10 +26,9 @@ def now(world: World) -> None:
         if machine.up:
             _bounds(machine)
             _book(machine)
-    number = int(world.clock.elapsed_s)
-    machine = world.machines[number % len(world.machines)]
-    if machine.up:
-        replay(machine)
+    for machine in world.rng.sample(world.machines, min(3, len(world.machines))):
+        if machine.up and machine.runtime.resting is None:
+            replay(machine)
 
 
 def _bounds(machine: Machine) -> None:
@@ -39,7 +38,7 @@ def _bounds(machine: Machine) -> None:
         ("stimuli that wait", machine.runtime.backlog, limits.INBOX_MAX),
         ("open tasks", len(rooms.tasks.open), limits.OPEN_TASKS_MAX),
         ("open lines", lines, limits.OPEN_LINES_MAX),
-        ("runs", len(machine.executor.runs), machine.world.slots),
+        ("runs", len(machine.executor.runs), machine.world.slots + limits.SHORT_RUNS_MAX),
         ("rows in the outbox", len(rooms.outbox.rows), 4 * (len(rooms.tasks.open) + len(rooms.jobs.jobs)) + 512),
     ):
         if count > most:

@@ -219,11 +219,13 @@ class Machine:
         self.entropy = Entropy(f"{world.seed} {name}")
         self.disk = Disk(self)
         self.blobs = Blobs()
+        self.escrow_seed = hashlib.sha256(f"{world.seed} {name} escrow".encode()).digest()
         self.skew_ms = 0
         self.clock_stop = True
         self.pace_us = 200
         self.up = False
         self.draining = False
+        self.back_us = 0
         self.starts = 0
         self.steps_total = 0
         self.points = 0
@@ -303,7 +305,7 @@ class Machine:
             account=self.key.public,
             facts=facts,
             terms=terms,
-            escrow_seed=hashlib.sha256(self.name.encode()).digest(),
+            escrow_seed=self.escrow_seed,
             os_family="linux",
             version="world",
         )
@@ -360,8 +362,11 @@ class Machine:
         noticed_us = self.luck.randrange(1_000_000, 15_000_000) if how == "power" else 0
         self.world.network.machine_down(self, noticed_us=noticed_us)
         self.world.client.machine_down(self)
-        if self.world.restarts:
-            self.world.clock.after(self.luck.randrange(20_000, 20_000_000), self.world.restart, self)
+        away_us = self.luck.randrange(20_000, 20_000_000)
+        if how != "drain" and self.luck.random() < 0.12:
+            away_us = self.luck.randrange(60_000_000, 1_200_000_000)
+        self.back_us = self.world.clock.now_us + away_us
+        self.world.clock.after(away_us, self.world.restart, self)
 
     def drain(self) -> None:
         """SIGTERM."""

@@ -211,6 +211,7 @@ class Network:
         size = 0
         for message, reply_to, obligation in items:
             kind, payload = encode_payload(message)
+            machine.world.sending(machine, peer, message, payload)
             batch.append((int(kind), payload, reply_to, obligation))
             size += len(payload) + 40
         self.messages_total += len(batch)

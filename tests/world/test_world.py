@@ -1,0 +1,151 @@
+"""The simulated mesh: its laws hold for every seed, it is the same in every run, and planted bugs do not escape it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.world.clock import LawBroken
+from tests.world.plants import PLANTS, planted
+from tests.world.signer import signer
+from tests.world.world import World
+
+SEEDS = 200
+SHORT = ("send_before_append", "retry_of_started_shell", "claim_twice", "release_before_disk", "key_before_release")
+"""Planted bugs of the default run; all of them are in the long form."""
+
+
+def live(seed: int, nodes: int = 5, seconds: float = 30.0, *, tasks: int = 10, ed25519: bool = False) -> World:
+    """One mesh from its beginning to the last law; a broken law is told with its seed and story."""
+    with signer(ed25519):
+        world = World(seed, nodes, seconds, tasks_per_minute=tasks)
+        try:
+            world.run()
+        except LawBroken as broken:
+            story = "\n".join(list(world.clock.story)[-60:])
+            pytest.fail(f"seed {seed}, {nodes} nodes, {seconds:g} s, {tasks} tasks: {broken}\n{story}", pytrace=False)
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_every_law_holds(first: int) -> None:
+    worlds = [live(seed) for seed in range(first, first + 10)]
+    assert sum(world.referee.releases_total for world in worlds) > 50, "these meshes do some work"
+    assert sum(sum(world.faults.done.values()) for world in worlds) > 50, "and have their troubles"
+
+
+@pytest.mark.slow
+def test_every_law_holds_under_real_signatures() -> None:
+    for seed in (1, 2):
+        live(seed, 4, 15, ed25519=True)
+
+
+@pytest.mark.slow
+def test_one_seed_is_one_trace_whatever_the_hash_seed() -> None:
+    def trace(hash_seed: str) -> str:
+        command = [sys.executable, "-m", "tests.world", "--seeds", "3", "--nodes", "6", "--seconds", "20"]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found = re.search(r"trace ([0-9a-f]{32})", done.stdout)
+        assert found, done.stdout
+        return found[1]
+
+    assert trace("1") == trace("2")
+
+
+# --- one machine, killed at every point of its tasks' lives
+
+
+def killed_at(victims: dict[int, int], how: str) -> World:
+    """Three nodes, a task each, no other trouble; each victim dies at its n-th commit, send, reply or run."""
+    with signer():
+        world = World(5, 3, 12.0, faults=False)
+
+        def doom() -> None:
+            for number, point in victims.items():
+                world.machines[number].dies_at, world.machines[number].dies_how = point, how
+                world.losing = world.losing or how == "power"
+
+        world.clock.after(1_900_000, doom)
+        try:
+            world.run()
+        except LawBroken as broken:
+            story = "\n".join(list(world.clock.story)[-80:])
+            pytest.fail(f"killed at {victims} ({how}): {broken}\n{story}", pytrace=False)
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", range(3))
+def test_a_machine_may_die_at_any_point(victim: int) -> None:
+    points = 0
+    while True:
+        world = killed_at({victim: points}, "kill")
+        if world.machines[victim].starts == 1:
+            break
+        points += 1
+    assert points > 10, "the tasks' lives have that many points"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["kill", "power"])
+def test_two_machines_may_die_at_any_two_points(how: str) -> None:
+    for first in range(0, 40, 2):
+        for second in range(0, 40, 2):
+            killed_at({1: first, 2: second}, how)
+
+
+# --- planted bugs
+
+
+def finds(name: str, seeds: range) -> str:
+    """The law that the first of these seeds finds broken, or nothing."""
+    with planted(name), signer():
+        for seed in seeds:
+            try:
+                World(seed, 5, 30.0, tasks_per_minute=10).run()
+            except LawBroken as broken:
+                return f"seed {seed}: {broken}"
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_a_planted_bug_is_found(name: str) -> None:
+    assert finds(name, range(SEEDS)), f"{name} got away in {SEEDS} seeds"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1_200)
+@pytest.mark.parametrize("name", [name for name in PLANTS if name not in SHORT])
+def test_every_planted_bug_is_found(name: str) -> None:
+    assert finds(name, range(SEEDS)), f"{name} got away in {SEEDS} seeds"
+
+
+def test_a_planted_bug_is_taken_out_again() -> None:
+    before = live(11, 3, 10).clock.trace
+    finds("claim_twice", range(1))
+    assert live(11, 3, 10).clock.trace == before
+
+
+# --- the long form
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("first", range(0, 1_000, 100))
+def test_every_law_holds_for_a_thousand_seeds(first: int) -> None:
+    for seed in range(first, first + 100):
+        live(seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3_600)
+def test_every_law_holds_for_fifty_nodes() -> None:
+    for seed in range(20):
+        live(seed, 50, 60, tasks=2)
