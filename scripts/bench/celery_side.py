@@ -52,10 +52,18 @@ def celery_missing(python: str) -> str:
     if shutil.which("redis-server") is None:
         return "there is no redis-server (Debian and Ubuntu: apt-get install redis-server)"
     if python:
-        probe = subprocess.run([python, "-c", "import celery, redis"], capture_output=True, check=False)
-        return "" if probe.returncode == 0 else f"{python} has no celery and redis (pip install celery redis)"
+        probe = subprocess.run(
+            [python, "-c", "import celery, redis, kombu.transport.redis"], capture_output=True, check=False
+        )
+        return (
+            ""
+            if probe.returncode == 0
+            else f"{python} has no working celery and redis (pip install celery redis packaging)"
+        )
     found = importlib.util.find_spec("celery") and importlib.util.find_spec("redis")
-    return "" if found else "celery and redis are not installed (pip install celery redis; or --celery PYTHON)"
+    return (
+        "" if found else "celery and redis are not installed (pip install celery redis packaging; or --celery PYTHON)"
+    )
 
 
 class Celery:

@@ -17,6 +17,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -195,6 +196,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the homes and their logs")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons end with us
     described = machine()
     if not options.json:
         print(described, flush=True)
