@@ -26,7 +26,10 @@ from clawnet.ledger.audit import AuditReport, audit_chains
 from clawnet.ledger.terms import LedgerTerms
 from tests.cli.harness import PROGRAM, Done, alive, checked, processes_with, read_until, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap not installed"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("files", "primes", "exit-3", "nobody")
