@@ -173,7 +173,7 @@ def test_ids_may_be_cut_short_where_that_is_clear(alice: Node) -> None:
     assert alice("market", "status", some[0].upper()[:12]).line == "settled"
     for command in ("show", "status", "why", "bids", "result", "logs", "wait", "cancel"):
         alice("market", command, "f" * 32).failed(66, "no task")
-        alice("market", command, "not-hex!").failed(66, "no task")
+        alice("market", command, "not-hex!").failed(65, "no task id")
 
 
 # --- what is refused
