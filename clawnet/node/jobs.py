@@ -160,6 +160,8 @@ class Jobs:
         job.state, job.started_ms, job.starts = "running", ctx.now, job.starts + 1
         self.running[job.job] = None
         self.touch(job)
+        if job.retries == 0:
+            ctx.durable()  # that it began is remembered even when the power fails: it may not begin twice
         ctx.out.append(Run(job.job, spec))
 
     def _arm_progress(self) -> None:

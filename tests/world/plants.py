@@ -1,4 +1,4 @@
-"""Known bugs, put into the product one at a time: the laws must find each of them. A law that finds none proves nothing."""
+"""Known bugs, put into the product one at a time. The laws must find each of them."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class World:
         laws.end(self)
 
     def peace(self) -> None:
-        """The faults end: every machine comes back in its time, every link heals, every disk has room, every clock may stay as it is."""
+        """The faults end: every machine comes back in its time, links heal, disks have room."""
         self.clock.tell("", "peace")
         self.client.again = False
         self.network.calm = True
