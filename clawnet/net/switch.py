@@ -24,7 +24,6 @@ from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
-from clawnet.net.ping import Pinger
 from clawnet.net.port import Connection, Listener, Stream, Transport
 from clawnet.net.ratelimit import Bans
 from clawnet.wire.codec import encode_payload
@@ -255,17 +254,6 @@ class Switch:
         if link is None:
             raise LinkError("that peer is not connected", hint="`clawnet peer connect` dials it", peer=peer)
         return link.connection
-
-    async def ping(self, peer: str, count: int) -> list[float]:
-        """Round trips in seconds, one after the other, over the open connection; LinkError when there is none."""
-        link = self._links.get(peer)
-        if link is None:
-            raise LinkError("the peer is not connected", peer=peer)
-        pinger = Pinger(link.connection)
-        try:
-            return [await pinger.ping() for _ in range(count)]
-        finally:
-            pinger.close()
 
     def links(self) -> list[LinkInfo]:
         """Every link that is up."""

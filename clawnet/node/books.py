@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, FundsError, NotPermittedError, TimedOutError
+from clawnet.errors import ClawnetError, ConfigError, FundsError, NotPermittedError, TimedOutError
 from clawnet.identity.keys import verify
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import (
@@ -99,7 +99,14 @@ class Books:
     # --- start
 
     def start(self, initial_ucr: int) -> None:
-        """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim."""
+        """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim.
+
+        Raises ConfigError when a configured grant is above what the mesh's charter allows.
+        """
+        if self._ctx.account in self.terms.issuers:
+            self._check_grant("mesh.member_grant")
+            if not self.purse.opened:
+                self._check_grant("market.initial_wallet_balance")
         if self.purse.opened:
             self.claim_all()
             return
@@ -112,6 +119,14 @@ class Books:
             self._wrote(self.purse.grant(self._ctx.account, initial_ucr, bytes(16), now))
             items = [claim_item(payable, None) for payable in self.book.payables(self._ctx.account, self._ctx.account)]
             self._wrote(self.purse.claim(items, now))
+
+    def _check_grant(self, name: str) -> None:
+        if self._ctx.config.amount_ucr(name) > self.terms.grant_max_ucr:
+            most = format_credits(self.terms.grant_max_ucr)
+            raise ConfigError(
+                f"{name} is {self._ctx.config.shown(name)}, and this mesh's charter lets one grant be {most} at most",
+                hint=f"set it to {most} or less, or found another mesh in another --home",
+            )
 
     def claim_all(self) -> None:
         """Everything that can be claimed from anybody is."""
