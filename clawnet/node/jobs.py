@@ -175,7 +175,7 @@ class Jobs:
         active = [job for job in self.jobs.values() if job.state in ACTIVE]
         self._progress_armed = False
         for job in active:
-            elapsed_s = (ctx.now - job.received_ms) / 1000
+            elapsed_s = max(0, ctx.now - job.received_ms) / 1000  # the clock may have been set back
             ctx.send(job.peer, Progress(job.task_id, job.attempt, job.state, elapsed_s))
         if active:
             self._arm_progress()

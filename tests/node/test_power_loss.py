@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.node.meshkit import Mesh, echo
+from tests.node.meshkit import Mesh, stopped
 from tests.node.trades import pair, shell
 
 
@@ -15,10 +15,8 @@ def test_a_command_that_waited_for_a_slot_does_not_start_again() -> None:
     shell(alice, "second")
     mesh.run(1)
     assert len(bob.runs) == 1, "the second waits"
-    ended = echo(bob, bob.runs[0])
-    assert ended is not None
-    bob.feed(ended)
-    mesh.run(1)
+    bob.feed(stopped(bob.runs[0].job))
+    bob.turn()
     assert len(bob.runs) == 2, "its turn has come"
     bob.store.cut_power()
     bob.boot()

@@ -9,7 +9,7 @@ import time
 from tests.world.clock import LawBroken
 from tests.world.plants import PLANTS, planted
 from tests.world.signer import signer
-from tests.world.world import World
+from tests.world.world import ONE_ISSUER_MAX, World
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.plant == "list" or (args.plant and args.plant not in PLANTS):
         print("\n".join(f"{name}: {work.__doc__}" for name, work in PLANTS.items()))
         return 0 if args.plant == "list" else 64
+    if args.nodes > ONE_ISSUER_MAX:
+        print(f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits, no chain is audited by all")
     print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
     with signer(args.ed25519) as oracle:
         if args.plant:

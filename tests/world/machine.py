@@ -297,7 +297,8 @@ class Machine:
             charter, self.local.charter, mesh, proven.owner, list(self.local.certificates), bytes(32),
             self.local.inviter, self.local.founded,
         )  # fmt: skip
-        terms = LedgerTerms(issuers=frozenset(charter.issuers), grant_max_ucr=charter.grant_max_ucr)
+        issuers = self.world.issuers or frozenset(charter.issuers)
+        terms = LedgerTerms(issuers=issuers, grant_max_ucr=charter.grant_max_ucr)
         node = Node(
             self.config,
             Ports(entropy, self.key.sign, lambda peer: self.world.network.rtt_ms(self.peer, peer), self.owner),

@@ -6,6 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
+from clawnet.errors import WireError
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.events import BlobReady, MessageIn, PeerDown, PeerUp
 from clawnet.wire.messages import Hello
@@ -255,7 +256,10 @@ class Network:
         sender = link.ends[side].peer
         for kind, payload, reply_to, obligation in batch:
             self._ids += 1
-            message = decode_payload(kind, payload)
+            try:
+                message = decode_payload(kind, payload)
+            except WireError as error:
+                raise LawBroken(f"{link.ends[side].name} sends what nobody can read: {error}") from error
             end.runtime.feed(MessageIn(sender, self._ids.to_bytes(16, "big"), message, reply_to, obligation))
 
     # --- blobs
