@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
     steps = broken_total = 0
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     for seed in seeds:
         world = None
         start = time.perf_counter()
@@ -73,6 +73,8 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
     took = time.perf_counter() - began
     held = f"laws broken in {broken_total}" if broken_total else "every law held"
     print(f"{len(seeds)} seeds, {held}; {steps} steps in {took:.1f} s: {steps / took:.0f} steps/s")
+    busy = time.process_time() - spent
+    print(f"CPU {busy:.1f} s: {steps / busy:.0f} steps a CPU second")
     print(f"signatures: {getattr(oracle, 'signed_total', 0)} made, {getattr(oracle, 'verified_total', 0)} verified")
     return 1 if broken_total else 0
 
