@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 
+SOON_MS = 90_000
+
+
 def now(world: World) -> None:
     """What holds at every moment."""
     there, granted = world.referee.conservation()
@@ -26,6 +29,7 @@ def now(world: World) -> None:
         if machine.up:
             _bounds(machine)
             _book(machine)
+            _expired(machine)
     for machine in world.rng.sample(world.machines, min(3, len(world.machines))):
         if machine.up and machine.runtime.resting is None:
             replay(machine)
@@ -43,6 +47,18 @@ def _bounds(machine: Machine) -> None:
     ):
         if count > most:
             raise LawBroken(f"{machine.name} has {count} {what}; {most} is the limit")
+
+
+def _expired(machine: Machine) -> None:
+    """In peace a line ends soon after its expiry, whether its payee is there or not."""
+    world = machine.world
+    started_us = max(machine.since_us, world.peace_us)
+    if not world.peace_us or world.clock.now_us < started_us + SOON_MS * 1000 or machine.node.rooms.members.clock_off():
+        return
+    for place, line in world.referee.chains[machine.key.public].lines.items():
+        late_ms = machine.now_ms() - line.expiry_ms
+        if line.left_ucr and late_ms > SOON_MS:
+            raise LawBroken(f"{machine.name}: line {place} is still open {late_ms / 1000:.0f} s after its expiry")
 
 
 def _book(machine: Machine) -> None:

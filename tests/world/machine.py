@@ -226,6 +226,7 @@ class Machine:
         self.up = False
         self.draining = False
         self.back_us = 0
+        self.since_us = 0
         self.starts = 0
         self.steps_total = 0
         self.points = 0
@@ -253,6 +254,7 @@ class Machine:
         self.starts += 1
         self.up, self.draining = True, False
         self.ups = {}
+        self.since_us = self.world.clock.now_us
         self.blobs.grants.clear()
         self.world.clock.tell(self.name, f"starts ({self.starts})")
         self.loop = Loop(self.world.clock, self.guard, self.pace_us)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from clawnet.ledger import book as book_room
 from clawnet.ledger import purse, rules, state
 from clawnet.ledger.entries import EntryKind
-from clawnet.node import awards, books, context, jobs, pay, results, taking
+from clawnet.node import books, context, jobs, leases, pay, results, taking
 from clawnet.runtime import Runtime
 from clawnet.wire import events as e
 from clawnet.wire.messages import Result
@@ -113,20 +113,20 @@ def outbox_row_forgotten() -> Iterator[None]:
 
 @plant
 def timer_not_rearmed() -> Iterator[None]:
-    """After a restart the timers of a task's attempts do not run again."""
+    """A task's timer, once it has fired, is not set again for what is due later."""
 
     def make(original: Any) -> Any:
-        def resume(self: awards.Awards, task: Any) -> None:
-            arm = awards.Awards.arm
-            awards.Awards.arm = lambda self, task: None  # type: ignore[method-assign]
+        def timer(self: leases.Leases, task: Any) -> None:
+            arm = leases.Leases.arm
+            leases.Leases.arm = lambda self, task: None  # type: ignore[method-assign]
             try:
                 original(self, task)
             finally:
-                awards.Awards.arm = arm  # type: ignore[method-assign]
+                leases.Leases.arm = arm  # type: ignore[method-assign]
 
-        return resume
+        return timer
 
-    yield _replace(awards.Awards, "resume", make)
+    yield _replace(leases.Leases, "timer", make)
 
 
 @plant
@@ -202,13 +202,14 @@ def refund_after_receipt() -> Iterator[None]:
 @plant
 def refund_without_waiver() -> Iterator[None]:
     """A line is taken back before its expiry without the payee's word, and no book objects."""
-    _replace(rules, "waived", lambda original: lambda *args: True)
-    _replace(book_room, "waived", lambda original: lambda *args: True)
+    for name, room in sorted(sys.modules.items()):
+        if name.startswith("clawnet.ledger") and hasattr(room, "waived"):
+            _replace(room, "waived", lambda original: lambda *args: True)
 
     def make(original: Any) -> Any:
         return lambda self, task, attempt: attempt.lock_seq >= 0 and self._rooms.books.refund(task, attempt, None)
 
-    yield _replace(awards.Awards, "_silence", make)
+    yield _replace(leases.Leases, "_silence", make)
 
 
 @plant

@@ -114,6 +114,13 @@ def finds(name: str, seeds: range) -> str:
     return ""
 
 
+def test_every_bug_can_be_planted() -> None:
+    for name in PLANTS:
+        with planted(name):
+            pass
+    assert len(PLANTS) >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_planted_bug_is_found(name: str) -> None:

@@ -72,6 +72,7 @@ class World:
         self.keys: dict[tuple[str, str], set[bytes]] = {}
         """Keys by executor and requester: none may travel in a result."""
         self.issuers: frozenset[bytes] = frozenset()
+        self.peace_us = 0
         self.losing = False
         """Some machine has lost its power: what was not synced is gone, which only the ledger's laws survive."""
         self.warnings: dict[str, int] = {}
@@ -147,6 +148,7 @@ class World:
     def peace(self) -> None:
         """The faults end: every machine comes back in its time, links heal, disks have room."""
         self.clock.tell("", "peace")
+        self.peace_us = self.clock.now_us
         self.client.again = False
         self.network.calm = True
         self.faults.end()
