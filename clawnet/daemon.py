@@ -199,7 +199,7 @@ class Daemon:
             imported=local.imported,
         )
         terms = LedgerTerms.of(charter)
-        ports = Ports(secrets.token_bytes, self.key.sign, self._rtt_ms, owner)
+        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms)
         node = Node(
             self.config,
             ports,
@@ -244,9 +244,6 @@ class Daemon:
 
     def _socket_name(self) -> Path | str:
         return self.home.pipe_name if sys.platform == "win32" else self.home.socket
-
-    def _rtt_ms(self, peer: str) -> float:
-        return self.switch.rtt_ms(peer)
 
     def _hello(self) -> HelloFacts:
         return HelloFacts(*self._node.hello_facts())

@@ -269,6 +269,11 @@ class Switch:
         link = self._links.get(peer)
         return link.rtt_ms if link is not None else 0.0
 
+    def skew_ms(self, peer: str) -> int | None:
+        """How far a peer's clock is ahead of ours, by its last answer to a ping; None before the first."""
+        link = self._links.get(peer)
+        return link.skew_ms if link is not None and link.rtt_ms else None
+
     def ups(self) -> list[PeerUp]:
         """What a node that was rebuilt has to be told: who is connected."""
         return [_up(link) for link in self._links.values()]

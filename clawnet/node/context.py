@@ -41,6 +41,8 @@ class Ports(Struct, frozen=True):
     sign: Callable[[bytes], bytes]
     rtt_ms: Callable[[str], float]
     owner: KeyPair | None = None
+    skew_ms: Callable[[str], int | None] | None = None
+    """How far a peer's clock is ahead of ours by its last answer to a ping; None while unknown: then HELLO counts."""
 
 
 class Link(Struct):

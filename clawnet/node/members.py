@@ -416,9 +416,13 @@ class Members:
             self._ctx.delete("reputation", dropped)
         self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
 
+    def _skew_of(self, link: Link) -> int:
+        measured = self._ctx.ports.skew_ms(link.peer) if self._ctx.ports.skew_ms is not None else None
+        return link.skew_ms if measured is None else measured
+
     def skew_ms(self) -> int | None:
         """The median of how far peers' clocks are ahead of ours (of two the nearer); None without a peer."""
-        skews = sorted(link.skew_ms for link in self._ctx.links.values())
+        skews = sorted(self._skew_of(link) for link in self._ctx.links.values())
         return min(skews[(len(skews) - 1) // 2], skews[len(skews) // 2], key=abs) if skews else None
 
     def clock_off(self) -> bool:
