@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ _MERGE_ABOVE_CHUNKS = 256
 _MERGE_BELOW_BYTES = 1_024
 
 
-class BufferedStream:
+class BufferedStream(ABC):
     """A stream without a carrier: arriving bytes wait here for a reader or go to the data handler.
 
     A carrier calls `feed`, `feed_end`, `fail` and `writable`, and fills in the hooks at the end. It must not feed
@@ -225,29 +226,29 @@ class BufferedStream:
 
     # --- what the carrier fills in
 
+    @abstractmethod
     def write_nowait(self, data: Bytes) -> None:
         """See port.Stream.write_nowait."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close_write(self) -> None:
         """See port.Stream.close_write."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self) -> None:
         """See port.Stream.reset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _send_some(self, data: memoryview) -> int:
         """Takes as much of `data` as may leave now and returns how much that was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _consumed(self, n: int) -> None:
         """The reader took `n` bytes (negative: gave them back)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ended(self) -> None:
         """Both directions are over: the carrier forgets the stream."""
-        raise NotImplementedError
 
 
 class StreamDesk:
