@@ -250,9 +250,8 @@ def _store(blobs: BlobPort, parts: Iterable[bytes]) -> bytes:
         for part in parts:
             writer.write(part)
         return writer.commit()
-    except BaseException:
+    finally:
         writer.abort()
-        raise
 
 
 def unpack(parts: Iterable[bytes], key: bytes | None, blobs: BlobPort) -> Summary:

@@ -104,9 +104,8 @@ def _pack_file(name: str, path: Path, info: os.stat_result, blobs: BlobPort) -> 
             while data := source.read(_COPY_BYTES):
                 writer.write(data)
         blob = writer.commit()
-    except BaseException:
+    finally:
         writer.abort()
-        raise
     mode = 0o755 if info.st_mode & 0o111 else 0o644
     return _input(name, "file", blob, writer.size, mode, [])
 
@@ -157,9 +156,8 @@ def _pack_tree(name: str, root: Path, blobs: BlobPort, private: tuple[Path, ...]
                     raise DataError(f"{root} holds more than {limits.TREE_FILES_MAX} files", path=str(root))
                 _add(tar, root, path, relative, left_out)
         blob = writer.commit()
-    except BaseException:
+    finally:
         writer.abort()
-        raise
     return _input(name, "tree", blob, writer.size, 0o755, left_out)
 
 

@@ -49,7 +49,8 @@ class BlobWriter(Protocol):
         """The blob's id; the blob is in the store now."""
         ...
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Forgets what was written; after commit it does nothing."""
 
 
 class BlobPort(Protocol):

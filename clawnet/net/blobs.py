@@ -9,6 +9,7 @@ the id before the first byte, and each chunk against its hash before it is kept.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated, Protocol
@@ -178,13 +179,12 @@ class BlobDesk:
         turn = self._turns.setdefault(connection.peer, asyncio.Semaphore(limits.BLOB_STREAMS_PER_PEER_MAX))
         async with turn:
             stream = await self._stream_to(connection)
-            try:
+            with contextlib.ExitStack() as failed:
+                failed.callback(stream.reset)
                 asked = b"".join(frame(encode(BlobRequest(task_id, blob, 0))) for blob, _ in wanted)
                 await _write(stream, asked)
                 parts = [await self._receive(stream, blob, size, inline) for blob, size in wanted]
-            except BaseException:
-                stream.reset()
-                raise
+                failed.pop_all()
             self._idle.setdefault(connection, []).append((stream, asyncio.get_running_loop().time()))
         return parts[0] if inline else b""
 

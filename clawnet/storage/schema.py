@@ -158,10 +158,9 @@ def migrate(connection: sqlite3.Connection, where: str) -> None:
             step(database)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")
-    except BaseException:
+    finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        raise
 
 
 def _create(database: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -98,26 +99,21 @@ class Store:
             lock = FileLock.take(path.with_name(path.name + ".lock"), what=f"the database {path}")
         except OSError as err:
             raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            path.chmod(0o600)
-            writer = _connect(path)
+        with contextlib.ExitStack() as failed:
+            failed.callback(lock.release)
             try:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                path.chmod(0o600)
+                writer = _connect(path)
+                failed.callback(writer.close)
                 _configure(writer)
                 migrate(writer, str(path))
                 reader = _connect(path, read_only=True)
-            except BaseException:
-                writer.close()
-                raise
-        except OSError as err:
-            lock.release()
-            raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
-        except sqlite3.Error as err:
-            lock.release()
-            raise _translate(err, path) from err
-        except BaseException:
-            lock.release()
-            raise
+            except OSError as err:
+                raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
+            except sqlite3.Error as err:
+                raise _translate(err, path) from err
+            failed.pop_all()
         return cls(path, lock, writer, reader)
 
     # --- writing
@@ -138,11 +134,9 @@ class Store:
             written = self._write(rows)
             run("COMMIT")
         except sqlite3.Error as err:
-            self._roll_back()
             raise _translate(err, self.path) from err
-        except BaseException:
+        finally:
             self._roll_back()
-            raise
         self.commits_total += 1
         self.durable_total += durable
         # Each row touches a page of its table and perhaps one of an index; the checkpoint reports the true count.
@@ -174,6 +168,7 @@ class Store:
         return written
 
     def _roll_back(self) -> None:
+        """Undoes a transaction that was not committed; after a commit there is none."""
         if self._writer.in_transaction:
             self._writer.execute("ROLLBACK")
 
