@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from clawnet import limits
@@ -260,6 +259,3 @@ def stages(spec: dict[str, Any], config: Config) -> list[str]:
 def seconds_to_ms(value_s: float) -> int:
     """Whole milliseconds of a duration, at least 1."""
     return max(1, round(value_s * 1000))
-
-
-Resolver = Callable[[str], str]

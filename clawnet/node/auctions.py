@@ -208,6 +208,11 @@ class Auctions:
         else:
             self._arm(auction)
 
+    def peer_back(self, peer: str) -> None:
+        """A peer is connected again: the bids it made in auctions still open count."""
+        for auction in self.live.values():
+            auction.peer_back(peer)
+
     def peer_down(self, peer: str) -> None:
         """Nobody waits for the answer of a peer that is gone."""
         for auction in list(self.live.values()):

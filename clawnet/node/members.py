@@ -106,10 +106,6 @@ class Members:
 
     # --- admission and links
 
-    def hello_name(self) -> str:
-        """The name this node goes by."""
-        return self.name
-
     def admit(self, peer: str, hello: Hello) -> str:
         """ "" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
         if hello.mesh != self.facts.mesh:
@@ -146,6 +142,7 @@ class Members:
         self._introduce(event.peer)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
+        self._rooms.auctions.peer_back(event.peer)
         self._rooms.auctions.peer_up()
         self._rooms.jobs.peer_up(event.peer)
 
