@@ -13,8 +13,9 @@ from typing import Any, Final, cast
 from clawnet.errors import ClawnetError, ConfigError, InternalError, NotFoundError, StorageError, StorageFullError
 from clawnet.limits import KIB, MIB
 from clawnet.storage.filelock import FileLock
+from clawnet.storage.migrations import forget_copies, migrate
 from clawnet.storage.queries import QUERIES, Row
-from clawnet.storage.schema import TABLES, delete_sql, load_sql, migrate, put_sql
+from clawnet.storage.schema import TABLES, delete_sql, load_sql, put_sql
 from clawnet.wire.events import Delete, Put
 
 Done = Callable[[list[Row] | ClawnetError], None]
@@ -107,7 +108,7 @@ class Store:
                 writer = _connect(path)
                 failed.callback(writer.close)
                 _configure(writer)
-                migrate(writer, str(path))
+                migrate(writer, path)
                 reader = _connect(path, read_only=True)
             except OSError as err:
                 raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
@@ -238,6 +239,10 @@ class Store:
         finally:
             connection.close()
             self._checkpointing = False
+
+    def served(self) -> None:
+        """A daemon has run on this database from start to end: copies of older schemas are no longer needed."""
+        forget_copies(self.path)
 
     def close(self) -> None:
         """Waits for reads under way, folds the log into the file and lets the database go."""
