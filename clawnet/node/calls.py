@@ -31,7 +31,8 @@ class Calls:
         self._rooms = rooms
         self._methods: dict[str, Callable[[int, Params], None]] = {
             "node.status": self._status,
-            "task.submit": lambda call, params: rooms.tasks.submit(call, params.get("spec") or {}),
+            "task.submit": self._task_submit,
+            "task.check": self._task_check,
             "task.get": self._with_task(self._task_get),
             "task.bids": self._with_task(self._task_bids),
             "task.why": self._with_task(self._task_why),
@@ -95,6 +96,24 @@ class Calls:
             then(call, params, task)
 
         return run
+
+    def _task_submit(self, call: int, params: Params) -> None:
+        before_ms = integer(params, "retry_failed_before_ms", 0)
+        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms)
+
+    def _task_check(self, call: int, params: Params) -> None:
+        """What is wrong with each of these submissions (null: nothing), by the rules that accept them."""
+        specs = params.get("specs")
+        if not isinstance(specs, list) or len(specs) > limits.LIST_ITEMS_MAX:
+            raise DataError(f"specs is no list of at most {limits.LIST_ITEMS_MAX} tasks")
+        items: list[dict[str, Any] | None] = []
+        for spec in specs:
+            try:
+                self._rooms.tasks.normal(spec)
+                items.append(None)
+            except ClawnetError as error:
+                items.append(error.as_dict())
+        self._ctx.reply(call, {"items": items, "next": None})
 
     def _task_get(self, call: int, params: Params, task: Task) -> None:
         self._with_streams(task, call, lambda: self._task_reply(call, task))

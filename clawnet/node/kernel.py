@@ -196,8 +196,6 @@ class Node:
             for row in read("task", (task_id,)):
                 rows[task_id] = row
         loaded = [rooms.tasks.load(row[-1]) for row in rows.values()]
-        for row in read("keys_kept", ()):
-            rooms.tasks.keys[row[1]] = row[0]
         for task in loaded:
             documents = list(read("document", (task.task_id,)))
             if documents:

@@ -170,11 +170,6 @@ def _task_states(tables: Tables) -> list[Row]:
     return sorted(counts.items())
 
 
-def _keys_kept(tables: Tables) -> list[Row]:
-    rows = sorted(tables["tasks"].values(), key=lambda row: (row[2], row[0]))
-    return [(row[0], row[4]) for row in rows if row[4] and row[1] == "settled"]
-
-
 def _balances_page(tables: Tables, before: int | None, limit: int) -> list[Row]:
     return [row for row in reversed(_of(tables, "balances")) if before is None or row[0] < before][:limit]
 
@@ -213,7 +208,6 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "task": lambda t, task_id: _of(t, "tasks", task_id),
     "task_by_prefix": _by_prefix,
     "task_by_key": _by_key,
-    "keys_kept": _keys_kept,
     "balances_page": _balances_page,
     "task_states": _task_states,
     "document": lambda t, task_id: _of(t, "documents", task_id),
