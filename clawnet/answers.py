@@ -50,6 +50,20 @@ class ErrorAnswer(Answer):
     error: Failure
 
 
+class BatchLine(Answer):
+    """One line of `market batch`: the task of `line` has ended with `exit_code`, or `error` says why it has none.
+
+    `resumed`: the task had been submitted before, by an earlier run over the same lines or under the same key.
+    """
+
+    line: int
+    idempotency_key: str | None
+    resumed: bool
+    exit_code: int
+    task: Task | None
+    error: Failure | None
+
+
 # --- peers
 
 
@@ -336,6 +350,7 @@ ANSWERS: Final[dict[str, Any]] = {
     "daemon restart": DaemonStatus,
     "demo": Demo,
     "doctor": DoctorReport,
+    "market batch": BatchLine,
     "market bids": BidList,
     "market cancel": CancelAnswer,
     "market history": TaskList,
