@@ -125,6 +125,10 @@ class Awards:
         """Whether an open attempt stands behind this own line."""
         return (lock_seq, line) in self._by_line
 
+    def of_line(self, lock_seq: int, line: int) -> tuple[Task, Attempt] | None:
+        """The open attempt behind this own line."""
+        return self._by_line.get((lock_seq, line))
+
     def _send_award(self, task: Task, attempt: Attempt) -> None:
         rooms = self._rooms
         rooms.outbox.oblige(attempt.peer, self._winner(task, attempt), about(task.task_id, attempt.n))

@@ -98,8 +98,8 @@ class Books:
 
     # --- start
 
-    def start(self, initial_ucr: int) -> None:
-        """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim.
+    def start(self) -> None:
+        """Opens the chain of a new account.
 
         Raises ConfigError when a configured grant is above what the mesh's charter allows.
         """
@@ -111,8 +111,13 @@ class Books:
             self.claim_all()
             return
         if self._rooms.members.facts.imported:
-            self.chains.begin_import()
-            return
+            self.chains.restore.begin_import()
+        else:
+            self.open_chain()
+
+    def open_chain(self) -> None:
+        """Genesis, and for an issuer the grant to itself and its claim."""
+        initial_ucr = self._ctx.config.amount_ucr("market.initial_wallet_balance")
         now = self._ctx.now
         self._wrote(self.purse.genesis(now))
         if self._ctx.account in self.terms.issuers and initial_ucr > 0:
@@ -414,7 +419,8 @@ class Books:
         if parsed.account == ctx.account:
             ctx.put("balances", parsed.seq, self.book.view(ctx.account).available_ucr)
             self.shipping.recent.append((parsed.seq, parsed.raw))
-            self.chains.begin_restore(f"{self._rooms.members.name_of(peer)} held entries that are not here")
+            self.chains.restore.begin(f"{self._rooms.members.name_of(peer)} held entries that are not here")
+            self.chains.restore.taken(outcome)
             return
         body = parsed.body
         if isinstance(body, Claim):

@@ -43,6 +43,8 @@ class Ports(Struct, frozen=True):
     owner: KeyPair | None = None
     skew_ms: Callable[[str], int | None] | None = None
     """How far a peer's clock is ahead of ours by its last answer to a ping; None while unknown: then HELLO counts."""
+    host: str = ""
+    """Where the database lies, "machine file" (observe/host.py): another place may be a copy. Empty: not told."""
 
 
 class Link(Struct):

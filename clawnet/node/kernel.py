@@ -125,11 +125,16 @@ class Node:
         fresh = self._load_ledger(read)
         for row in read("table:peers", ()):
             rooms.members.load(row[-1])
+        stored_host = ""
+        for peer, since_ms in read("table:awaited", ()):
+            rooms.books.chains.restore.load_awaited(peer, since_ms)
         for key, body in read("table:meta", ()):
             if key == "checkpoint":
                 rooms.books.countersigns.load(body)
             elif key == "restore":
-                rooms.books.chains.begin_restore(body.decode())
+                rooms.books.chains.restore.load_reason(body.decode())
+            elif key == "host":
+                stored_host = body.decode()
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)
         for key, body in read("table:durations", ()):
@@ -145,7 +150,8 @@ class Node:
         for task_id, peer, blob in read("table:blob_grants", ()):
             ctx.out.append(e.GrantBlob(task_id, peer, blob))
         self._load_tasks(read)
-        rooms.books.start(ctx.config.amount_ucr("market.initial_wallet_balance"))
+        rooms.books.start()
+        rooms.books.chains.restore.start(ctx.ports.host, stored_host)
         rooms.books.chains.reconsider()
         if not fresh:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
