@@ -173,6 +173,24 @@ class ReputationList(Answer):
 # --- wallet
 
 
+class SpendLimit(Answer):
+    """One limit of `market.spend`; `limit` and `left` are null when there is none. `used` is null for that of a task."""
+
+    limit: str | None
+    used: str | None
+    left: str | None
+    resets_at: str | None
+
+
+class Spend(Answer):
+    """What `credential`, whoever asks, may spend and has spent."""
+
+    credential: str
+    per_task: SpendLimit
+    per_day: SpendLimit
+    open: SpendLimit
+
+
 class Balance(Answer):
     """`available` may be spent; `locked` lies in open escrow lines; `incoming` is claimable and not yet claimed."""
 
@@ -182,6 +200,7 @@ class Balance(Answer):
     account: str
     mesh: str
     open_lines: int
+    spend: Spend
     read_only: str | None = None
 
 

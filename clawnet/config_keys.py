@@ -11,7 +11,19 @@ from clawnet.money import format_credits, parse_credits
 from clawnet.units import format_duration, format_size, parse_duration_ms, parse_size
 
 Kind = Literal[
-    "text", "name", "path", "choice", "words", "addresses", "flag", "integer", "number", "duration", "size", "amount"
+    "text",
+    "name",
+    "path",
+    "choice",
+    "words",
+    "addresses",
+    "flag",
+    "integer",
+    "number",
+    "duration",
+    "size",
+    "amount",
+    "allowance",
 ]
 Value = str | int | float | bool | tuple[str, ...]
 
@@ -21,6 +33,8 @@ RESTART: Final = "restart"
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{limits.NAME_CHARS_MAX - 1}}}\Z")
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp/\d+|udp/\d+/quic-v1)(/p2p/[A-Za-z0-9]+)?\Z")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,62}\Z")
+UNBOUNDED: Final = -1
+"""The value of an allowance that is "none"."""
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _DAY_MS = 86_400_000
@@ -83,6 +97,7 @@ _KIND_WORDS: Final[dict[Kind, str]] = {
     "duration": "a duration such as 500ms, 30s, 5m, 2h or 7d",
     "size": "a size such as 64KiB, 512MiB or 1GiB",
     "amount": "credits with up to six decimals",
+    "allowance": "credits with up to six decimals, or none",
 }
 
 
@@ -116,8 +131,8 @@ def format_value(key: Key, value: Value) -> str:
         return format_duration(int(value))
     if key.kind == "size":
         return format_size(int(value))
-    if key.kind == "amount":
-        return format_credits(int(value))
+    if key.kind in ("amount", "allowance"):
+        return "none" if value == UNBOUNDED else format_credits(int(value))
     if key.kind == "number":
         return f"{value:.12f}".rstrip("0").rstrip(".")
     return str(value)
@@ -148,6 +163,8 @@ def _parse_one(key: Key, text: str) -> Value:
                 return parse_size(text)
             case "amount":
                 return parse_credits(text)
+            case "allowance":
+                return UNBOUNDED if text == "none" else parse_credits(text)
             case _:
                 return text
     except DataError as error:
@@ -185,6 +202,7 @@ SECTIONS: Final[dict[str, str]] = {
     "market.weights": "What a bid's score is made of; the four add up to 1.",
     "market.send_to": "The outermost ring that may see a task when a command names no --ring.",
     "market.rates": "What this node asks for its work.",
+    "market.spend": "How much each local user may spend; none: no limit but the wallet, 0: nothing.",
     "ledger": "Credits and their books.",
     "memory": "The replicated memory.",
     "openclaw": "The AI endpoint.",
@@ -383,6 +401,9 @@ _TABLE: Final[tuple[Key, ...]] = (
     Key("market.send_to.compute", "choice", "member", "compute tasks", RELOAD, choices=_OWN_OR_MEMBER),
     Key("market.rates.task", "amount", "1", "for any task", RELOAD, "0", "1000000"),
     Key("market.rates.cpu_second", "amount", "0.1", "for a second of processor time", RELOAD, "0", "1000000"),
+    Key("market.spend.per_task", "allowance", "none", "for one task, over all its attempts", RELOAD),
+    Key("market.spend.per_day", "allowance", "none", "in a day (UTC): locked, less refunded, and sent", RELOAD),
+    Key("market.spend.open", "allowance", "none", "in open escrow at once", RELOAD),
     Key(
         "ledger.audit_entries_max",
         "integer",

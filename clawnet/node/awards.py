@@ -84,7 +84,7 @@ class Awards:
         if free:
             self._send_award(task, attempt)
         else:
-            rooms.books.lock(task, attempt)
+            rooms.books.locks.ask(task, attempt)
 
     def locked(self, task: Task, attempt: Attempt, known_seq: int) -> None:
         """The line is in the own chain, in this turn's transaction: the document may leave."""
@@ -285,6 +285,8 @@ class Awards:
 
     def refunded(self, task: Task, attempt: Attempt) -> None:
         """The line is closed in the own chain."""
+        if not attempt.refunded:
+            self._rooms.spending.unlocked(task, attempt)
         attempt.refunded = True
         if attempt.state in ("released", "claimed", "done"):
             return

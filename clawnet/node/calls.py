@@ -59,6 +59,7 @@ class Calls:
     def call(self, event: RpcCall) -> None:
         """Runs a method; what goes wrong is the answer."""
         method = self._methods.get(event.method)
+        self._ctx.credential = event.credential
         try:
             if method is None:
                 raise NotFoundError(f"there is no method {event.method!r}", hint="command and daemon differ in version")
@@ -301,9 +302,11 @@ class Calls:
         if amount_ucr <= 0:
             raise DataError("an amount to send is more than 0")
         memo = str(params.get("memo") or "")
+        self._rooms.spending.check_payment(self._ctx.credential, amount_ucr)
         entry = self._rooms.books.send(
             self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)
         )
+        self._rooms.spending.payment(self._ctx.credential, amount_ucr)
         self._ctx.reply(
             call,
             {

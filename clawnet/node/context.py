@@ -82,6 +82,8 @@ class Context:
         self.out: list[Effect] = []
         self.links: dict[str, Link] = {}
         self.draining = False
+        self.credential = ""
+        """Whose call is being handled (RpcCall.credential)."""
 
     def entropy(self, count: int) -> bytes:
         """`count` random bytes from the injected port."""

@@ -22,6 +22,7 @@ from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
 from clawnet.node.results import Results
+from clawnet.node.spending import ROW, Spending
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
@@ -38,18 +39,18 @@ class Loads:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int]] = {}
+        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int, str]] = {}
         self._next = 0
 
     def ask(self, query: str, args: tuple[Any, ...], then: Callable[[tuple[Any, ...]], None], call: int = 0) -> None:
         """Reads rows; `then` goes on with them in a later turn. Errors of `then` answer `call` when there is one."""
         self._next += 1
-        self._waiting[self._next] = (then, call)
+        self._waiting[self._next] = (then, call, self._ctx.credential)
         self._ctx.out.append(e.Load((self._next,), query, args))
 
     def loaded(self, event: e.Loaded) -> None:
         """The rows are here."""
-        then, call = self._waiting.pop(event.request[0])
+        then, call, self._ctx.credential = self._waiting.pop(event.request[0])
         try:
             then(event.rows)
         except ClawnetError as error:
@@ -65,6 +66,7 @@ class Rooms:
     loads: Loads
     members: Members
     books: Books
+    spending: Spending
     tasks: Tasks
     auctions: Auctions
     awards: Awards
@@ -105,6 +107,7 @@ class Node:
         rooms.taking = Taking(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
+        rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
@@ -133,6 +136,8 @@ class Node:
                 rooms.books.countersigns.load(body)
             elif key == "restore":
                 rooms.books.chains.restore.load_reason(body.decode())
+            elif key.startswith(ROW):
+                rooms.spending.load(key, body)
             elif key == "host":
                 stored_host = body.decode()
         for peer, body in read("table:reputation", ()):

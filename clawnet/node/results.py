@@ -143,6 +143,7 @@ class Results:
     def released(self, task: Task, attempt: Attempt, seq: int) -> None:
         """The release is in the own chain, in the transaction that holds the sealed result."""
         attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
+        self._rooms.spending.paid(task, attempt)
         if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
             self._rooms.books.refund(task, attempt, attempt.waiver)
         self._rooms.tasks.touch(task)

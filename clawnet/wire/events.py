@@ -51,6 +51,8 @@ class RpcCall(Stimulus, frozen=True, gc=False):
     method: str
     params: dict[str, Any]
     client: int = 0
+    credential: str = ""
+    """Who asks, as the node itself found out (the user behind the local socket); spend limits go by it."""
 
 
 class CallGone(Stimulus, frozen=True, gc=False):
