@@ -14,6 +14,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
 from clawnet.node.context import Context
+from clawnet.node.output import Start
 from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
 
@@ -165,8 +166,14 @@ class Calls:
         loads.ask("bids", (task.task_id,), bids, call=call)
 
     def _task_follow(self, call: int, params: Params, task: Task) -> None:
-        output, from_end = bool(params.get("output", True)), params.get("from") == "end"
-        self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, from_end=from_end))
+        output = bool(params.get("output", True))
+        start = Start(
+            from_end=params.get("from") == "end",
+            offsets=(integer(params, "stdout", 0), integer(params, "stderr", 0)),
+            attempt=integer(params, "attempt", -1),
+            so_far=bool(params.get("so_far")),
+        )
+        self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, start=start))
 
     def _task_read(self, call: int, params: Params, task: Task) -> None:
         """A piece of a stored stream: of a result over 1 MiB from its blob, else from the row."""

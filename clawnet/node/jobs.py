@@ -15,9 +15,9 @@ from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
-from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited, TaskOutput
+from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited
 from clawnet.wire.jobspec import InputRef, JobSpec
-from clawnet.wire.messages import Ack, Cancel, Output, Progress, Waiver
+from clawnet.wire.messages import Ack, Cancel, Waiver
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -175,16 +175,10 @@ class Jobs:
         active = [job for job in self.jobs.values() if job.state in ACTIVE]
         self._progress_armed = False
         for job in active:
-            elapsed_s = max(0, ctx.now - job.received_ms) / 1000  # the clock may have been set back
-            ctx.send(job.peer, Progress(job.task_id, job.attempt, job.state, elapsed_s))
+            ctx.send(job.peer, self._rooms.streaming.progress(job))
         if active:
+        self._rooms.streaming.begin(job)
             self._arm_progress()
-
-    def output(self, event: TaskOutput) -> None:
-        """A preview, to rings own and member."""
-        job = self.jobs.get(event.job)
-        if job is not None and job.stream_output:
-            self._ctx.send(job.peer, Output(job.task_id, job.attempt, event.stream, event.offset, event.data))
 
     # --- the end of a run
 
@@ -208,6 +202,7 @@ class Jobs:
         elif job.cancelled and has_bundle and job.lock_seq >= 0:
             metered_ucr = price(self._rooms.bidding.rates, event.cpu_s, Workload(1))
             self._rooms.pay.deliver(job, event, max(1, min(job.price_ucr, metered_ucr)))
+        self._rooms.streaming.over(event.job)
         elif job.cancelled:
             self._give_up(job, "cancelled", event.reason)
         else:
@@ -235,6 +230,7 @@ class Jobs:
                 self.touch(job)
                 self._ctx.out.append(StopRun(job.job))
             else:
+        self._rooms.streaming.over(job.job)
                 self._give_up(job, "cancelled", message.reason)
         elif event.obligation is not None:
             self._ctx.send(event.peer, Ack(event.obligation), event.id)

@@ -25,6 +25,7 @@ from clawnet.node.results import Results
 from clawnet.node.spending import ROW, Spending
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
+from clawnet.node.streaming import Streaming
 from clawnet.node.views import Views
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
@@ -79,6 +80,7 @@ class Rooms:
     invites: Invites
     views: Views
     calls: Calls
+    streaming: Streaming
 
 
 class Node:
@@ -107,6 +109,7 @@ class Node:
         rooms.taking = Taking(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
+        rooms.streaming = Streaming(self.ctx, rooms)
         rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
@@ -253,7 +256,8 @@ class Node:
             e.CallGone: rooms.calls.gone,
             e.PeerUp: rooms.members.up,
             e.PeerDown: rooms.members.down,
-            e.TaskOutput: rooms.jobs.output,
+            e.TaskOutput: rooms.streaming.output,
+            e.OutputKept: rooms.streaming.kept,
             e.TaskExited: rooms.jobs.exited,
             e.InputsReady: self._inputs_ready,
             e.BlobReady: self._blob_ready,
@@ -282,7 +286,7 @@ class Node:
             m.Cancel: lambda event: r.jobs.cancel(event, event.message),  # type: ignore[arg-type]
             m.Result: lambda event: r.results.result(event, event.message),  # type: ignore[arg-type]
             m.Progress: lambda event: r.awards.progress(event, event.message),  # type: ignore[arg-type]
-            m.Output: lambda event: r.awards.output(event, event.message),  # type: ignore[arg-type]
+            m.Output: self._output,
             m.Waiver: lambda event: r.awards.waiver(event, event.message),  # type: ignore[arg-type]
             m.Settlement: self._settlement,
             m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
@@ -317,6 +321,12 @@ class Node:
 
     def _ack(self, event: e.MessageIn) -> None:
         message = event.message
+    def _output(self, event: e.MessageIn) -> None:
+        """A preview for the requester; without data, its question for what it lacks."""
+        message = event.message
+        assert isinstance(message, m.Output)
+        (self.rooms.awards.output if message.data else self.rooms.streaming.asked)(event, message)
+
         assert isinstance(message, m.Ack)
         row = self.rooms.outbox.rows.get(message.obligation)
         if row is None or not self.rooms.outbox.acknowledged(message.obligation, event.peer):
@@ -349,6 +359,8 @@ class Node:
             rooms.books.push_keepers()
         elif what == "start_check":
             rooms.books.chains.check_ends()
+        elif what == "output":
+            rooms.streaming.timer(key[1])
         elif what == "drain":
             rooms.books.drain("")
         elif what == "drain_timeout":

@@ -214,6 +214,7 @@ class Results:
             if blob:
                 ctx.hold(task.task_id, blob)
         result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
+        result["attempt"] = attempt.n
         result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
         stdout, stderr = result["stdout"], result["stderr"]
         if stdout is None or stderr is None:

@@ -27,7 +27,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
 from clawnet.node.context import Context, held_as
-from clawnet.node.output import Followers
+from clawnet.node.output import Followers, Start
 from clawnet.wire.events import InputsReady, PackInputs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Tasks:
         self.open: dict[bytes, Task] = {}
         self.finished: OrderedDict[bytes, Task] = OrderedDict()
         self.keys: dict[str, bytes] = {}
-        self.followers = Followers(ctx)
+        self.followers = Followers(ctx, self.open.get, lambda call, task: ctx.reply(call, rooms.views.task(task)))
         self._drafts: dict[bytes, _Draft] = {}
         self._dirty: dict[bytes, Task] = {}
         self._unsettled: dict[bytes, None] = {}
@@ -380,16 +380,12 @@ class Tasks:
         self._rooms.awards.cancel(task, reason)
         self.finish(task, "cancelled", CancelledError("the task was cancelled", hint=reason), reason or "cancelled")
 
-    def follow(self, call: int, task: Task, *, output: bool, from_end: bool) -> None:
+    def follow(self, call: int, task: Task, *, output: bool, start: Start) -> None:
         """Streams what comes and answers when the task is final (or at once when it is)."""
-        if task.state in FINAL_STATES or task.shown_lost:
-            if output and task.result is not None:
-                self.followers.add(call, task, output=True, from_end=from_end)
-                self.followers.finish(task, self._rooms.views.streams.get(task.task_id))
-            self._ctx.reply(call, self._rooms.views.task(task))
+        if task.state not in FINAL_STATES:
+            self.followers.add(call, task, output=output, start=start)
             return
-        self.followers.add(call, task, output=output, from_end=from_end)
-
-    def output(self, task: Task, stream: int, offset: int, data: bytes) -> None:
-        """A preview of what the executor's process wrote."""
-        self.followers.output(task.task_id, stream, offset, data)
+        if output and task.result is not None:
+            self.followers.add(call, task, output=True, start=start)
+            self.followers.finish(task, self._rooms.views.streams.get(task.task_id))
+        self._ctx.reply(call, self._rooms.views.task(task))

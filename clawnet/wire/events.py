@@ -76,6 +76,15 @@ class TaskOutput(Stimulus, frozen=True, gc=False):
     data: bytes
 
 
+class OutputKept(Stimulus, frozen=True, gc=False):
+    """What a running job wrote earlier, as asked for by ReadOutput; no data when the run is over."""
+
+    job: bytes
+    stream: int
+    offset: int
+    data: bytes
+
+
 class TaskExited(Stimulus, frozen=True, gc=False):
     """A job ended; its bundle is packed and, with a seal key given in Run, sealed.
 
@@ -265,6 +274,15 @@ class PackInputs(Effect, frozen=True, gc=False):
 
     request: bytes
     paths: tuple[tuple[str, str], ...]
+
+
+class ReadOutput(Effect, frozen=True, gc=False):
+    """Read again what a running job wrote: stream 1 or 2, from `offset`, at most `length`; answered by OutputKept."""
+
+    job: bytes
+    stream: int
+    offset: int
+    length: int
 
 
 class Fetch(Effect, frozen=True, gc=False):

@@ -306,7 +306,10 @@ class Result(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """TASK_PROGRESS, at least every lease_s / 3: the attempt lives."""
+    """TASK_PROGRESS, at least every lease_s / 3, and after the output that a TASK_OUTPUT asked for: the attempt lives.
+
+    `stdout_bytes` and `stderr_bytes` tell how much the command has written so far (0 where previews are not allowed).
+    """
 
     task_id: Bytes16
     attempt: U32
@@ -315,7 +318,12 @@ class Progress(Message, frozen=True):
 
 
 class Output(Message, frozen=True):
-    """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream."""
+    """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream.
+
+    From the requester, with `data` empty, it asks for what follows `offset` in that stream: a bounded piece, then
+    TASK_PROGRESS, and from then on what is written while nothing is missing. An offset past the end asks for what
+    comes from now on.
+    """
 
     task_id: Bytes16
     attempt: U32
@@ -336,6 +344,8 @@ class Waiver(Message, frozen=True):
 
 class Settlement(Message, frozen=True):
     """MARKET_SETTLEMENT: entries of `account` up to the release (from the payer) or the claim (from the payee)."""
+    stdout_bytes: U64 = 0
+    stderr_bytes: U64 = 0
 
     account: Bytes32
     entries: Entries
