@@ -176,7 +176,7 @@ class Followers:
 
     def peer_down(self, peer: str) -> None:
         """What this executor's runs write is lost until it is back; who asked for no more than there is has that."""
-        for task_id, preview in self._previews.items():
+        for preview in self._previews.values():
             if preview.peer == peer:
                 preview.steady, preview.asked = False, [False, False]
         self._of_peer(peer, self._end_so_far)

@@ -257,15 +257,14 @@ class Member:
             self.feed(ended)
 
     def write(self, run: e.Run, data: bytes, stream: int = 1) -> None:
-        """A running job writes."""
         kept = self.written.setdefault(run.job, (bytearray(), bytearray()))[stream - 1]
         self.feed(e.TaskOutput(run.job, stream, len(kept), data))
         kept += data
 
     def _do_readoutput(self, effect: e.ReadOutput) -> None:
         kept = self.written[effect.job][effect.stream - 1]
-        data = kept[effect.offset :][: effect.length]
-        self.feed(e.OutputKept(effect.job, effect.stream, effect.offset, bytes(data)))
+        piece = bytes(kept[effect.offset :][: effect.length])
+        self.feed(e.OutputKept(effect.job, effect.stream, effect.offset, piece))
 
     def _do_stoprun(self, effect: e.StopRun) -> None:
         self.stops.append(effect.job)
