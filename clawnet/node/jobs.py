@@ -162,6 +162,7 @@ class Jobs:
         self.touch(job)
         if job.retries == 0:
             ctx.durable()  # that it began is remembered even when the power fails: it may not begin twice
+        self._rooms.streaming.begin(job)
         ctx.out.append(Run(job.job, spec))
 
     def _arm_progress(self) -> None:
@@ -177,7 +178,6 @@ class Jobs:
         for job in active:
             ctx.send(job.peer, self._rooms.streaming.progress(job))
         if active:
-        self._rooms.streaming.begin(job)
             self._arm_progress()
 
     # --- the end of a run
@@ -186,6 +186,7 @@ class Jobs:
         """Delivers the sealed bundle, or hands the line back with a report."""
         job = self.jobs.get(event.job)
         self.running.pop(event.job, None)
+        self._rooms.streaming.over(event.job)
         self._short.discard(event.job)
         if job is None or job.state != "running":
             return
@@ -202,7 +203,6 @@ class Jobs:
         elif job.cancelled and has_bundle and job.lock_seq >= 0:
             metered_ucr = price(self._rooms.bidding.rates, event.cpu_s, Workload(1))
             self._rooms.pay.deliver(job, event, max(1, min(job.price_ucr, metered_ucr)))
-        self._rooms.streaming.over(event.job)
         elif job.cancelled:
             self._give_up(job, "cancelled", event.reason)
         else:
@@ -212,6 +212,7 @@ class Jobs:
         """No result: a waiver frees the line at once."""
         self.leave(job)
         job.state, job.reason = "waived", reason
+        self._rooms.streaming.over(job.job)
         self._rooms.taking.over(job.job)
         waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
         message = Waiver(job.task_id, job.attempt, waiver, reason[:64], text.encode()[:2000])
@@ -230,7 +231,6 @@ class Jobs:
                 self.touch(job)
                 self._ctx.out.append(StopRun(job.job))
             else:
-        self._rooms.streaming.over(job.job)
                 self._give_up(job, "cancelled", message.reason)
         elif event.obligation is not None:
             self._ctx.send(event.peer, Ack(event.obligation), event.id)

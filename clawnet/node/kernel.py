@@ -23,9 +23,9 @@ from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
 from clawnet.node.results import Results
 from clawnet.node.spending import ROW, Spending
+from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
-from clawnet.node.streaming import Streaming
 from clawnet.node.views import Views
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
@@ -76,11 +76,11 @@ class Rooms:
     bidding: Bidding
     taking: Taking
     jobs: Jobs
+    streaming: Streaming
     pay: Pay
     invites: Invites
     views: Views
     calls: Calls
-    streaming: Streaming
 
 
 class Node:
@@ -105,11 +105,11 @@ class Node:
         rooms.loads = Loads(self.ctx)
         rooms.bidding = Bidding(self.ctx, rooms)
         rooms.jobs = Jobs(self.ctx, rooms, os_family)
+        rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.taking = Taking(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
-        rooms.streaming = Streaming(self.ctx, rooms)
         rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
@@ -311,6 +311,12 @@ class Node:
             )
             self.ctx.count("messages_refused_total", error.code)
 
+    def _output(self, event: e.MessageIn) -> None:
+        """A preview for the requester; without data, its question for what it lacks."""
+        message = event.message
+        assert isinstance(message, m.Output)
+        (self.rooms.awards.output if message.data else self.rooms.streaming.asked)(event, message)
+
     def _settlement(self, event: e.MessageIn) -> None:
         """Entries with an obligation: acknowledged once nothing that they need is missing."""
         message = event.message
@@ -321,12 +327,6 @@ class Node:
 
     def _ack(self, event: e.MessageIn) -> None:
         message = event.message
-    def _output(self, event: e.MessageIn) -> None:
-        """A preview for the requester; without data, its question for what it lacks."""
-        message = event.message
-        assert isinstance(message, m.Output)
-        (self.rooms.awards.output if message.data else self.rooms.streaming.asked)(event, message)
-
         assert isinstance(message, m.Ack)
         row = self.rooms.outbox.rows.get(message.obligation)
         if row is None or not self.rooms.outbox.acknowledged(message.obligation, event.peer):
@@ -349,6 +349,8 @@ class Node:
             rooms.jobs.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
+        elif what == "output":
+            rooms.streaming.timer(key[1])
         elif what == "progress":
             rooms.jobs.progress()
         elif what == "heads":
@@ -359,8 +361,6 @@ class Node:
             rooms.books.push_keepers()
         elif what == "start_check":
             rooms.books.chains.check_ends()
-        elif what == "output":
-            rooms.streaming.timer(key[1])
         elif what == "drain":
             rooms.books.drain("")
         elif what == "drain_timeout":

@@ -142,10 +142,10 @@ class Members:
         self._introduce(event.peer)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
-        self._rooms.tasks.followers.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
         self._rooms.auctions.peer_up()
         self._rooms.jobs.peer_up(event.peer)
+        self._rooms.tasks.followers.peer_up(event.peer)
 
     def _remember(self, peer: str, hello: Hello) -> PeerRecord:
         membership = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))

@@ -269,13 +269,6 @@ class StopRun(Effect, frozen=True, gc=False):
     job: bytes
 
 
-class PackInputs(Effect, frozen=True, gc=False):
-    """Read these local files or directories into the blob store: (name, path) pairs; answered by InputsReady."""
-
-    request: bytes
-    paths: tuple[tuple[str, str], ...]
-
-
 class ReadOutput(Effect, frozen=True, gc=False):
     """Read again what a running job wrote: stream 1 or 2, from `offset`, at most `length`; answered by OutputKept."""
 
@@ -283,6 +276,13 @@ class ReadOutput(Effect, frozen=True, gc=False):
     stream: int
     offset: int
     length: int
+
+
+class PackInputs(Effect, frozen=True, gc=False):
+    """Read these local files or directories into the blob store: (name, path) pairs; answered by InputsReady."""
+
+    request: bytes
+    paths: tuple[tuple[str, str], ...]
 
 
 class Fetch(Effect, frozen=True, gc=False):

@@ -315,6 +315,8 @@ class Progress(Message, frozen=True):
     attempt: U32
     state: Word
     elapsed_s: Seconds
+    stdout_bytes: U64 = 0
+    stderr_bytes: U64 = 0
 
 
 class Output(Message, frozen=True):
@@ -344,8 +346,6 @@ class Waiver(Message, frozen=True):
 
 class Settlement(Message, frozen=True):
     """MARKET_SETTLEMENT: entries of `account` up to the release (from the payer) or the claim (from the payee)."""
-    stdout_bytes: U64 = 0
-    stderr_bytes: U64 = 0
 
     account: Bytes32
     entries: Entries
