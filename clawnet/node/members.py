@@ -196,6 +196,104 @@ class Members:
         self._rooms.books.peer_down(event.peer)
         self._rooms.tasks.followers.peer_down(event.peer)
 
+    # --- cards
+
+    def _make_card(self) -> PeerCard:
+        config, capacity = self._ctx.config, self.capacity
+        declared = set(config.words("node.capabilities"))
+        offered = [word for word in capacity.capabilities if word.startswith("op:") or word in declared]
+        if "compute" not in offered:
+            offered = [word for word in offered if not word.startswith("op:")]
+        shell = list(capacity.shell_rings) if "shell-execution" in offered else []
+        jobs = getattr(self._rooms, "jobs", None)
+        return PeerCard(
+            peer=self._ctx.me,
+            serial=self._serial,
+            name=self.name,
+            version=f"clawnet/{__version__}",
+            addresses=self.addresses[:16],
+            capabilities=sorted(offered),
+            labels=list(config.words("node.labels")),
+            os=getattr(jobs, "os_family", ""),
+            cpu=capacity.cpu,
+            memory_bytes=capacity.memory_bytes,
+            gpu=capacity.gpu,
+            models=list(capacity.models),
+            slots=getattr(jobs, "slots", 0),
+            running=len(jobs.running) if jobs is not None else 0,
+            queued=0,
+            shell_rings=shell,
+        )
+
+    def refresh_card(self) -> None:
+        """What this node can do, or where it listens, has changed: a new card, signed, to all that are connected."""
+        self._serial = max(self._serial + 1, self._ctx.now)
+        self.card = self._make_card()
+        self.card_hash = capability_hash(self.card)
+        self._card_bytes = encode(self.card)
+        self._card_signature = self._ctx.ports.sign(CARD_TAG + self._card_bytes)
+        for peer in self._ctx.links:
+            self.tell_card(peer)
+
+    def tell_card(self, peer: str) -> None:
+        """Our own card to one peer."""
+        if not self._card_bytes:
+            self.refresh_card()
+        self._ctx.send(peer, PeerInfo(self._card_bytes, self._card_signature))
+
+    def _introduce(self, newcomer: str) -> None:
+        """Members need not all know each other's inviter: cards travel on, each under its author's signature."""
+        fresh = self.records[newcomer]
+        for record in list(self.records.values())[:64]:
+            if record.peer != newcomer and record.card and not record.banned:
+                self._ctx.send(newcomer, PeerInfo(record.card, record.signature))
+        if fresh.card:
+            for peer in self._ctx.links:
+                if peer != newcomer:
+                    self._ctx.send(peer, PeerInfo(fresh.card, fresh.signature))
+
+    def card_in(self, sender: str, message: PeerInfo) -> None:
+        """A card, by its author or passed on: kept when its signature is good and it is newer."""
+        card = decode_struct(PeerCard, message.body)
+        if card.peer == self._ctx.me:
+            return
+        if not verify(public_of(card.peer), CARD_TAG + message.body, message.signature):
+            self._ctx.log("security", "card.bad_signature", peer=sender, about=card.peer)
+            self._ctx.count("messages_refused_total", "invalid_signature")
+            return
+        known = self.index.card(card.peer)
+        record = self.records.get(card.peer)
+        if known is not None and known.serial >= card.serial:
+            return
+        if record is None:
+            self._meet(card)
+            return
+        self.index.put(card, record.ring)
+        record.card, record.signature, record.addresses = message.body, message.signature, _merge(card, record)
+        self.save(record)
+        if sender == card.peer and known is None:
+            for peer in self._ctx.links:
+                if peer not in (sender, card.peer):
+                    self._ctx.send(peer, message)
+        self.redial(record)
+
+    def _meet(self, card: PeerCard) -> None:
+        """A member we only heard of: connect; its certificate is checked at the handshake."""
+        if card.addresses and len(self._ctx.links) < self._ctx.config.integer("node.max_peers"):
+            self._ctx.out.append(Dial(0, card.peer, tuple(card.addresses)))
+
+    def capacity_changed(self, event: CapacityChanged) -> None:
+        """The execution adapters have probed what they can do."""
+        self.capacity = event
+        configured = self._ctx.config.integer("execution.slots")
+        self._rooms.jobs.slots = configured or max(2, event.cpu)
+        self.refresh_card()
+
+    def listening(self, event: Listening) -> None:
+        """The switch listens at these multiaddrs."""
+        self.addresses = list(event.addresses)
+        self.refresh_card()
+
     def meet(self, event: MeetPeers) -> None:
         """Members the inviter named: they are dialled; their certificates are checked at the handshake."""
         for peer in event.peers:
