@@ -191,6 +191,20 @@ class Spend(Answer):
     open: SpendLimit
 
 
+class Restore(Answer):
+    """Why the own chain is read-only until peers have shown what they hold of it (LEDGER.md, crash and recovery).
+
+    `unanswered` are those that have not; `chain_unseen` tells that not even the chain itself is here yet. From
+    `override_from` on the owner may do without them.
+    """
+
+    reason: str
+    since: str
+    override_from: str
+    unanswered: list[Party]
+    chain_unseen: bool
+
+
 class Balance(Answer):
     """`available` may be spent; `locked` lies in open escrow lines; `incoming` is claimable and not yet claimed."""
 
@@ -202,6 +216,22 @@ class Balance(Answer):
     open_lines: int
     spend: Spend
     read_only: str | None = None
+    restore: Restore | None = None
+
+
+class WalletFile(Answer):
+    """A backup that was written or restored: whose, from when, up to which entry of the own chain, and its peers.
+
+    `wallet restore --accept-risk` answers as `wallet balance` does.
+    """
+
+    peer_id: str
+    path: str
+    made_at: str
+    seq: int | None
+    entries: int
+    peers: list[Party]
+    bytes: int
 
 
 class HistoryEntry(Answer):
@@ -393,9 +423,11 @@ ANSWERS: Final[dict[str, Any]] = {
     "run": Task,
     "version": VersionAnswer,
     "wallet audit": AuditReport,
+    "wallet backup": WalletFile,
     "wallet balance": Balance,
     "wallet escrows": EscrowList,
     "wallet history": History,
+    "wallet restore": WalletFile,
     "wallet send": Sent,
     "error": ErrorAnswer,
     "stream": StreamLine,

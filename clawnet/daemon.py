@@ -30,6 +30,7 @@ from clawnet.net.tcp import TcpTransport
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
+from clawnet.observe import host
 from clawnet.observe.logs import Observer
 from clawnet.observe.process import rss_bytes
 from clawnet.paths import Home
@@ -201,7 +202,8 @@ class Daemon:
             imported=local.imported,
         )
         terms = LedgerTerms.of(charter)
-        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms)
+        place = host.stamp(self.home.database)
+        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms, place)
         node = Node(
             self.config,
             ports,

@@ -10,6 +10,7 @@ from clawnet import money
 from clawnet.errors import VerificationError
 
 from . import options as o
+from . import wallet_files
 from .invocation import NodeCommand, group, here
 from .render import json_line, pairs, show, table, who, write
 
@@ -138,6 +139,9 @@ def audit(
             hint="`clawnet wallet audit --json` holds the details",
             accounts=bad,
         )
+
+
+wallet_files.add(app)
 
 
 def _sums(found: dict[str, Any]) -> list[tuple[str, Any]]:

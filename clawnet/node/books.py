@@ -423,7 +423,7 @@ class Books:
         self.wrote(self.purse.grant(payee, amount_ucr, invite, self._ctx.now))
 
     def _check_writable(self) -> None:
-        if self.chains.waiting:
+        if self.chains.waiting and not self.chains.restore.reason:
             raise NotPermittedError("the wallet is being checked with its keepers", hint="try again in ten seconds")
         held = self.held_reason()
         if held:

@@ -54,6 +54,7 @@ class Calls:
             "wallet.escrows": lambda call, params: ctx.reply(call, {"items": rooms.views.escrows(), "next": None}),
             "wallet.history": self._history,
             "wallet.send": self._send,
+            "wallet.resume": self._resume,
             "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
         }
 
@@ -324,6 +325,11 @@ class Calls:
             },
         )
 
+    def _resume(self, call: int, params: Params) -> None:
+        """The owner's override of the restore rule."""
+        self._rooms.books.chains.restore.accept_risk()
+        self._ctx.reply(call, self._rooms.views.balance())
+
     def _history(self, call: int, params: Params) -> None:
         limit = max(1, min(integer(params, "limit", 20), PAGE_MAX))
         before = integer(params, "after", 0) if params.get("after") not in (None, "") else None
@@ -370,16 +376,18 @@ class Calls:
     def warnings(self) -> list[str]:
         """What the owner should know, in sentences."""
         found = []
-        reason = self._rooms.books.purse.read_only_reason
-        if reason:
-            found.append(f"the wallet is read-only: {reason}")
+        books = self._rooms.books
+        if books.purse.read_only_reason:
+            why = books.chains.restore.sentence() or books.purse.read_only_reason
+            found.append(f"the wallet is read-only: {why}")
         found.extend(self._rooms.members.warnings())
         return found
 
     def findings(self) -> list[dict[str, str]]:
         """What the node itself finds for `doctor`: wallet, clock, peers."""
+        remedy = self._rooms.books.chains.restore.remedy()
         findings = [
-            {"check": "node", "level": "warn", "message": text, "remedy": "clawnet daemon logs tells more"}
+            {"check": "node", "level": "warn", "message": text, "remedy": remedy or "clawnet daemon logs tells more"}
             for text in self.warnings()
         ]
         skew_ms = self._rooms.members.skew_ms()

@@ -47,6 +47,8 @@ class Restore:
         """At the start of the node: goes on where it stood, or begins where the database lies in another place."""
         if self.reason and not self.awaited:
             self._await_everybody()
+            if not self.awaited:
+                self._end()
         if stamp and stamp != stored:
             self._ctx.put("meta", "host", stamp.encode())
             if stored and not same_host(stored, stamp):
@@ -152,6 +154,13 @@ class Restore:
         if some:
             return f"{self.reason}; it waits for the answers of {some}"
         return self.reason
+
+    def remedy(self) -> str:
+        """What the owner can do about it; "" while the chain is whole."""
+        if not self.reason:
+            return ""
+        allowed = self._rooms.views.time(self.since_ms + limits.RESTORE_OVERRIDE_MS)
+        return f"bring those peers online; from {allowed} on also: clawnet wallet restore --accept-risk (a fork convicts)"
 
     # --- what the missing entries say of tasks and jobs
 

@@ -292,6 +292,7 @@ class Views:
             "mesh": books.mesh.hex(),
             "open_lines": view.open_lines,
             "read_only": books.purse.read_only_reason or ("being checked" if books.chains.checking else None),
+            "restore": books.chains.restore.view(),
             "spend": self._rooms.spending.view(),
         }
 
@@ -356,5 +357,6 @@ class Views:
                 "jobs_open": len(rooms.jobs.jobs),
                 "obligations_open": len(rooms.outbox.rows),
             },
+            "restore": rooms.books.chains.restore.view(),
             "warnings": rooms.calls.warnings(),
         }

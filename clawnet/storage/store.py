@@ -113,7 +113,7 @@ class Store:
             except OSError as err:
                 raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
             except sqlite3.Error as err:
-                raise _translate(err, path) from err
+                raise translate(err, path) from err
             failed.pop_all()
         return cls(path, lock, writer, reader)
 
@@ -135,7 +135,7 @@ class Store:
             written = self._write(rows)
             run("COMMIT")
         except sqlite3.Error as err:
-            raise _translate(err, self.path) from err
+            raise translate(err, self.path) from err
         finally:
             self._roll_back()
         self.commits_total += 1
@@ -180,7 +180,7 @@ class Store:
         try:
             yield from self._reader.execute(load_sql(TABLES[table]))
         except sqlite3.Error as err:
-            raise _translate(err, self.path) from err
+            raise translate(err, self.path) from err
 
     def query(self, name: str, args: Row = ()) -> list[Row]:
         """The rows of a named query (storage/queries.py), here and now."""
@@ -196,7 +196,7 @@ class Store:
                 self._worker_reader = _connect(self.path, read_only=True)
             rows = _run(self._worker_reader, self.path, name, args)
         except sqlite3.Error as err:
-            done(_translate(err, self.path))
+            done(translate(err, self.path))
         except ClawnetError as err:
             done(err)
         else:
@@ -305,7 +305,7 @@ def _run(connection: sqlite3.Connection, path: Path, name: str, args: Row) -> li
         cursor.close()
         return rows
     except sqlite3.Error as err:
-        raise _translate(err, path) from err
+        raise translate(err, path) from err
 
 
 def _file_bytes(path: Path) -> int:
@@ -315,7 +315,7 @@ def _file_bytes(path: Path) -> int:
         return 0
 
 
-def _translate(err: sqlite3.Error, path: Path) -> ClawnetError:
+def translate(err: sqlite3.Error, path: Path) -> ClawnetError:
     """SQLite's error as ours: no room, damaged, in use, our own mistake, or the disk."""
     code = getattr(err, "sqlite_errorcode", 0) & 0xFF
     where = str(path)
