@@ -224,7 +224,7 @@ class Batch:
                 break
         bad += self._checked(together)
         if bad:
-            for line in bad[: limits.BATCH_BAD_LINES_SHOWN]:
+            for line in sorted(bad, key=lambda line: line.number)[: limits.BATCH_BAD_LINES_SHOWN]:
                 assert line.error is not None
                 report(self._placed(line.number, line.error), as_json=self._invocation.json)
             raise DataError(

@@ -81,7 +81,8 @@ class View:
         else:
             self.failed += 1
         value = {"line": number, "idempotency_key": key, "resumed": False, "exit_code": error.exit_code, "task": None}
-        self._line({**value, "error": error.as_dict()})
+        told = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        self._line({**value, "error": told})
 
     def _line(self, value: dict[str, Any]) -> None:
         self.ended += 1
