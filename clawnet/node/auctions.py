@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from clawnet import limits
@@ -36,7 +37,10 @@ class Auctions:
         self._turn = 0
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
-        self._resumed: dict[bytes, None] = {}
+        self._expected: dict[str, None] = {}
+        self._held_until_ms = 0
+        self._away: dict[str, int] = {}
+        self._parked: dict[bytes, None] = {}
         self._minute = 0
         self._bids_in: dict[bytes, dict[str, int]] = {}
         self.reloaded()
@@ -57,22 +61,37 @@ class Auctions:
         heapq.heappush(self._waiting, (-task.spec["priority"], self._turn, task.task_id))
         self._rooms.tasks.touch(task)
 
-    def after_start(self, task: Task) -> None:
-        """Holds the auction of a task from before a restart: not before those who could bid are connected again."""
-        if not self._rooms.members.records:
-            self.queue(task)
-            return
-        self._resumed[task.task_id] = None
-        self._ctx.wake(("auction", task.task_id), self._ctx.now + RESUME_MS)
+    def expect(self, peers: Iterable[str]) -> None:
+        """At the start: no auction opens before those who could bid are connected or known to be out of reach.
 
-    def peer_up(self) -> None:
-        """Somebody is connected: what waited for that since the start goes on, when the others had a moment too."""
-        for task_id in self._resumed:
-            self._ctx.wake(("auction", task_id), self._ctx.now + RESUME_MS // 10)
-        self._resumed.clear()
+        Once one is there the others have a moment more; RESUME_MS is the longest that is waited.
+        """
+        self._expected = dict.fromkeys(peers)
+        self._away = dict.fromkeys(peers, self._ctx.now + RESUME_MS)
+        if self._expected:
+            self._hold_until(self._ctx.now + RESUME_MS)
+
+    def met(self, peer: str, *, connected: bool) -> None:
+        """One of those who were dialled at the start is here, or cannot be reached; or one that was lost is back."""
+        if connected:
+            self._away.pop(peer, None)
+            parked, self._parked = self._parked, {}
+            for task_id in parked:
+                self.timer(task_id)
+        if self._expected.pop(peer, 0) is None or connected:
+            if not self._expected:
+                self._held_until_ms = 0
+            elif connected and self._held_until_ms > self._ctx.now + RESUME_MS // 10:
+                self._hold_until(self._ctx.now + RESUME_MS // 10)
+
+    def _hold_until(self, at_ms: int) -> None:
+        self._held_until_ms = at_ms
+        self._ctx.wake(("auctions",), at_ms)
 
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
+        if self._ctx.now < self._held_until_ms:
+            return
         while self._waiting and len(self.live) < self._live_max:
             task = self._rooms.tasks.open.get(heapq.heappop(self._waiting)[2])
             if (
@@ -85,6 +104,7 @@ class Auctions:
     def drop(self, task: Task) -> None:
         """The task is final: its auction, if any, is over."""
         self._bids_in.pop(task.task_id, None)
+        self._parked.pop(task.task_id, None)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
             self._ctx.sleep(("auction", task.task_id))
@@ -103,7 +123,7 @@ class Auctions:
             task.stage += 1
         self._exhausted(task)
 
-    def _candidates(self, task: Task, ring: str) -> list[str]:
+    def _candidates(self, task: Task, ring: str, among: Mapping[str, object] | None = None) -> list[str]:
         ctx, members = self._ctx, self._rooms.members
         named = task.spec["peer"]
         excluded = [*task.spec["exclude"], *task.refused]
@@ -115,7 +135,7 @@ class Auctions:
             ring,
             score_hint=lambda peer: members.reputation.score(peer, ctx.now).total,
             pick=members.pick,
-            among=ctx.links,
+            among=ctx.links if among is None else among,
             only=named,
             exclude=excluded,
             usable=members.usable,
@@ -218,14 +238,18 @@ class Auctions:
             auction.peer_back(peer)
 
     def peer_down(self, peer: str) -> None:
-        """Nobody waits for the answer of a peer that is gone."""
+        """Nobody waits for the answer of a peer that is gone; what nobody else can do waits a moment for its return."""
+        now_ms = self._ctx.now
+        self._away = {other: until for other, until in self._away.items() if until > now_ms}
+        self._away[peer] = now_ms + RESUME_MS
         for auction in list(self.live.values()):
             auction.peer_gone(peer, self._ctx.now)
             if auction.is_closed(self._ctx.now):
                 self._close(auction)
 
     def timer(self, task_id: bytes) -> None:
-        """A close may be due, or the pause after a round in which everybody was full."""
+        """A close may be due, or the end of a pause after which it is tried again."""
+        self._parked.pop(task_id, None)
         auction = self.live.get(task_id)
         if auction is not None:
             if auction.is_closed(self._ctx.now):
@@ -233,7 +257,6 @@ class Auctions:
             else:
                 self._arm(auction)
             return
-        self._resumed.pop(task_id, None)
         task = self._rooms.tasks.open.get(task_id)
         if task is not None and task.state in ("announced", "bidding", "reassigned"):
             self.queue(task)
@@ -274,8 +297,17 @@ class Auctions:
         """Nobody in any ring takes it: later, where somebody was only full, else never."""
         if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
             self.pause(task)
+        elif back_ms := self._back_ms(task):
+            self._parked[task.task_id] = None
+            self._ctx.wake(("auction", task.task_id), min(back_ms, task.deadline_ms))
         else:
             self._no_bid(task)
+
+    def _back_ms(self, task: Task) -> int:
+        """Until when somebody who could do it, and was here a moment ago, is waited for; 0: there is nobody."""
+        away = {peer: until for peer, until in self._away.items() if until > self._ctx.now}
+        able = [peer for ring in task.stages if ring != "self" for peer in self._candidates(task, ring, away)]
+        return max((away[peer] for peer in able), default=0)
 
     def pause(self, task: Task) -> None:
         """Everybody who could is full: ask again a little later, until the deadline."""

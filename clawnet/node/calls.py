@@ -72,7 +72,8 @@ class Calls:
             self._ctx.fail(event.call, error)
 
     def gone(self, event: CallGone) -> None:
-        """A client left; its tasks go on."""
+        """A client left; its tasks go on, and what it wanted written and is not written yet is dropped."""
+        self._rooms.writes.drop(("call", event.call))
         self._rooms.tasks.followers.gone(event.call)
 
     # --- tasks
@@ -268,6 +269,7 @@ class Calls:
         if event.call == 0:
             if event.reason:
                 self._rooms.books.chains.checked(event.peer)
+                self._rooms.auctions.met(event.peer, connected=False)
             return
         if event.reason:
             error = UnreachableError(
@@ -310,11 +312,24 @@ class Calls:
         if amount_ucr <= 0:
             raise DataError("an amount to send is more than 0")
         memo = str(params.get("memo") or "")
-        self._rooms.spending.check_payment(self._ctx.credential, amount_ucr)
+        credential = self._ctx.credential
+        self._rooms.writes.once_checked(
+            ("call", call), lambda: self._try(call, lambda: self._pay(call, credential, peer, amount_ucr, memo))
+        )
+
+    def _try(self, call: int, then: Callable[[], None]) -> None:
+        """Does what had to wait; what goes wrong is the answer."""
+        try:
+            then()
+        except ClawnetError as error:
+            self._ctx.fail(call, error)
+
+    def _pay(self, call: int, credential: str, peer: str, amount_ucr: int, memo: str) -> None:
+        self._rooms.spending.check_payment(credential, amount_ucr)
         entry = self._rooms.books.send(
             self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)
         )
-        self._rooms.spending.payment(self._ctx.credential, amount_ucr)
+        self._rooms.spending.payment(credential, amount_ucr)
         self._ctx.reply(
             call,
             {

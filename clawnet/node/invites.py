@@ -131,6 +131,12 @@ class Invites:
     def asked(self, event: JoinAsked) -> None:
         """Somebody redeems a token of ours: certificates, first credits and addresses, or the reason why not."""
         try:
+            self._rooms.writes.once_checked(("join", event.call), lambda: self._answer(event))
+        except ClawnetError as error:
+            self._ctx.out.append(JoinReply(event.call, JoinAnswer(refusal=error.message)))
+
+    def _answer(self, event: JoinAsked) -> None:
+        try:
             answer = self._redeem(event.ask)
         except ClawnetError as error:
             self._ctx.log("security", "join.refused", peer=event.peer, address=event.address, reason=error.message)

@@ -27,6 +27,7 @@ from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
+from clawnet.node.writes import Writes
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
 from clawnet.wire.messages import Kind
@@ -79,6 +80,7 @@ class Rooms:
     streaming: Streaming
     pay: Pay
     invites: Invites
+    writes: Writes
     views: Views
     calls: Calls
 
@@ -118,6 +120,7 @@ class Node:
         rooms.leases = Leases(self.ctx, rooms)
         rooms.results = Results(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
+        rooms.writes = Writes(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
         self._messages = self._message_table()
         self._stimuli = self._stimulus_table()
@@ -165,6 +168,7 @@ class Node:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
         rooms.jobs.resume()
         rooms.members.start()
+        rooms.auctions.expect([effect.peer for effect in ctx.out if isinstance(effect, e.Dial)])
         rooms.outbox.peer_up(ctx.me)
         ctx.wake(("heads",), now_ms + limits.HEADS_EVERY_MS)
         return self._close_turn()
@@ -234,6 +238,7 @@ class Node:
         rooms = self.rooms
         rooms.auctions.pump()
         rooms.jobs.pump()
+        rooms.writes.flush()
         rooms.books.flush()
         rooms.tasks.flush()
         rooms.jobs.flush()

@@ -143,7 +143,7 @@ class Members:
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
-        self._rooms.auctions.peer_up()
+        self._rooms.auctions.met(event.peer, connected=True)
         self._rooms.jobs.peer_up(event.peer)
         self._rooms.tasks.followers.peer_up(event.peer)
 

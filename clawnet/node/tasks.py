@@ -76,7 +76,7 @@ class Tasks:
     def resume(self, task: Task) -> None:
         """Goes on with a loaded task: before an award the auction is held again, after it the attempt's timers run."""
         if task.state in ("draft", "announced", "bidding", "reassigned"):
-            self._rooms.auctions.after_start(task)
+            self._rooms.auctions.queue(task)
         self._rooms.awards.resume(task)
 
     def touch(self, task: Task) -> None:

@@ -236,7 +236,7 @@ def test_a_key_whose_task_left_nothing_is_free_again(mesh: Mesh) -> None:
     alice, bob = pair(mesh)
     mesh.cut(alice, bob)
     first = compute(alice, idempotency_key="k")
-    mesh.run(1)
+    mesh.run(6)
     assert alice.task(first)["state"] == "no_bids"
     mesh.link(alice, bob)
     second = compute(alice, idempotency_key="k")
