@@ -54,6 +54,7 @@ METHODS: Final[dict[str, str]] = {
     "wallet.history": "the own chain, newest first; {limit, after}",
     "wallet.escrows": "open lines of ours and to us",
     "wallet.send": "send credits; {peer, amount, memo}",
+    "wallet.export": "a page of a chain, decoded and as signed; {account, from, to}",
     "wallet.resume": "write a restored chain though not all peers have answered",
     "wallet.audit": "verify chains from their first entry; {peer}",
 }

@@ -14,6 +14,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
 from clawnet.node.context import Context
+from clawnet.node.exporting import Export
 from clawnet.node.output import Start
 from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
@@ -55,6 +56,7 @@ class Calls:
             "wallet.history": self._history,
             "wallet.send": self._send,
             "wallet.resume": self._resume,
+            "wallet.export": lambda call, params: Export(ctx, rooms, call, params).start(),
             "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
         }
 
@@ -354,14 +356,14 @@ class Calls:
             loads.ask("balances_page", (before, limit + 1), lambda found: done(rows, dict(found)), call=call)
 
         def done(rows: tuple[Any, ...], balances: dict[int, int]) -> None:
-            items = [self._entry(parse(row[-1]), balances) for row in rows]
+            items = [self.entry(parse(row[-1]), balances) for row in rows]
             following = str(rows[-1][1]) if len(rows) == limit and rows[-1][1] else None
             self._ctx.reply(call, {"items": items, "next": following})
 
         loads = self._rooms.loads
         loads.ask("entries_page", (account, before, limit), entries, call=call)
 
-    def _entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
+    def entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
         """One entry of the own chain: what it did to the available amount, and with whom."""
         body, other, task = entry.body, None, None
         after_ucr = balances.get(entry.seq, 0)
