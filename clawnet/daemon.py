@@ -218,7 +218,7 @@ class Daemon:
         effects = node.load(clock_ms(), self._read)
         previous = getattr(self, "_node", None)
         if previous is not None:
-            node.rooms.members.take_over(previous.rooms.members)
+            node.rooms.cards.take_over(previous.rooms.cards)
             for up in self.switch.ups():
                 self.runtime.feed(up)
         self._node = node

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -144,6 +145,11 @@ class CapabilityIndex:
     def card(self, peer: str) -> PeerCard | None:
         """The newest card of a peer."""
         return self._cards.get(peer)
+
+    def newest(self, count: int, since_ms: int) -> list[str]:
+        """The `count` peers heard of last whose cards are not from before `since_ms`."""
+        fresh = (peer for peer in reversed(self._cards) if self._cards[peer].serial >= since_ms)
+        return list(islice(fresh, count))
 
     def capability_hash(self, peer: str) -> bytes | None:
         """capability_hash of the newest card of a peer."""

@@ -55,7 +55,7 @@ class Bidding:
             refusal = self._refusal(event.peer) if self._enabled else Reason.POLICY
         terms = refusal or quote(
             offer,
-            card=rooms.members.card,
+            card=rooms.cards.own,
             ring=ring,
             workload=self.workload(),
             durations=self.durations,
@@ -77,7 +77,7 @@ class Bidding:
             estimated_s=terms.estimated_s,
             queue_wait_s=terms.queue_wait_s,
             confidence=terms.confidence,
-            capability_hash=rooms.members.card_hash,
+            capability_hash=rooms.cards.own_hash,
             load=terms.load,
             energy_cost=terms.energy_cost,
             nonce=ctx.entropy(16),

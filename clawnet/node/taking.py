@@ -226,7 +226,7 @@ class Taking:
 
     def _objection(self, award: Award) -> str:
         """Why an award with a good lock is still not taken; "" when it is."""
-        job, ctx, card = award.job, self._ctx, self._rooms.members.card
+        job, ctx, card = award.job, self._ctx, self._rooms.cards.own
         if job.job in self._cancelled:
             return "cancelled"
         if ctx.draining:

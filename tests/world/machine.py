@@ -333,7 +333,7 @@ class Machine:
         previous = self.node
         self.world.clock.tell(self.name, "is made again from its disk")
         node, effects = self._build()
-        node.rooms.members.take_over(previous.rooms.members)
+        node.rooms.cards.take_over(previous.rooms.cards)
         for up in self.ups.values():
             self.runtime.feed(up)
         return Watched(node, self), effects
