@@ -205,11 +205,22 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         ("result sha256", result.get("sha256")),
         ("idempotency key", task["idempotency_key"]),
     ]
-    rows += [
-        (f"attempt {a['attempt']}", f"{who(a['executor'])} {a['state']} {a['price']} {a['reason']}")
-        for a in task["attempts"]
-    ]
+    rows += _attempt_lines(task["attempts"])
     return rows + [(f"{t['at']}", f"{t['state']} {t['reason']}") for t in task.get("transitions", [])]
+
+
+def _attempt_lines(attempts: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Who tried, how it ended and why, when, at which price, and what became of the escrow."""
+    return [
+        (
+            f"attempt {one['attempt'] + 1}",
+            f"{who(one['executor'])} {one['state']}"
+            + (f" ({one['reason']})" if one["reason"] else "")
+            + f", {one['started_at']} to {one['ended_at'] or 'now'}, {one['price']} credits"
+            + (f", escrow {one['escrow']['state']}" if one["escrow"]["id"] else ""),
+        )
+        for one in attempts
+    ]
 
 
 @app.command(cls=NodeCommand)
@@ -254,6 +265,8 @@ def why(context: typer.Context, task: o.TASK) -> None:
             lines.append(f"  {who(peer['peer'])}: {told}")
         if auction["reason"]:
             lines.append(f"  {auction['reason']}")
+    if len(found["attempts"]) > 1 or any(one["reason"] for one in found["attempts"]):
+        lines += [f"{label}: {told}" for label, told in _attempt_lines(found["attempts"])]
     if found["hint"]:
         lines.append(found["hint"])
     write("".join(clean(line) + "\n" for line in lines))

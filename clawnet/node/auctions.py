@@ -295,7 +295,13 @@ class Auctions:
 
     def _exhausted(self, task: Task) -> None:
         """Nobody in any ring takes it: later, where somebody was only full, else never."""
+        lost = {peer for peer, gone in {one.peer: one.lost for one in task.attempts}.items() if gone}
         if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
+            self.pause(task)
+        elif lost and self._ctx.now < task.deadline_ms:
+            # Nobody is left but those that were lost: until the deadline they may come back.
+            task.refused = [peer for peer in task.refused if peer not in lost]
+            self._parked[task.task_id] = None
             self.pause(task)
         elif back_ms := self._back_ms(task):
             self._parked[task.task_id] = None

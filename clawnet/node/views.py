@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STREAMS_KEPT_MAX = 16
 SMALL_STREAMS_BYTES = 16 * 1024
+UNDER_WAY = ("awarded", "locked", "accepted")
 OUTCOME_STATES = ("delivering", "released", "claimed", "done")
 
 
@@ -108,11 +109,12 @@ class Views:
         }
 
     def _attempt(self, attempt: Attempt) -> dict[str, Any]:
-        ended = attempt.delivered_ms or (self._ctx.now if attempt.closed else 0)
+        lost = not attempt.paying and not attempt.closed and attempt.state in UNDER_WAY
+        ended = attempt.delivered_ms or attempt.ended_ms
         return {
             "attempt": attempt.n,
             "executor": self._rooms.members.party(attempt.peer),
-            "state": attempt.state,
+            "state": "lost" if lost else attempt.state,
             "price": format_credits(attempt.price_ucr),
             "started_at": time_text(attempt.awarded_ms),
             "ended_at": time_text(ended) if ended else None,
@@ -210,6 +212,7 @@ class Views:
             "summary": summary,
             "hint": task.error_hint,
             "rounds": rounds,
+            "attempts": [self._attempt(attempt) for attempt in task.attempts],
             "transitions": self.transitions(transitions, newest),
         }
 
