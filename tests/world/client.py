@@ -22,6 +22,7 @@ class Wish(Struct):
     spec: dict[str, Any]
     cancel_after_us: int
     task_id: str = ""
+    accepted_us: int = 0
     refused: str = ""
 
     @property
@@ -106,6 +107,7 @@ class Client:
             wish.refused = str(error.get("message", error))
             return
         wish.task_id = value["task_id"]
+        wish.accepted_us = self.world.clock.now_us
         self.accepted[machine.peer, wish.task_id] = wish
         self.world.clock.tell(machine.name, f"accepts task {wish.mark} as {wish.task_id[:8]}")
         if wish.cancel_after_us:

@@ -19,7 +19,7 @@ class Faults:
         self.world = world
         self.rng = rng
         self.enabled = enabled
-        self.power = enabled and rng.random() < 0.15
+        self.power = enabled and rng.random() < 0.25
         self.done: dict[str, int] = {}
         self.skewed = rng.choice((0, 0, 2_000, 28_000, SKEW_MS_MAX)) if enabled else 0
         self.clock_stop = rng.random() < 0.5
@@ -75,7 +75,6 @@ class Faults:
         machine.dies_how = "kill"
         if self.power and self.rng.random() < 0.5:
             machine.dies_how = "power"
-            self.world.losing = True
         machine.dies_at = self.rng.randrange(30)
 
     def _cut(self, machine: Machine) -> None:

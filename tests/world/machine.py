@@ -43,6 +43,8 @@ class Disk(MemoryStore):
         machine = self._machine
         machine.point("before a commit")
         super().commit(rows, durable)
+        if durable:
+            machine.synced_us = machine.world.clock.now_us
         machine.world.committed(machine, rows, durable)
         machine.point("after a commit")
 
@@ -237,6 +239,9 @@ class Machine:
         self.points = 0
         self.dies_at = -1
         self.dies_how = "kill"
+        self.synced_us = 0
+        self.forgotten: list[tuple[int, int]] = []
+        """From when to when the disk forgot by a power cut what had been committed: nothing was synced in between."""
         self.ups: dict[str, e.PeerUp] = {}
         self.node: Node
         self.runtime: Runtime
@@ -367,6 +372,7 @@ class Machine:
         self.ups = {}
         if how == "power":
             self.disk.cut_power()
+            self.forgotten.append((self.synced_us, self.world.clock.now_us))
         noticed_us = self.luck.randrange(1_000_000, 15_000_000) if how == "power" else 0
         self.world.network.machine_down(self, noticed_us=noticed_us)
         self.world.client.machine_down(self)
@@ -375,6 +381,10 @@ class Machine:
             away_us = self.luck.randrange(60_000_000, 1_200_000_000)
         self.back_us = self.world.clock.now_us + away_us
         self.world.clock.after(away_us, self.world.restart, self)
+
+    def may_have_lost(self, at_us: int) -> bool:
+        """Whether a power cut took what was committed then without a sync: no promise covers that (DESIGN section 2)."""
+        return any(synced_us < at_us <= cut_us for synced_us, cut_us in self.forgotten)
 
     def drain(self) -> None:
         """SIGTERM."""

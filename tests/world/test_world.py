@@ -69,7 +69,6 @@ def killed_at(victims: dict[int, int], how: str) -> World:
         def doom() -> None:
             for number, point in victims.items():
                 world.machines[number].dies_at, world.machines[number].dies_how = point, how
-                world.losing = world.losing or how == "power"
 
         world.clock.after(1_900_000, doom)
         try:

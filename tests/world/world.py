@@ -73,8 +73,6 @@ class World:
         """Keys by executor and requester: none may travel in a result."""
         self.issuers: frozenset[bytes] = frozenset()
         self.peace_us = 0
-        self.losing = False
-        """Some machine has lost its power: what was not synced is gone, which only the ledger's laws survive."""
         self.warnings: dict[str, int] = {}
         self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.0005, 0.005)))
         self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults)
