@@ -83,6 +83,7 @@ class Faults:
         share = self.rng.choice((0.3, 1.0))
         ways = self.rng.choice(((0,), (1,), (0, 1)))
         self.world.clock.tell(machine.name, f"is cut off ({share:g}, {len(ways)})")
+        self.world.seen["cut both ways" if len(ways) == 2 else "cut one way"] += 1
         for edge in self.world.network.of.get(machine.peer, ()):
             if self.rng.random() <= share:
                 mine = edge.ends.index(machine)
@@ -106,6 +107,7 @@ class Faults:
 
     def _slow(self, machine: Machine) -> None:
         """Every turn takes its time."""
+        self.world.seen["slow machine"] += 1
         machine.pace_us = machine.loop.pace_us = self.rng.choice((20_000, 300_000))
         self.world.clock.after(round(self.rng.uniform(1.0, 20.0) * 1e6), self._fast, machine)
 
