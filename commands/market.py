@@ -11,7 +11,7 @@ from clawnet.errors import NotFoundError, TimedOutError, UsageError
 from . import batch, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
-from .render import clean, json_line, pairs, seconds, short, show, table, who, write
+from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, table, who, write
 
 FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
 OPEN = [
@@ -97,11 +97,21 @@ def submit(
             accepted = client.call("task.submit", {"spec": task_spec})
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
+                _already_over(client, task_spec, accepted)
                 return
             task = _follow_one(invocation, client, accepted["task_id"], stream=stream)
             note(task)
             code = waiting.finish(invocation, task)
     raise typer.Exit(code)
+
+
+def _already_over(client: Any, spec: dict[str, Any], accepted: dict[str, Any]) -> None:
+    """A prompt that no peer can answer has ended before its id is printed: that is told, with its exit code."""
+    if spec["type"] == "prompt" and accepted["created"]:
+        task = client.call("task.get", {"task": accepted["task_id"]})
+        error = waiting.task_error(task) if task["state"] == "no_bids" else None
+        if error is not None:
+            raise error
 
 
 def _follow_one(invocation: Invocation, client: Any, task_id: str, *, stream: bool) -> dict[str, Any]:
@@ -124,6 +134,7 @@ def _print_text(invocation: Invocation, task: dict[str, Any]) -> None:
     result = task.get("result") or {}
     text = result.get("text")
     if text and not invocation.json and not result.get("stdout") and not result.get("stdout_bytes"):
+        text = clean_lines(text) if on_terminal() else text
         write(text if text.endswith("\n") else text + "\n")
 
 

@@ -28,7 +28,8 @@ CAPABILITY_OF_KIND: Final[dict[str, str]] = {
     "swarm_ai": "ai-inference",
 }
 SHELL: Final = "shell-execution"
-_SYNONYMS: Final = {"shell": SHELL, "prompt": "ai-inference"}
+AI: Final = "ai-inference"
+_SYNONYMS: Final = {"shell": SHELL, "prompt": AI}
 
 
 def _canonical(word: str) -> str:
@@ -51,6 +52,7 @@ def capability_hash(card: PeerCard) -> bytes:
         sorted(card.models),
         card.slots,
         sorted(card.shell_rings),
+        sorted(card.prompt_rings),
     )
     return hashlib.sha256(msgspec.msgpack.encode(claims)).digest()
 
@@ -59,7 +61,8 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     """The first thing that keeps the node of `card` from doing such a task for a requester of `ring`; None: it fits.
 
     The same rule serves the requester who chooses whom to ask and the worker who is asked. A kind needs its
-    capability word (CAPABILITY_OF_KIND); a shell task also needs `ring` among the card's shell rings.
+    capability word (CAPABILITY_OF_KIND); a shell task also needs `ring` among the card's shell rings, a prompt among
+    its prompt rings.
     """
     needed = CAPABILITY_OF_KIND.get(kind)
     offered = {_canonical(word) for word in card.capabilities}
@@ -68,6 +71,8 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     if not all(_canonical(word) in offered for word in requirements.capabilities):
         return Reason.NO_CAPABILITY
     if needed == SHELL and ring not in card.shell_rings:
+        return Reason.POLICY
+    if needed == AI and ring not in card.prompt_rings:
         return Reason.POLICY
     if requirements.os and requirements.os != card.os:
         return Reason.OS

@@ -10,6 +10,8 @@ from clawnet import limits
 from clawnet.errors import NoBidError, TimedOutError
 from clawnet.market import taskspec
 from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record, weights_from
+from clawnet.market.capability import AI
+from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.node.context import Context
 from clawnet.wire.messages import Bid, Decline, Offer
@@ -22,6 +24,7 @@ MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 RESUME_MS = 5_000
+SET_ENDPOINT = "give this one an AI endpoint (clawnet config set openclaw.api_endpoint http://127.0.0.1:11434)"
 SPEND = "spend"
 """Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
 
@@ -128,6 +131,9 @@ class Auctions:
         named = task.spec["peer"]
         excluded = [*task.spec["exclude"], *task.refused]
         if ring == "self":
+            if task.kind == "prompt" and AI not in self._rooms.cards.own.capabilities:
+                task.refusals[Reason.NO_CAPABILITY.value] = 1  # not worth a round: the submitter hears of it at once
+                return []
             return [ctx.me] if ctx.me not in excluded and (not named or ctx.me in named) else []
         return members.index.candidates(
             task.kind,
@@ -344,11 +350,21 @@ class Auctions:
             task, "no_bids", NoBidError(f"no acceptable bid: {asked}", hint=error_hint, refusals=refusals)
         )
 
+    def _no_endpoint(self, task: Task) -> str:
+        """Nobody answers prompts: what this node's own endpoint lacks, how one is set, and what works without one."""
+        trouble = self._rooms.cards.capacity.prompt_trouble
+        lacking = f"the AI endpoint here does not serve: {trouble}" if trouble else "no connected node serves prompts"
+        wider = "--ring member asks members too; " if task.spec["ring"] == "own" else ""
+        own = "clawnet doctor tells more" if trouble else SET_ENDPOINT
+        return f"{lacking}; {wider}{own}; or run a command with --type shell"
+
     def _widen(self, task: Task, refusals: dict[str, int]) -> str:
         """What the requester could change so that somebody may take it."""
         why = f"clawnet market why {task.task_id.hex()[:8]} explains"
-        if task.kind == "prompt":
-            return f"no connected node serves prompts; run a command with --type shell; {why}"
+        if task.kind == "prompt" and not set(refusals) - {"no_capability"} and not task.spec["peer"]:
+            return f"{self._no_endpoint(task)}; {why}"
+        if "no_model" in refusals or task.spec["requirements"]["model"]:
+            return f"--model names one model; leave it out to widen the choice; {why}"
         if "price" in refusals:
             return f"a higher --budget may help; {why}"
         if task.spec["peer"]:

@@ -8,7 +8,7 @@ from clawnet import __version__, limits
 from clawnet.errors import ClawnetError, WireError
 from clawnet.identity.certificates import verify_chain
 from clawnet.identity.keys import public_of
-from clawnet.market.capability import capability_hash
+from clawnet.market.capability import AI, capability_hash
 from clawnet.mesh.roster import PeerRecord
 from clawnet.node.context import Context
 from clawnet.wire.codec import decode_struct, encode
@@ -49,6 +49,7 @@ class Cards:
         if "compute" not in offered:
             offered = [word for word in offered if not word.startswith("op:")]
         shell = list(capacity.shell_rings) if "shell-execution" in offered else []
+        prompts = list(capacity.prompt_rings) if AI in offered else []
         jobs = getattr(self._rooms, "jobs", None)
         members = self._rooms.members
         return PeerCard(
@@ -63,12 +64,13 @@ class Cards:
             cpu=capacity.cpu,
             memory_bytes=capacity.memory_bytes,
             gpu=capacity.gpu,
-            models=list(capacity.models),
+            models=list(capacity.models) if prompts else [],
             slots=getattr(jobs, "slots", 0),
             running=len(jobs.running) if jobs is not None else 0,
             queued=0,
             shell_rings=shell,
             certificates=members.facts.certificates,
+            prompt_rings=prompts,
         )
 
     def refresh(self) -> None:
@@ -90,6 +92,9 @@ class Cards:
 
     def capacity_changed(self, event: CapacityChanged) -> None:
         """The execution adapters have probed what they can do."""
+        if event.prompt_trouble != self.capacity.prompt_trouble or event.prompt_rings != self.capacity.prompt_rings:
+            rings, reason = " ".join(event.prompt_rings), event.prompt_trouble
+            self._ctx.log("warn" if reason else "info", "endpoint.changed", rings=rings, reason=reason)
         self.capacity = event
         configured = self._ctx.config.integer("execution.slots")
         self._rooms.jobs.slots = configured or max(2, event.cpu)

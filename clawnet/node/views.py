@@ -33,6 +33,16 @@ def _stream(data: bytes | None, name: str) -> dict[str, Any]:
         return {name: None, name + "_b64": base64.b64encode(data).decode()}
 
 
+def _usage(kind: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The cost record; tokens and model are a prompt's alone."""
+    usage = dict(result["usage"])
+    if kind != "prompt":
+        for name in ("tokens_in", "tokens_out", "model", "finish_reason"):
+            usage.pop(name, None)
+    text = len((result["text"] or "").encode())
+    return {**usage, "output_bytes": result["stdout_bytes"] + result["stderr_bytes"] + text}
+
+
 class Views:
     """Renders what the rooms hold. `streams` keeps the output of the newest large results at hand."""
 
@@ -139,7 +149,7 @@ class Views:
             "outputs": result["outputs"],
             "sha256": result["sha256"].hex(),
             "duration_s": usage["duration_s"],
-            "usage": {**usage, "output_bytes": result["stdout_bytes"] + result["stderr_bytes"]},
+            "usage": _usage(task.kind, result),
             "stdout_bytes": result["stdout_bytes"],
             "stderr_bytes": result["stderr_bytes"],
         }

@@ -145,6 +145,7 @@ class PeerCard(Message, frozen=True):
     queued: U32
     shell_rings: Words
     certificates: Annotated[list[Statement], Meta(max_length=4)] = []
+    prompt_rings: Words = []
 
 
 class Disconnect(Message, frozen=True):
