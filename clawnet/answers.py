@@ -21,6 +21,7 @@ from clawnet.answers_market import (
     EscrowState,
     Party,
     Ring,
+    AttemptLine,
     StreamLine,
     Submitted,
     Task,
@@ -454,4 +455,5 @@ ANSWERS: Final[dict[str, Any]] = {
     "wallet send": Sent,
     "error": ErrorAnswer,
     "stream": StreamLine,
+    "stream again": AttemptLine,
 }

@@ -41,6 +41,7 @@ class Submitted(Answer):
 
     task_id: str
     created: bool
+    deadline: str = ""
 
 
 class Party(Answer):
