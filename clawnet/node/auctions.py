@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from clawnet import limits
 from clawnet.errors import NoBidError, TimedOutError
@@ -13,6 +15,7 @@ from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record
 from clawnet.market.capability import AI
 from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
+from clawnet.market.waiting import Waiting
 from clawnet.node.context import Context
 from clawnet.wire.messages import Bid, Decline, Offer
 
@@ -29,6 +32,13 @@ SPEND = "spend"
 """Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
 
 
+def _lane(task: Task) -> bytes:
+    """Tasks that the same candidates would take or refuse for want of room; 8 bytes, so that it is no task's id."""
+    spec = task.spec
+    asked = [task.kind, spec["requirements"], spec["peer"], spec["exclude"], task.stages]
+    return hashlib.blake2b(msgspec.msgpack.encode(asked), digest_size=8).digest()
+
+
 class Auctions:
     """Live auctions by task, the queue of tasks that wait for one, and who was awarded how long ago."""
 
@@ -36,8 +46,7 @@ class Auctions:
         self._ctx = ctx
         self._rooms = rooms
         self.live: dict[bytes, Auction] = {}
-        self._waiting: list[tuple[int, int, bytes]] = []
-        self._turn = 0
+        self.waiting = Waiting()
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
         self._expected: dict[str, None] = {}
@@ -60,8 +69,7 @@ class Auctions:
     def queue(self, task: Task) -> None:
         """Holds an auction for the task, now or when one of the running ones has ended."""
         task.stage = 0
-        self._turn += 1
-        heapq.heappush(self._waiting, (-task.spec["priority"], self._turn, task.task_id))
+        self.waiting.push(_lane(task), task.spec["priority"], task.task_id)
         self._rooms.tasks.touch(task)
 
     def expect(self, peers: Iterable[str]) -> None:
@@ -95,8 +103,11 @@ class Auctions:
         """At the end of a turn: opens waiting auctions while there is room."""
         if self._ctx.now < self._held_until_ms:
             return
-        while self._waiting and len(self.live) < self._live_max:
-            task = self._rooms.tasks.open.get(heapq.heappop(self._waiting)[2])
+        while len(self.live) < self._live_max:
+            task_id = self.waiting.pop()
+            if task_id is None:
+                return
+            task = self._rooms.tasks.open.get(task_id)
             if (
                 task is not None
                 and task.state in ("announced", "bidding", "reassigned")
@@ -108,6 +119,7 @@ class Auctions:
         """The task is final: its auction, if any, is over."""
         self._bids_in.pop(task.task_id, None)
         self._parked.pop(task.task_id, None)
+        self.waiting.forget(task.task_id)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
             self._ctx.sleep(("auction", task.task_id))
@@ -254,7 +266,10 @@ class Auctions:
                 self._close(auction)
 
     def timer(self, task_id: bytes) -> None:
-        """A close may be due, or the end of a pause after which it is tried again."""
+        """A close may be due, or the end of a pause after which it, or one of a lane, is tried again."""
+        if self.waiting.held(task_id):
+            self._hold(task_id, self.waiting.pause_over(task_id))
+            return
         self._parked.pop(task_id, None)
         auction = self.live.get(task_id)
         if auction is not None:
@@ -289,6 +304,7 @@ class Auctions:
             best = ranking[0][0]
             self._order.note(best.peer)
             self._bids_in.pop(task.task_id, None)
+            self.waiting.taken(_lane(task))
             self._rooms.awards.award(task, best)
             return
         refusals = auction.refusals()
@@ -322,7 +338,22 @@ class Auctions:
         return max((away[peer] for peer in able), default=0)
 
     def pause(self, task: Task) -> None:
-        """Everybody who could is full: ask again a little later, until the deadline."""
+        """Everybody who could is full: it is asked again when a place may be free, until the deadline."""
+        task.stage = 0
+        task.refusals.clear()
+        lane = _lane(task)
+        self._hold(lane, self.waiting.full(lane, task.spec["priority"], task.task_id))
+
+    def _hold(self, lane: bytes, pause_ms: int) -> None:
+        if pause_ms:
+            self._ctx.wake(("auction", lane), self._ctx.now + pause_ms + self._rooms.members.pick(pause_ms))
+
+    def attempt_ended(self, task: Task) -> None:
+        """An executor has a place again."""
+        self.waiting.ended(_lane(task))
+
+    def later(self, task: Task) -> None:
+        """Somebody may take this task yet: ask again after a pause that grows, until the deadline."""
         task.backoff_ms = min(max(BACKOFF_MIN_MS, task.backoff_ms * 2), BACKOFF_MAX_MS)
         task.refusals.clear()
         spread = self._rooms.members.pick(task.backoff_ms)

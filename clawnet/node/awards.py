@@ -279,6 +279,8 @@ class Awards:
     def close(self, task: Task, attempt: Attempt, state: str, reason: str = "") -> None:
         """Nothing is owed any longer in either direction."""
         attempt.state, attempt.closed = state, True
+        if attempt.accepted_ms:
+            self._rooms.auctions.attempt_ended(task)
         attempt.ended_ms = attempt.ended_ms or self._ctx.now
         self._by_line.pop((attempt.lock_seq, attempt.line), None)
         self._rooms.results.forget(task, attempt)
@@ -346,7 +348,7 @@ class Awards:
             return
         self._rooms.tasks.move(task, "reassigned", why)
         if later:
-            self._rooms.auctions.pause(task)
+            self._rooms.auctions.later(task)
         else:
             self._rooms.auctions.queue(task)
 
