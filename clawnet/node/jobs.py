@@ -129,6 +129,8 @@ class Jobs:
                 self._short.add(job.job)
 
     def _pump_prompts(self) -> None:
+        if not self.slots:
+            return  # the executor has not said yet what it can do
         while self.prompts and len(self.prompting) < self._ctx.config.integer("execution.prompt_slots"):
             job = self.jobs.get(self.prompts.popleft())
             if job is not None and job.state == "queued":
