@@ -42,6 +42,12 @@ def submit(alice: Node, script: str = PRINTS, *more: str) -> str:
     return alice("market", "submit", "--type", "shell", *more, "--", script).line
 
 
+def upto(process: subprocess.Popen[bytes], out: bytes, number: int) -> bytes:
+    """What the command has printed, at least up to this line."""
+    line = b"line %d\n" % number
+    return out if line in out else out + read_until(process.stdout, line)
+
+
 def complete(process: subprocess.Popen[bytes], before: tuple[bytes, bytes] = (b"", b"")) -> None:
     """The command ended with the task's own code, and printed every byte of it on its stream."""
     out, err = process.communicate(timeout=60)
@@ -76,7 +82,7 @@ def test_commands_that_wait_outlive_their_daemon(pair: tuple[Node, Node], tmp_pa
             seen = read_until(logs.stdout, b"line 40\n")
             for number in (120, 200):
                 alice.kill()
-                out += read_until(run.stdout, b"line %d\n" % number) if b"line %d\n" % number not in out else b""
+                out = upto(run, out, number)
                 assert alice.pid  # those who wait have started it again
             complete(run, (out, b""))
             assert wait.wait(60) == 7
@@ -208,7 +214,7 @@ def test_a_link_that_is_cut_again_and_again_loses_nothing(nodes: Nodes) -> None:
         with alice.popen("run", "--", "sh", "-c", PRINTS) as run:
             out = b""
             for number in (40, 80, 120):
-                out += read_until(run.stdout, b"line %d\n" % number)
+                out = upto(run, out, number)
                 relay.cut()
                 relay.mend()
                 link()
