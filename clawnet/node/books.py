@@ -269,6 +269,13 @@ class Books:
             return None, None
         return claim_item(payable, self._rooms.pay.key_of(job)), job
 
+    def owes(self, payer: bytes, lock_seq: int, line: int) -> bool:
+        """Whether a release of this line waits to be claimed."""
+        return any(
+            payable.kind == EntryKind.RELEASE and (payable.lock_seq, payable.line) == (lock_seq, line)
+            for payable in self.book.payables(payer, self._ctx.account)
+        )
+
     def _try(self, write: Any, items: list[Any]) -> Parsed | None:
         """One entry, or a log line when the ledger refuses it now; the caller keeps what it owes."""
         try:

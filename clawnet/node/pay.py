@@ -114,8 +114,13 @@ class Pay:
             self.acknowledged(job)
 
     def line_ended(self, payer: bytes, lock_seq: int, line: int) -> None:
-        """The payer refunded the line: what was delivered is not paid any more."""
+        """The payer refunded the line: what was delivered is not paid any more.
+
+        Unless it was released before: then this is what was left of it, and the claim may not have been written yet.
+        """
         job = self.released(payer, lock_seq, line)
+        if job is not None and job.state == "delivered" and self._rooms.books.owes(payer, lock_seq, line):
+            return
         self._unbind(payer, lock_seq, line)
         if job is None:
             return
