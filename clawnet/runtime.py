@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from clawnet import limits
 from clawnet.errors import (
     BusyError,
     ClawnetError,
@@ -23,6 +22,7 @@ from clawnet.errors import (
     StorageFullError,
     UnreachableError,
 )
+from clawnet.inbox import Inbox
 from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
 from clawnet.storage.queries import is_quick
 from clawnet.timers import Timers
@@ -70,7 +70,7 @@ class Runtime:
         self.node: NodeLike
         self.switch: SwitchPort
         self._loop = asyncio.get_running_loop()
-        self._inbox: deque[e.Stimulus] = deque()
+        self._inbox = Inbox(me)
         self._scheduled = False
         self._timers = Timers(clock, lambda key: self.feed(e.TimerFired(key)), lambda: self.stopped)
         # Answers to what an earlier node asked for are of no use to the present one.
@@ -117,26 +117,26 @@ class Runtime:
     def feed(self, stimulus: e.Stimulus) -> None:
         """Takes a stimulus; the turn that handles it starts in this pass of the event loop.
 
-        Above INBOX_MAX local calls are answered "busy" and peers' messages are dropped and counted; timers and
-        completions always fit. Called in the loop's thread only.
+        Local calls above their bound are answered "busy", messages above that of their peer or of all peers are dropped
+        and counted; timers and completions always fit. Called in the loop's thread only.
         """
-        if (len(self._inbox) >= limits.INBOX_MAX or self.resting is not None) and not self._has_room(stimulus):
+        if (self.resting is not None or not self._inbox.has_room(stimulus)) and self._refuse(stimulus):
             return
         kind = type(stimulus)
         if kind in _OF_RUNS and self._is_stale(stimulus):  # type: ignore[arg-type]
             return
-        self._inbox.append(stimulus)
+        self._inbox.put(stimulus)
         self._schedule()
 
-    def _has_room(self, stimulus: e.Stimulus) -> bool:
+    def _refuse(self, stimulus: e.Stimulus) -> bool:
         if type(stimulus) is e.RpcCall:
             busy = BusyError("the daemon has more calls waiting than it takes", hint="try again in a moment")
             self.ipc.reply(stimulus.call, None, (self.resting or busy).as_dict())
-            return False
+            return True
         if type(stimulus) is e.MessageIn and stimulus.peer != self.me:
             self.observer.count("messages_refused_total", "inbox_full", 1)
-            return False
-        return True
+            return True
+        return False
 
     def _schedule(self) -> None:
         if not self._scheduled and self._inbox:
@@ -148,18 +148,22 @@ class Runtime:
         """Stimuli that wait."""
         return len(self._inbox)
 
+    @property
+    def calls_waiting(self) -> int:
+        """Local calls among them: their callers give no more while many wait."""
+        return self._inbox.calls
+
     def _turn(self) -> None:
         """All that waits (at most INBOX_TURN_MAX), one transaction, one write a peer."""
         self._scheduled = False
         if self.stopped or self.resting is not None:
             return
-        inbox, node = self._inbox, self.node
+        node = self.node
         now_ms = self.clock()
         out: list[e.Effect] = []
         handled: list[e.Stimulus] = []
         try:
-            for _ in range(1 if self._alone else min(len(inbox), limits.INBOX_TURN_MAX)):
-                stimulus = inbox.popleft()
+            for stimulus in self._inbox.turn():
                 handled.append(stimulus)
                 kind = type(stimulus)
                 if kind is e.RpcCall:
@@ -175,8 +179,6 @@ class Runtime:
         else:
             self.turns_total += 1
             self.stimuli_total += len(handled)
-            if self._alone:
-                self._alone -= 1
             self._perform(out, handled)
         self._schedule()
 
@@ -402,7 +404,7 @@ class Runtime:
         for job in sorted(self._jobs):
             self.executor.stop(job)
         self._jobs.clear()
-        waiting, self._inbox = self._inbox, deque()
+        waiting, self._inbox = self._inbox, Inbox(self.me)
         try:
             self.node, effects = self._rebuild()
         except StorageError as error:
@@ -415,10 +417,14 @@ class Runtime:
             self._fail(error.message if isinstance(error, ClawnetError) else repr(error))
             return
         if self._draining:
-            self._inbox.append(e.Drain())
-        self._inbox.extend(stimulus for stimulus in again if type(stimulus) not in _OF_THE_OLD_NODE)
-        self._alone = len(self._inbox) if again else 0
-        self._inbox.extend(stimulus for stimulus in waiting if type(stimulus) not in _OF_THE_OLD_NODE)
+            self._inbox.put(e.Drain())
+        if again:
+            first, self._inbox = self._inbox, Inbox(self.me)
+            self._inbox.put_alone(first)
+            self._inbox.put_alone(stimulus for stimulus in again if type(stimulus) not in _OF_THE_OLD_NODE)
+        for stimulus in waiting:
+            if type(stimulus) not in _OF_THE_OLD_NODE:
+                self._inbox.put(stimulus)
         renewed = {stimulus.call for stimulus in self._inbox if type(stimulus) is e.RpcCall}
         self._hang_up_calls(self._calls - renewed)
         self._calls &= renewed

@@ -37,6 +37,7 @@ FLOORS = {
     "observe": 5,
     "ports": 5,
     "timers": 5,
+    "inbox": 5,
     "runtime": 6,
     "backup": 6,
     "daemon": 7,

@@ -265,13 +265,14 @@ def test_the_inbox_is_bounded_for_peers_and_clients_alone(
     async def test(house: House) -> None:
         for _ in range(5):
             house.hear()
-        house.call(add=1)
+        for _ in range(4):
+            house.call(add=1)
         house.hear(peer=ME)
         house.runtime.feed(e.TaskOutput(b"j", 1, 0, b"x"))
-        assert house.runtime.backlog == 5
-        assert house.story == [("reply", 1, "busy")]
+        assert (house.runtime.backlog, house.runtime.calls_waiting) == (8, 3)
+        assert house.story == [("reply", 4, "busy")]
         await house.settle()
-        assert house.node.total == 4
+        assert house.node.total == 7 and house.runtime.calls_waiting == 0
 
     play(store, test)
 

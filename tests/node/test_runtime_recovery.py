@@ -28,7 +28,7 @@ def test_what_waits_is_one_turn_one_transaction_and_one_batch_a_peer(world: Worl
     sent = Ping(1, world.loop.now_ms)
     assert world.journal == [
         ("commit", False, [("a", b"v"), ("b", b"v")]),
-        ("send", BOB, [sent, sent, Pong(7, world.loop.now_ms)]),
+        ("send", BOB, [Pong(7, world.loop.now_ms), sent, sent]),
         ("reply", 1, "set"),
         ("reply", 2, "set"),
     ]
@@ -139,13 +139,15 @@ def test_replaced_timers_do_not_pile_up(world: World) -> None:
 def test_a_full_inbox_answers_calls_drops_messages_and_keeps_the_rest(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "INBOX_MAX", 2)
-    for stimulus in (ping(1), ping(2), ping(3), call(4, "set", word="a"), e.TimerFired(("t",)), exited(), ping(5, ME)):
+    monkeypatch.setattr(limits, "INBOX_MAX", 1)
+    monkeypatch.setattr(limits, "INBOX_OF_PEER_MAX", 1)
+    calls = (call(4, "set", word="a"), call(5, "set", word="b"))
+    for stimulus in (ping(1), ping(2), *calls, e.TimerFired(("t",)), exited(), ping(5, ME)):
         world.runtime.feed(stimulus)
-    assert world.journal == [("reply", 4, "busy")]
+    assert world.journal == [("reply", 5, "busy")]
     assert world.counts == {("messages_refused_total", "inbox_full"): 1}
     world.loop.run()
-    assert world.heard()[:5] == ["MessageIn", "MessageIn", "TimerFired", "TaskExited", "MessageIn"]
+    assert world.heard()[:5] == ["MessageIn", "RpcCall", "TimerFired", "TaskExited", "MessageIn"]
     assert world.runtime.backlog == 0
 
 
