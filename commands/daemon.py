@@ -56,14 +56,19 @@ def serve(invocation: Invocation) -> int:
     def ready(addresses: list[str]) -> None:
         invocation.say(f"the node is ready; it listens at {', '.join(addresses) or 'no address'}")
 
-    try:
-        return node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
-    except ClawnetError as error:
-        # Of two that start at once one has the home; when that one answers, this is no failure.
-        if _comes_up(invocation, holder=int(error.details.get("pid") or 0)):
-            invocation.warn(f"a daemon runs already for {invocation.home.dir}")
-            return 0
-        raise
+    deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
+    while True:
+        try:
+            return node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
+        except ClawnetError as error:
+            # Of two that start at once one has the home; when that one answers, this is no failure.
+            holder = str(error.details.get("pid") or "")
+            if _comes_up(invocation, holder=int(holder) if holder.isdigit() else 0):
+                invocation.warn(f"a daemon runs already for {invocation.home.dir}")
+                return 0
+            if not holder or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)  # it was ended before it answered, and the home is free again
 
 
 def _comes_up(invocation: Invocation, *, holder: int) -> bool:

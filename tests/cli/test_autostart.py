@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clawnet import api, launch
 from clawnet.errors import ClawnetError
 from clawnet.paths import Home
 from tests.cli.conftest import Program, failure
+from tests.cli.harness import processes_with, until
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +84,38 @@ def test_a_killed_node_leaves_nothing_in_the_way(starting: Program) -> None:
     done = starting("wallet", "balance")
     assert done.returncode == 0, done.stderr
     assert status(starting)["pid"] != pid
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from clawnet.storage.filelock import FileLock
+lock = FileLock.take(Path(sys.argv[1]), what="the home")
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_node_that_was_killed_as_it_started_does_not_take_a_second_one_with_it(starting: Program) -> None:
+    starting("init")
+    words = [sys.executable, "-c", HOLDER, str(starting.home.lock_file)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"taken\n"
+        command = starting.start("wallet", "balance")
+        until("a node waits for the one that has the home", lambda: waiting(str(starting.home.dir)))
+        holder.kill()
+    out, err = command.communicate(timeout=60)
+    assert (command.returncode, out) == (0, b"1000\n"), err
+
+
+def waiting(home: str) -> bool:
+    """Whether a daemon of this home is loaded and sleeps, as it does while it looks whether another one answers."""
+    for pid in processes_with(home):
+        proc = Path(f"/proc/{pid}")
+        loaded = b"daemon\0run" in (proc / "cmdline").read_bytes() and "_sqlite3" in (proc / "maps").read_text()
+        if loaded and all((proc / "stat").read_text().rpartition(")")[2].split()[0] == "S" for _ in range(50)):
+            return True
+    return False
 
 
 def test_restart_and_a_second_start(starting: Program) -> None:
