@@ -101,8 +101,8 @@ class Auctions:
 
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
-        if self._ctx.now < self._held_until_ms:
-            return
+        if self._ctx.now < self._held_until_ms or not self._rooms.cards.capacity.cpu:
+            return  # the others, or what this node itself can do, are not known yet
         while len(self.live) < self._live_max:
             task_id = self.waiting.pop()
             if task_id is None:

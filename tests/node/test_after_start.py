@@ -157,3 +157,13 @@ def test_a_newcomer_is_let_in_once_its_grant_can_be_written() -> None:
     assert [answer.answer.refusal for answer in answers] == [""]
     granted = alice.node.rooms.books.book.payables(alice.key.public, node.public)
     assert [payable.amount_ucr for payable in granted] == [1_000 * CREDIT]
+
+
+def test_a_node_alone_goes_on_with_what_it_had_taken() -> None:
+    mesh = Mesh()
+    alice = mesh.found("alice")
+    call = alice.call("task.submit", spec={"type": "compute", "op": "primes", "op_args": {"limit": 10}})
+    alice.crash_at = alice.turns + 1
+    mesh.run(1)
+    assert alice.task(call)["state"] == "settled", "it knows what it can do only once its sandbox was probed"
+    laws(mesh)
