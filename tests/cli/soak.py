@@ -46,6 +46,8 @@ SETTINGS = {
     "CLAWNET_MARKET_MIN_BID_INCREMENT": "0.001",
 }
 CLIENTS = 3
+EXITS = (69, 75, 76, 124)
+"""What a command may exit with whose daemon, or executor, is killed; its task has an end all the same."""
 ORPHAN_S = 15.0
 REST_S = 180.0
 
@@ -336,6 +338,8 @@ class Soak:
         figures.tasks_lost, figures.states = verdict.lost, verdict.states
         figures.credits_off, figures.duplicates_executed = verdict.credits_off, verdict.duplicates
         figures.entries = verdict.entries
+        for text in [story(task) for disk in disks for task in disk.tasks.values() if task.state == "no_bids"]:
+            self._say(f"without a bid: {text}")
         for times, name in ((self._answers, "answer"), (self._recoveries, "recovery")):
             if times:
                 times.sort()
@@ -384,7 +388,8 @@ class Soak:
                 elif "exit" in said:
                     name = f"command exit {said['exit']}"
                     self.figures.refused[name] = self.figures.refused.get(name, 0) + 1
-                    self._say(f"{said}")
+                    if said["exit"] not in EXITS:
+                        self.figures.broken.append(f"a command failed: {said}")
                 else:
                     self.figures.broken.append(f"a client saw: {said}")
         for path in self._made.directory.glob("client-*.err"):
