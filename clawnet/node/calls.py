@@ -394,6 +394,8 @@ class Calls:
         """What the owner should know, in sentences."""
         found = []
         books = self._rooms.books
+        if self._rooms.twins.reason():
+            found.append(self._rooms.twins.reason())
         if books.purse.read_only_reason:
             why = books.chains.restore.sentence() or books.purse.read_only_reason
             found.append(f"the wallet is read-only: {why}")

@@ -135,6 +135,17 @@ class Cards:
             if record is not None and record.card and not members.banned(record.peer):
                 ctx.send(newcomer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
 
+    def show_own(self, peer: str) -> None:
+        """The newest card of `peer` that is known here: one that it did not make tells it of a twin (twins.py)."""
+        record = self._rooms.members.records.get(peer)
+        if record is not None and record.card:
+            self._ctx.send(peer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
+
+    def outdo(self, read: Relayed) -> None:
+        """A card in our name that we did not make: the next one of ours is newer."""
+        if read.kind == Kind.PEER_INFO:
+            self._serial = max(self._serial, decode_struct(PeerCard, read.body).serial)
+
     def keep_up(self) -> None:
         """Every minute: some cards to one random peer; the own card made anew before others think it old."""
         ctx = self._ctx

@@ -83,7 +83,7 @@ class Chains:
         if self._books.convicted(self._ctx.account):
             reason = "two histories of this account exist"
         else:
-            reason = self.restore.reason
+            reason = self._rooms.twins.reason() or self.restore.reason
         self._books.purse.read_only_reason = reason
 
     def _own_seq(self) -> int:

@@ -1,4 +1,4 @@
-"""The end of a daemon's life: no new work, what runs may finish, what is owed to connected peers is settled, then out."""
+"""A daemon ends: no new work, what runs may finish, what is owed to connected peers is settled, then out."""
 
 from __future__ import annotations
 

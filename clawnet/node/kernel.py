@@ -29,6 +29,7 @@ from clawnet.node.spending import ROW, Spending
 from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
+from clawnet.node.twins import Twins
 from clawnet.node.views import Views
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
@@ -70,6 +71,7 @@ class Rooms:
     outbox: Outbox
     loads: Loads
     relay: Relay
+    twins: Twins
     members: Members
     cards: Cards
     books: Books
@@ -116,6 +118,7 @@ class Node:
         rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.taking = Taking(self.ctx, rooms)
+        rooms.twins = Twins(self.ctx, rooms)
         rooms.relay = Relay(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.cards = Cards(self.ctx, rooms)
@@ -179,6 +182,7 @@ class Node:
         rooms.books.chains.reconsider()
         if not fresh:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
+        rooms.twins.start()
         rooms.jobs.resume()
         rooms.members.start()
         rooms.auctions.expect([effect.peer for effect in ctx.out if isinstance(effect, e.Dial)])
@@ -368,6 +372,8 @@ class Node:
             rooms.streaming.timer(key[1])
         elif what == "progress":
             rooms.jobs.progress()
+        elif what == "twin":
+            rooms.twins.timer()
         elif what == "heads":
             rooms.books.chains.gossip_heads()
             rooms.books.refund_orphans()

@@ -138,6 +138,7 @@ class Members:
         )
         ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
         self._rooms.cards.tell(event.peer)
+        self._rooms.cards.show_own(event.peer)
         self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)

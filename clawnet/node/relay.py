@@ -43,7 +43,9 @@ class Relay:
     def state(self, kind: Kind, body: bytes) -> tuple[bytes, bytes]:
         """A statement of this node's own: (statement, signature)."""
         ctx = self._ctx
-        return make_relayed(ctx.me, kind, body, identifier=ctx.entropy(16), time_ms=ctx.now, sign=ctx.ports.sign)
+        return make_relayed(
+            ctx.me, kind, body, identifier=self._rooms.twins.identifier(), time_ms=ctx.now, sign=ctx.ports.sign
+        )
 
     def read(self, kind: Kind, message: PeerInfo) -> Relayed | None:
         """What a message says, still unverified; None for this node's own statements and those known already.
@@ -51,7 +53,10 @@ class Relay:
         Raises WireError.
         """
         read = read_relayed(kind, message.statement)
-        if read.author == self._ctx.me or self.window.seen(read.author, read.id):
+        if read.author == self._ctx.me:
+            self._rooms.twins.heard(message, read)
+            return None
+        if self.window.seen(read.author, read.id):
             self._ctx.count("relayed_repeated_total", kind.name)
             return None
         return read

@@ -231,6 +231,29 @@ def test_a_copied_home_catches_up_before_it_writes(nodes: Nodes) -> None:
     nobody_forked([alice, copy])
 
 
+def test_two_clones_that_run_at_once_are_both_warned_and_neither_writes(nodes: Nodes) -> None:
+    alice, bob = at_fixed_ports(nodes, "alice", "bob")
+    stop(bob)
+    copy = nodes("copy")
+    copy.environ["CLAWNET_NODE_NAME"] = "bob"
+    shutil.copytree(bob.dir, copy.dir, ignore=shutil.ignore_patterns("run"))
+    bob.start()
+    bob.until("is back", lambda: connected(bob) == {"alice"})
+    copy.start()
+    twins = (bob, copy)
+    # A member that picks the connection (its id is the lower one) holds on to each of the two for a quarter of a minute.
+    until("both are warned", lambda: all("another program runs" in _warnings(node) for node in twins), 150.0)
+    for node in twins:
+        node("wallet", "send", "alice", "1").failed(77, "another program runs")
+        assert "identity.twin" in node.security_log
+        assert "another program runs" in node("doctor").out
+    nobody_forked([alice])
+
+
+def _warnings(node: Node) -> str:
+    return " ".join(node.ask("status")["warnings"])
+
+
 def test_a_renamed_home_is_no_copy(nodes: Nodes) -> None:
     node = nodes().start()
     stop(node)
