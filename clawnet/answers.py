@@ -364,6 +364,7 @@ class DaemonStatus(Answer):
     memory_rss_bytes: int = 0
     storage_bytes: int = 0
     activity: dict[str, int] = field(default_factory=dict)
+    restore: Restore | None = None
     warnings: list[str] = field(default_factory=list)
 
 
