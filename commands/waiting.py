@@ -72,6 +72,12 @@ def summary(invocation: Invocation, task: dict[str, Any]) -> None:
     took = seconds(result.get("duration_s"))
     code = result.get("exit_code")
     ended = f"exit code {code}" if code is not None else task["state"].replace("_", " ")
+    usage = result.get("usage") or {}
+    if "tokens_out" in usage:
+        model = clean(usage["model"]) or "no model named"
+        ended = f"{usage['tokens_in']} tokens in and {usage['tokens_out']} out, {model}"
+        if usage.get("finish_reason") == "length":
+            ended += "; the answer was cut: it had reached the most tokens that the executor allows"
     invocation.say(f"task {short(task['task_id'])}: {executor}, {price} credits, {took or 'no run'}, {ended}")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,7 +26,7 @@ class AiServer:
         self.token = token
         self.mode = "answer"
         self.listing = "list"
-        self.reply = lambda text: f"an answer to {len(text)} characters"
+        self.reply: Callable[[str], str] = lambda text: f"an answer to {len(text)} characters"
         self.usage: dict[str, Any] | None = {"prompt_tokens": 100, "completion_tokens": 200, "total_tokens": 300}
         self.error: dict[str, Any] = {"message": "no", "type": "server_error"}
         self.headers: dict[str, str] = {}
