@@ -83,7 +83,7 @@ def yaml_text(key: Key, text: str) -> str:
     """A value as it is written in the file."""
     if key.kind in ("words", "addresses"):
         return "[" + ", ".join(_scalar(part.strip()) for part in text.split(",") if part.strip()) + "]"
-    if key.kind in ("text", "name", "path"):
+    if key.kind in ("text", "name", "path", "file", "url"):
         return _scalar(text)
     return text
 

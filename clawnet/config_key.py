@@ -92,7 +92,7 @@ _KIND_WORDS: Final[dict[Kind, str]] = {
     "name": f"1 to {limits.NAME_CHARS_MAX} letters, digits, dots, dashes and underscores, or empty",
     "path": "a directory, absolute or starting with ~, or empty",
     "file": "a file, absolute or starting with ~, or empty",
-    "url": "an address such as http://127.0.0.1:11434 or https://example.org/v1, without user name or query, or empty",
+    "url": "an address such as http://127.0.0.1:11434 or https://example.org/v1, or empty",
     "choice": "a word",
     "words": "words of letters, digits, dots, dashes, underscores and =",
     "addresses": "multiaddrs such as /ip4/203.0.113.7/tcp/4002",

@@ -248,8 +248,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "openclaw.api_endpoint",
         "url",
         "",
-        "an OpenAI-compatible server (OpenClaw, Ollama, llama.cpp, vLLM ...), with or without /v1; its token, if it "
-        "wants one, stands in CLAWNET_OPENCLAW_TOKEN (read when the node starts) or in openclaw.token_file",
+        "an OpenAI-compatible server; its token: openclaw.token_file, or CLAWNET_OPENCLAW_TOKEN at start",
         RELOAD,
     ),
     Key("openclaw.token_file", "file", "", "a file of mode 0600 that holds the token and nothing else", RELOAD),

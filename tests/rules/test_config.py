@@ -20,8 +20,8 @@ from tests.test_layers import parse, python_files
 SETTABLE = [key for key in KEYS.values() if not key.unbuilt]
 UNBUILT = [key for key in KEYS.values() if key.unbuilt]
 ACCESSORS = {
-    "text": ("text", "name", "choice", "path"),
-    "path": ("path",),
+    "text": ("text", "name", "choice", "path", "url"),
+    "path": ("path", "file"),
     "flag": ("flag",),
     "integer": ("integer", "size"),
     "number": ("number", "integer"),
@@ -213,7 +213,7 @@ def test_without_a_file_the_defaults_hold_but_a_named_file_must_exist(home: Home
             "node:\n  capabilities: [compute, storage]\n",
             "node.capabilities: 'storage' is refused: storage tasks are not built",
         ),
-        ("node:\n  capabilities: [cpu]\n", "allowed: any of compute | shell-execution"),
+        ("node:\n  capabilities: [cpu]\n", "allowed: any of compute | ai-inference | shell-execution"),
         ("node:\n  name: a b\n", "config.yaml:2: node.name: 'a b' is not allowed"),
         ("node:\n  data_dir: here\n", "config.yaml:2: node.data_dir: 'here' is not allowed"),
         ("node:\n  listen_addrs: [1.2.3.4:5]\n", "node.listen_addrs: '1.2.3.4:5' is not allowed; allowed: multiaddrs"),
