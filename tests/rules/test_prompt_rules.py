@@ -1,4 +1,4 @@
-"""Rules of prompts: addresses of endpoints, tokens that stay at home, what is bid, what is asked, whose are answered."""
+"""Rules of prompts: addresses of endpoints, tokens that stay at home, what is bid and asked, whose are answered."""
 
 from __future__ import annotations
 
