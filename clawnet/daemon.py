@@ -119,7 +119,7 @@ class Daemon:
         self._over = asyncio.Event()
         self.blobs = BlobStore(self.home.blobs_dir, self.config.integer("storage.max_size"))
         self._store = Store.open(self.home.database)
-        self.ipc = IpcServer(self._socket_name(), self._call, self._gone)
+        self.ipc = IpcServer(self._socket_name(), self._call, self._gone, self._calls_waiting)
         self.executor = Executor(
             self._execution(), self.home, self.blobs, entropy=secrets.token_bytes, deliver=self._deliver
         )
@@ -290,6 +290,9 @@ class Daemon:
             return
         party = self._node.rooms.members.party(peer)
         self.ipc.reply(call, {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds})
+
+    def _calls_waiting(self) -> int:
+        return 0 if self.runtime.stopped else self.runtime.calls_waiting
 
     def _gone(self, call: int) -> None:
         self.runtime.feed(e.CallGone(call))

@@ -30,6 +30,15 @@ class Board(Protocol):
     def lost(self, connection: Connection) -> None:
         """The client is gone, for whatever reason; said once for every connection made."""
 
+    def may_take(self, connection: Connection, size: int) -> bool:
+        """Whether a line of this size may be acted on now; else the connection is held."""
+
+    def hold(self, connection: Connection) -> None:
+        """The connection has more lines; its take_share is called when it may act on some."""
+
+    def crowded(self) -> None:
+        """A client leaves much unread; it or another may be dropped for that."""
+
     def dirty(self, connection: Connection) -> None:
         """The connection has lines to write when this turn of the loop ends."""
 
@@ -50,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._partial = bytearray()
         self._waiting: list[bytes] = []
         self._paused = False
+        self._unread = False
         self._scheduled = False
         self._closing = False
         self._out: list[bytes] = []
@@ -59,6 +69,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=limits.RPC_UNREAD_BYTES)
         refusal = self._board.admit(self)
         if refusal:
             self.fail(None, rpc.INVALID_REQUEST, refusal)
@@ -87,6 +98,14 @@ class Connection(asyncio.Protocol):
         self._closing = True
         self._board.lost(self)
 
+    def pause_writing(self) -> None:
+        """Answers lie unread: no more calls are taken from a client before it has read them."""
+        self._unread = True
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        self.take()
+
     # --- lines in
 
     def _check_length(self, *sizes: int) -> bool:
@@ -97,17 +116,32 @@ class Connection(asyncio.Protocol):
         return False
 
     def take(self) -> None:
-        """Acts on lines received while the client has a call to spare; else reading stops until one is answered."""
+        """Acts on lines received while the client has a call to spare and the server has room; else reading stops."""
         done = 0
         waiting, self._waiting = self._waiting, []
         for line in waiting:
-            if self._closing or len(self.calls) >= limits.RPC_CALLS_PER_CLIENT_MAX:
+            if self._is_full() or not self._board.may_take(self, len(line)):
                 break
             done += 1
             if line:
                 self._take_line(line)
         self._waiting = waiting[done:]
         self._hold(bool(self._waiting))
+
+    def take_share(self, count: int) -> list[int]:
+        """Acts on so many of the lines that were held; their sizes. The rest waits for the next share."""
+        lines = self._waiting[:count] if not self._is_full() else []
+        self._waiting = self._waiting[len(lines) :]
+        for line in lines:
+            if line and not self._closing:
+                self._take_line(line)
+        if self._waiting and not self._is_full():
+            self._board.hold(self)
+        self._hold(bool(self._waiting))
+        return [len(line) for line in lines]
+
+    def _is_full(self) -> bool:
+        return self._closing or self._unread or len(self.calls) >= limits.RPC_CALLS_PER_CLIENT_MAX
 
     def room(self) -> None:
         """A call was answered: lines that waited for that are taken, in a turn of their own."""
@@ -197,12 +231,24 @@ class Connection(asyncio.Protocol):
         data = b"\n".join(self._out) + b"\n"
         self._out.clear()
         self._out_bytes = 0
-        if self.transport.get_write_buffer_size() > limits.RPC_QUEUE_BYTES_MAX:
-            self._board.count("slow")
-            self._closing = True
-            self.transport.abort()
+        if self.unread > limits.RPC_QUEUE_BYTES_MAX:
+            self.drop()
             return
         self.transport.write(data)
+        if self._unread:
+            self._board.crowded()
+
+    @property
+    def unread(self) -> int:
+        """Bytes that wait for the client to read."""
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
+
+    def drop(self) -> None:
+        """Ends the connection of a client that does not read, unsent answers included."""
+        self._board.count("slow")
+        self._closing = True
+        if self.transport is not None:
+            self.transport.abort()
 
     def close(self) -> None:
         """Ends the connection once what is queued has been read, without waiting for it here."""

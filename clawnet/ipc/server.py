@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from clawnet import __version__, limits, rpc
-from clawnet.errors import StoppedError
+from clawnet.errors import BusyError, StoppedError
 from clawnet.ipc.connection import Connection
 
 OnCall = Callable[[int, str, dict[str, Any], int, str], None]
 OnGone = Callable[[int], None]
 LOCAL: Final = "local"
+WINDOW_LOOK_S: Final = 0.001
 
 
 class IpcServer:
@@ -25,9 +26,14 @@ class IpcServer:
     `credential` is who asks by the kernel's word ("uid:1000"), or "local" where the socket alone vouches.
     It is answered by `reply` once, after any number of `notify`. `on_gone(call_id)` follows when the client of an open
     call goes away; what is said to it afterwards is dropped. A client that does not read is dropped, never waited for.
+
+    Calls are handed on in windows of RPC_WINDOW_CALLS: the next is opened when `waiting()`, the number of those that
+    nobody has begun with, is 0 again. Meanwhile lines stay with their clients, who share each window evenly.
     """
 
-    def __init__(self, path: Path | str, on_call: OnCall, on_gone: OnGone) -> None:
+    def __init__(
+        self, path: Path | str, on_call: OnCall, on_gone: OnGone, waiting: Callable[[], int] = lambda: 0
+    ) -> None:
         self.path = path
         self.counters: dict[str, int] = {}
         self._on_call = on_call
@@ -35,6 +41,10 @@ class IpcServer:
         self._connections: dict[int, Connection] = {}
         self._calls: dict[int, tuple[Connection, int | str]] = {}
         self._dirty: list[Connection] = []
+        self._waiting = waiting
+        self._window = self._window_bytes = 0
+        self._held: dict[int, Connection] = {}
+        self._window_ends = False
         self._last_call = 0
         self._last_client = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,8 +125,54 @@ class IpcServer:
                 return "this daemon belongs to another user"
         return ""
 
+    def may_take(self, connection: Connection, size: int) -> bool:
+        """Whether a line of this client may be acted on in the present window; else it is held until its share."""
+        if self._held or self._window >= limits.RPC_WINDOW_CALLS or self._window_bytes >= limits.RPC_WINDOW_BYTES:
+            self.hold(connection)
+            return False
+        self._count_in(size)
+        return True
+
+    def hold(self, connection: Connection) -> None:
+        """The client has lines for a later window."""
+        self._held[connection.number] = connection
+        self._end_window()
+
+    def _count_in(self, size: int) -> None:
+        self._window += 1
+        self._window_bytes += size
+        self._end_window()
+
+    def _end_window(self) -> None:
+        if not self._window_ends:
+            assert self._loop is not None
+            self._window_ends = True
+            self._loop.call_soon(self._next_window)
+
+    def _next_window(self) -> None:
+        """Once the calls handed on have been begun with, those who are held have their shares of a new window."""
+        assert self._loop is not None
+        if self._waiting():
+            self._loop.call_later(WINDOW_LOOK_S, self._next_window)
+            return
+        self._window = self._window_bytes = 0
+        self._window_ends = False
+        held, self._held = list(self._held.values()), {}
+        share = max(1, limits.RPC_WINDOW_CALLS // max(1, len(held)))
+        for at, connection in enumerate(held):
+            if self._window >= limits.RPC_WINDOW_CALLS or self._window_bytes >= limits.RPC_WINDOW_BYTES:
+                # Who had no share of this window is first in the next.
+                self._held = {one.number: one for one in held[at:]} | self._held
+                break
+            for size in connection.take_share(share):
+                self._count_in(size)
+
     def call(self, connection: Connection, request: int | str, method: str, params: dict[str, Any]) -> None:
         """Gives the call a number of its own and hands it on."""
+        if len(self._calls) >= limits.RPC_CALLS_MAX:
+            busy = BusyError(f"{limits.RPC_CALLS_MAX} local calls are open already", hint="try again in a moment")
+            connection.answer(request, None, busy.as_dict())
+            return
         self._last_call += 1
         call = self._last_call
         connection.calls[request] = call
@@ -130,11 +186,18 @@ class IpcServer:
     def lost(self, connection: Connection) -> None:
         """The client's open calls are gone."""
         self._connections.pop(connection.number, None)
+        self._held.pop(connection.number, None)
         calls = list(connection.calls.values())
         connection.calls.clear()
         for call in calls:
             del self._calls[call]
             self._on_gone(call)
+
+    def crowded(self) -> None:
+        """A client leaves much unread: when all of them together leave too much, who leaves most is dropped."""
+        sizes = [(one.unread, one.number) for one in self._connections.values()]
+        if sum(size for size, _ in sizes) > limits.RPC_QUEUES_BYTES_MAX:
+            self._connections[max(sizes)[1]].drop()
 
     def dirty(self, connection: Connection) -> None:
         """One flush at the end of this turn of the loop, whatever number of lines it produced."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from heapq import nlargest
 from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
@@ -221,8 +222,11 @@ class Calls:
             tasks = [task for task in self._rooms.tasks.open.values() if task.state not in FINAL_STATES]
             if states != ["open"]:
                 tasks = [task for task in tasks if task.state in states]
-            newest = sorted(tasks, key=lambda task: -task.created_ms)[:limit]
-            self._ctx.reply(call, {"items": [self._rooms.views.summary(task) for task in newest], "next": None})
+            if after_ms is not None and after_id is not None:
+                tasks = [task for task in tasks if (task.created_ms, task.task_id) < (after_ms, after_id)]
+            newest = nlargest(limit, tasks, key=lambda task: (task.created_ms, task.task_id))
+            more = f"{newest[-1].created_ms}-{newest[-1].task_id.hex()}" if len(tasks) > limit else None
+            self._ctx.reply(call, {"items": [self._rooms.views.summary(task) for task in newest], "next": more})
             return
 
         def done(rows: tuple[Any, ...]) -> None:

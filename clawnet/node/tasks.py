@@ -17,7 +17,6 @@ from clawnet.errors import (
     ClawnetError,
     DataError,
     FundsError,
-    StorageFullError,
     from_dict,
 )
 from clawnet.ledger.taskdoc import TaskDocument, TaskInput, task_hash
@@ -56,6 +55,7 @@ class Tasks:
         self._rooms = rooms
         self.open: dict[bytes, Task] = {}
         self.finished: OrderedDict[bytes, Task] = OrderedDict()
+        self._by_hash: dict[bytes, bytes] = {}
         self.keys: dict[str, bytes] = {}
         self.followers = Followers(ctx, self.open.get, lambda call, task: ctx.reply(call, rooms.views.task(task)))
         self._drafts: dict[bytes, _Draft] = {}
@@ -68,6 +68,7 @@ class Tasks:
         """Takes in an unfinished task at start-up."""
         task = decode_task(body)
         self.open[task.task_id] = task
+        self._by_hash[task.task_hash] = task.task_id
         self._rooms.spending.load_task(task)
         if task.state in FINAL_STATES:
             self._unsettled[task.task_id] = None
@@ -118,7 +119,9 @@ class Tasks:
                 ctx.sleep(("task", task.task_id))
                 self.finished[task.task_id] = task
                 while len(self.finished) > FINISHED_KEPT_MAX:
-                    self._forget_key(self.finished.popitem(last=False)[1])
+                    old = self.finished.popitem(last=False)[1]
+                    self._forget_key(old)
+                    self._by_hash.pop(old.task_hash, None)
         self._dirty.clear()
 
     @staticmethod
@@ -132,10 +135,8 @@ class Tasks:
 
     def task_of_hash(self, wanted: bytes) -> str | None:
         """The id of the open or lately finished task with this salted hash."""
-        for task in (*self.open.values(), *self.finished.values()):
-            if task.task_hash == wanted:
-                return task.task_id.hex()
-        return None
+        task_id = self._by_hash.get(wanted)
+        return None if task_id is None else task_id.hex()
 
     # --- states
 
@@ -197,7 +198,7 @@ class Tasks:
         if ctx.draining:
             raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
-            raise StorageFullError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="wait until some have ended")
+            raise BusyError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="try again when some have ended")
         draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential)
         if not draft.spec["inputs"]:
             self._look_up(draft)
@@ -352,6 +353,7 @@ class Tasks:
                 hint="send large content as a file with --input",
             )
         task.task_hash = task_hash(document)
+        self._by_hash[task.task_hash] = task.task_id
         task.document_bytes = len(document)
         self.open[task.task_id] = task
         if task.spec["idempotency_key"]:

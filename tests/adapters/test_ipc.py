@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -48,7 +49,8 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server = IpcServer(home.socket, self.on_call, self.on_gone)
+        self.unbegun = 0
+        self.server = IpcServer(home.socket, self.on_call, self.on_gone, lambda: self.unbegun)
         self.run(self.server.start())
 
     def run(self, coroutine: Any) -> Any:
@@ -193,10 +195,13 @@ def test_the_owner_of_a_call_hears_that_its_client_is_gone(served: Served) -> No
     served.soon(served.server.reply, served.held[0], "nobody hears this")
 
 
-def test_a_client_that_does_not_read_is_dropped_and_others_go_on(served: Served) -> None:
+def test_a_client_that_does_not_read_is_dropped_and_others_go_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RPC_QUEUE_BYTES_MAX", 16 * limits.MIB)
     slow = raw(served.home)
     slow.sendall(rpc.hello_line("0") + rpc.request_line(1, "flood", {}) + rpc.request_line(2, "flood", {}))
-    served.wait(lambda: len(served.gone) == 2)
+    served.wait(lambda: len(served.gone) == 1)
     assert served.server.counters == {"slow": 1}
     with Client(served.home, autostart=False) as client:
         assert client.call("echo") == {}
@@ -309,6 +314,72 @@ def test_a_file_in_the_way_is_named(home: Home) -> None:
     server = IpcServer(home.socket, lambda *args: None, lambda call: None)
     with pytest.raises(ConfigError, match="not a socket"):
         asyncio.run(server.start())
+
+
+def test_a_window_of_calls_is_shared_and_the_rest_stays_with_its_clients(served: Served) -> None:
+    def seen(word: str) -> int:
+        return sum(params.get("word") == word for _, params in served.seen)
+
+    def told(count: int) -> None:
+        with served.changed:
+            assert served.changed.wait_for(lambda: len(served.seen) >= count, 10), len(served.seen)
+
+    window = limits.RPC_WINDOW_CALLS
+    served.unbegun = 1
+    greedy = raw(served.home)
+    calls = [rpc.request_line(number, "echo", {"word": "greedy"}) for number in range(1, 4 * window + 1)]
+    greedy.sendall(rpc.hello_line("0") + b"".join(calls))
+    with Client(served.home, autostart=False) as modest:
+        told(window - 1)
+        modest.send("echo", {"word": "modest"})
+        greedy_first = seen("greedy")
+        assert greedy_first <= window, "no more before these were begun with"
+        served.unbegun = 0
+        told(4 * window + 1)
+        assert (seen("greedy"), seen("modest")) == (4 * window, 1)
+        words = [params["word"] for _, params in served.seen]
+        assert words.index("modest") <= greedy_first + window, "one window later at the latest"
+    greedy.close()
+
+
+def test_who_reads_no_answers_gives_no_more_calls(served: Served) -> None:
+    connection = raw(served.home)
+    connection.sendall(rpc.hello_line("0"))
+    line = rpc.request_line(1, "echo", {"data": "x" * 100_000})
+    connection.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while sent < 64 * limits.MIB:
+            sent += connection.send(line.replace(b'"id":1,', b'"id":%d,' % (sent + 1)))
+    assert sent < 64 * limits.MIB, "the rest of what it wants to say is its own to keep"
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo", {"n": 1}) == {"n": 1}
+        unread = served.run(_sum(served))
+    assert unread < 4 * limits.MIB
+    connection.close()
+
+
+async def _sum(served: Served) -> int:
+    return sum(connection.unread for connection in served.server._connections.values())
+
+
+def test_when_all_leave_too_much_unread_who_leaves_most_is_dropped(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "RPC_QUEUES_BYTES_MAX", 6 * limits.MIB)
+    silent = [raw(served.home) for _ in range(4)]
+    for connection in silent:
+        connection.sendall(rpc.hello_line("0") + rpc.request_line(1, "hold", {}))
+    with served.changed:
+        assert served.changed.wait_for(lambda: len(served.held) == 4, 10)
+    for at, call in enumerate(served.held):
+        for _ in range(1 + (at == 2)):
+            served.soon(served.server.notify, call, "x", "y" * 2 * limits.MIB)
+    with Client(served.home, autostart=False) as client:
+        client.call("echo")
+    assert served.server.counters["slow"] == 1
+    for connection in silent:
+        connection.close()
 
 
 def test_no_more_clients_than_the_limit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
