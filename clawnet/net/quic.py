@@ -179,6 +179,11 @@ class QuicListener:
         self.addresses = (of_socket(endpoint.address[0], endpoint.address[1], "quic-v1"),)
         self._endpoint = endpoint
 
+    @property
+    def handshakes(self) -> int:
+        """Inbound handshakes under way."""
+        return self._endpoint.handshakes
+
     async def close(self) -> None:
         """See port.Listener.close; handshakes under way are dropped, the socket lives as long as its connections."""
         self._endpoint.stop_accepting()
@@ -228,6 +233,11 @@ class Endpoint(asyncio.DatagramProtocol):
         for address in self._unreachable():
             for link in [link for link in self._cids if not link.ready and link.remote[:2] == address]:
                 link.abort("nobody listens there")
+
+    @property
+    def handshakes(self) -> int:
+        """Inbound handshakes under way."""
+        return len(self._handshakes)
 
     # --- the links' side
 
