@@ -1,4 +1,4 @@
-"""QUIC beyond the contract: certificates that prove nothing are refused, floods and garbage are held off, links move."""
+"""QUIC beyond the contract: worthless certificates are refused, floods and garbage held off, and links move."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from aioquic.asyncio.client import connect
+from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
+from aioquic.quic.events import QuicEvent
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -126,6 +128,13 @@ def client(certificate: Certificate | None, alpn: str = "libp2p") -> QuicConfigu
     if certificate is not None:
         configuration.certificate, configuration.private_key = certificate
     return configuration
+
+
+class Deaf(QuicConnectionProtocol):
+    """A client that does nothing with what it is sent."""
+
+    def quic_event_received(self, event: QuicEvent) -> None:
+        return
 
 
 @pytest.mark.parametrize("shown", ["nothing", "no identity", "a stolen proof"])
@@ -268,7 +277,10 @@ def test_streams_beyond_the_limit_cost_the_peer_its_connection() -> None:
 
 def test_data_beyond_the_window_costs_the_peer_its_connection() -> None:
     async def body(stage: Stage) -> None:
-        async with connect("127.0.0.1", stage.port, configuration=client(quic_tls.make_certificate(ALICE))) as protocol:
+        certificate = quic_tls.make_certificate(ALICE)
+        async with connect(
+            "127.0.0.1", stage.port, configuration=client(certificate), create_protocol=Deaf
+        ) as protocol:
             far = await stage.arrived.get()
             quic: Any = protocol._quic
             asked = multistream.Proposer([SINK]).start()
