@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -43,6 +44,9 @@ from clawnet.net.quic_tls import make_certificate
 _ALPN = "libp2p"
 _CID_BYTES = 8
 _FIXED_BIT = 0x40
+_LONG_HEADER = 0x80
+_DATAGRAM_BYTES_MAX = 65_536
+_BEHIND_MAX = 0 if sys.platform == "win32" else 63  # there asyncio itself has a read under way
 _CLOSE_FRAME_BYTES = 32
 _IDLE_S = 2 * limits.KEEPALIVE_S + 5.0
 _ERROR_QUEUE = getattr(socket, "MSG_ERRQUEUE", 0)
@@ -215,18 +219,35 @@ class Endpoint(asyncio.DatagramProtocol):
         self._socket = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: Address) -> None:
-        """A datagram arrived; what is not QUIC v1 for one of ours is dropped without an answer, or told the version."""
+        """A datagram arrived: it and those that wait behind it are taken in, then every link touched answers once."""
+        touched: dict[QuicLink, None] = {}
+        self._take(data, addr, touched)
+        for _ in range(_BEHIND_MAX):
+            try:
+                data, addr = self._raw.recvfrom(_DATAGRAM_BYTES_MAX)
+            except OSError:
+                break
+            self._take(data, addr, touched)
+        for link in touched:
+            link.received()
+
+    def _take(self, data: bytes, addr: Address, touched: dict[QuicLink, None]) -> None:
+        """What is not QUIC v1 for one of ours is dropped without an answer, or told the version."""
         if not data or not data[0] & _FIXED_BIT:
             return
-        try:
-            header = pull_quic_header(Buffer(data=data), host_cid_length=_CID_BYTES)
-        except ValueError:
-            return
-        link = self._links.get(header.destination_cid)
+        if data[0] & _LONG_HEADER:
+            try:
+                header = pull_quic_header(Buffer(data=data), host_cid_length=_CID_BYTES)
+            except ValueError:
+                return
+            link = self._links.get(header.destination_cid)
+            if link is None and len(data) >= SMALLEST_MAX_DATAGRAM_SIZE:
+                link = self._on_stranger(header, addr)
+        else:
+            link = self._links.get(data[1 : 1 + _CID_BYTES])
         if link is not None:
             link.receive(data, addr)
-        elif len(data) >= SMALLEST_MAX_DATAGRAM_SIZE:
-            self._on_stranger(header, data, addr)
+            touched[link] = None
 
     def error_received(self, exc: Exception) -> None:
         """The kernel knows of unreachable destinations: handshakes with them need not wait for their time-out."""
@@ -287,9 +308,9 @@ class Endpoint(asyncio.DatagramProtocol):
 
     # --- strangers
 
-    def _on_stranger(self, header: Any, data: bytes, addr: Address) -> None:
+    def _on_stranger(self, header: Any, addr: Address) -> QuicLink | None:
         if header.version is None or header.packet_type == QuicPacketType.VERSION_NEGOTIATION:
-            return
+            return None
         if header.version != QuicProtocolVersion.VERSION_1:
             versions: list[int] = [QuicProtocolVersion.VERSION_1]
             self.send(
@@ -298,9 +319,9 @@ class Endpoint(asyncio.DatagramProtocol):
                 ),
                 addr,
             )
-            return
+            return None
         if header.packet_type != QuicPacketType.INITIAL:
-            return
+            return None
         host = str(addr[0])
         if (
             self.on_connection is None
@@ -308,12 +329,12 @@ class Endpoint(asyncio.DatagramProtocol):
             or self._by_host[host] >= limits.PENDING_HANDSHAKES_PER_ADDRESS_MAX
         ):
             self.send(_refusal(header), addr)
-            return
+            return None
         handshake: dict[str, Any] = {"original_destination_connection_id": header.destination_cid}
         if header.token or 4 * len(self._handshakes) >= limits.PENDING_HANDSHAKES_MAX:
             proven = self._proven(header, addr)
             if proven is None:
-                return
+                return None
             handshake = {
                 "original_destination_connection_id": proven,
                 "retry_source_connection_id": header.destination_cid,
@@ -324,7 +345,7 @@ class Endpoint(asyncio.DatagramProtocol):
         self._handshakes[link] = None
         self._by_host[host] += 1
         self.add(link, (header.destination_cid, *link.cids))
-        link.receive(data, addr)
+        return link
 
     def _proven(self, header: Any, addr: Address) -> bytes | None:
         """The first destination id of a client that proved its address; None after asking it to."""

@@ -238,9 +238,12 @@ class QuicLink:
         self._flush()
 
     def receive(self, data: bytes, address: Address) -> None:
-        """A datagram for this connection."""
+        """A datagram for this connection; `received` follows after the last one at hand."""
         self._heard = True
         self._core.receive_datagram(data, address, self._loop.time())
+
+    def received(self) -> None:
+        """Takes in what the datagrams brought, and answers."""
         self._after()
 
     def abort(self, reason: str) -> None:
