@@ -50,6 +50,20 @@ class ErrorAnswer(Answer):
     error: Failure
 
 
+class BatchLine(Answer):
+    """One line of `market batch`: the task of `line` has ended with `exit_code`, or `error` says why it has none.
+
+    `resumed`: the task had been submitted before, by an earlier run over the same lines or under the same key.
+    """
+
+    line: int
+    idempotency_key: str | None
+    resumed: bool
+    exit_code: int
+    task: Task | None
+    error: Failure | None
+
+
 # --- peers
 
 
@@ -159,6 +173,38 @@ class ReputationList(Answer):
 # --- wallet
 
 
+class SpendLimit(Answer):
+    """One limit of `market.spend`; `limit` and `left` are null when there is none. `used` is null for that of a task."""
+
+    limit: str | None
+    used: str | None
+    left: str | None
+    resets_at: str | None
+
+
+class Spend(Answer):
+    """What `credential`, whoever asks, may spend and has spent."""
+
+    credential: str
+    per_task: SpendLimit
+    per_day: SpendLimit
+    open: SpendLimit
+
+
+class Restore(Answer):
+    """Why the own chain is read-only until peers have shown what they hold of it (LEDGER.md, crash and recovery).
+
+    `unanswered` are those that have not; `chain_unseen` tells that not even the chain itself is here yet. From
+    `override_from` on the owner may do without them.
+    """
+
+    reason: str
+    since: str
+    override_from: str
+    unanswered: list[Party]
+    chain_unseen: bool
+
+
 class Balance(Answer):
     """`available` may be spent; `locked` lies in open escrow lines; `incoming` is claimable and not yet claimed."""
 
@@ -168,7 +214,24 @@ class Balance(Answer):
     account: str
     mesh: str
     open_lines: int
+    spend: Spend
     read_only: str | None = None
+    restore: Restore | None = None
+
+
+class WalletFile(Answer):
+    """A backup that was written or restored: whose, from when, up to which entry of the own chain, and its peers.
+
+    `wallet restore --accept-risk` answers as `wallet balance` does.
+    """
+
+    peer_id: str
+    path: str
+    made_at: str
+    seq: int | None
+    entries: int
+    peers: list[Party]
+    bytes: int
 
 
 class HistoryEntry(Answer):
@@ -336,6 +399,7 @@ ANSWERS: Final[dict[str, Any]] = {
     "daemon restart": DaemonStatus,
     "demo": Demo,
     "doctor": DoctorReport,
+    "market batch": BatchLine,
     "market bids": BidList,
     "market cancel": CancelAnswer,
     "market history": TaskList,
@@ -359,9 +423,11 @@ ANSWERS: Final[dict[str, Any]] = {
     "run": Task,
     "version": VersionAnswer,
     "wallet audit": AuditReport,
+    "wallet backup": WalletFile,
     "wallet balance": Balance,
     "wallet escrows": EscrowList,
     "wallet history": History,
+    "wallet restore": WalletFile,
     "wallet send": Sent,
     "error": ErrorAnswer,
     "stream": StreamLine,

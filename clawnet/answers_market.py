@@ -183,12 +183,25 @@ class TaskItems(Answer):
 
 
 class OutputChunk(Answer):
-    """A streamed piece of a running task; `offset` is its place in that stream."""
+    """A streamed piece of a running task; `offset` is its place in that stream of that attempt."""
 
     stream: Literal["stdout", "stderr"]
     offset: int
+    attempt: int
     data: str | UnsetType = UNSET
     data_b64: str | UnsetType = UNSET
+
+
+class OutputPlace(Answer):
+    """Where a follower's output goes on: from these bytes of this attempt.
+
+    `again`: an earlier attempt was lost after some of its output had been shown; that of this one starts at byte 0.
+    """
+
+    attempt: int
+    stdout: int
+    stderr: int
+    again: bool
 
 
 class StreamLine(Answer):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from clawnet import config_file, limits, paths
 from clawnet.config_file import Problem, known_key
-from clawnet.config_keys import KEYS, RESTART, SECTIONS, Key, Value, format_value, parse_value
+from clawnet.config_keys import KEYS, RESTART, SECTIONS, UNBOUNDED, Key, Value, format_value, parse_value
 from clawnet.errors import ConfigError, DataError, UsageError
 from clawnet.paths import Home
 
@@ -87,6 +87,11 @@ class Config:
     def amount_ucr(self, name: str) -> int:
         """An amount in micro-credits."""
         return self._whole(name, "amount")
+
+    def allowance_ucr(self, name: str) -> int | None:
+        """An amount in micro-credits that bounds something; None for "none"."""
+        value = self._whole(name, "allowance")
+        return None if value == UNBOUNDED else value
 
     def words(self, name: str) -> tuple[str, ...]:
         """A list of words or multiaddrs."""

@@ -30,6 +30,7 @@ from clawnet.net.tcp import TcpTransport
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
+from clawnet.observe import host
 from clawnet.observe.logs import Observer
 from clawnet.observe.process import rss_bytes
 from clawnet.paths import Home
@@ -140,6 +141,8 @@ class Daemon:
             await self._over.wait()
             if metrics is not None:
                 metrics.close()
+            if not self.exit_code:
+                self._store.served()
         finally:
             await self._take_down()
         return self.exit_code
@@ -199,7 +202,8 @@ class Daemon:
             imported=local.imported,
         )
         terms = LedgerTerms.of(charter)
-        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms)
+        place = host.stamp(self.home.database)
+        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms, place)
         node = Node(
             self.config,
             ports,
@@ -270,7 +274,7 @@ class Daemon:
 
     # --- local calls
 
-    def _call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
+    def _call(self, call: int, method: str, params: dict[str, Any], client: int, credential: str) -> None:
         """A call of a local client: what only the process knows is answered here, all else by the node."""
         if method == "peer.ping":
             task = asyncio.get_running_loop().create_task(self._ping(call, params))
@@ -279,7 +283,7 @@ class Daemon:
         own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
         handler = own.get(method)
         if handler is None:
-            self.runtime.feed(e.RpcCall(call, method, params, client))
+            self.runtime.feed(e.RpcCall(call, method, params, client, credential))
             return
         try:
             self.ipc.reply(call, handler(params))

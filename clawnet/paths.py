@@ -208,14 +208,17 @@ def write_private(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise _refused(f"cannot write {path}", error) from error
 
 
-def archive(home: Home, stamp: str, *, keep_owner: bool) -> None:
-    """Moves database and membership of the mesh left behind into archive/STAMP; the owner key too unless kept."""
+def archive(home: Home, stamp: str, *, keep_owner: bool, keys: bool = False) -> None:
+    """Moves database and membership of the mesh left behind into archive/STAMP; the owner key too unless kept.
+
+    `keys`: the node's own keys as well, when another node is to live here.
+    """
     make_private_dir(home.archive_dir)
     target = home.archive_dir / stamp
     number = 0
@@ -227,12 +230,14 @@ def archive(home: Home, stamp: str, *, keep_owner: bool) -> None:
     names += [home.database.with_name(home.database.name + suffix) for suffix in ("", "-wal", "-shm")]
     if not keep_owner:
         names.append(home.owner_key)
+    if keys:
+        names += [home.node_key, home.escrow_seed]
     for path in names:
         if path.exists():
             os.replace(path, target / path.name)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Makes a rename in this directory outlast a power cut; Windows has no such call."""
     if sys.platform == "win32":
         return

@@ -31,7 +31,8 @@ METHODS: Final[dict[str, str]] = {
     "doctor": "what the daemon itself finds wrong",
     "config.reload": "read the configuration again",
     "daemon.stop": "drain and exit",
-    "task.submit": "accept a task durably; {spec}",
+    "task.submit": "accept a task durably; {spec, retry_failed_before_ms}",
+    "task.check": "what is wrong with each of some tasks, accepting none; {specs}",
     "task.get": "one task; {task}",
     "task.list": "tasks, newest first; {limit, states, after}",
     "task.bids": "the bids for a task; {task}",
@@ -53,6 +54,7 @@ METHODS: Final[dict[str, str]] = {
     "wallet.history": "the own chain, newest first; {limit, after}",
     "wallet.escrows": "open lines of ours and to us",
     "wallet.send": "send credits; {peer, amount, memo}",
+    "wallet.resume": "write a restored chain though not all peers have answered",
     "wallet.audit": "verify chains from their first entry; {peer}",
 }
 

@@ -94,6 +94,7 @@ class Runtime:
             e.Wake: self._wake,
             e.Run: self._run,
             e.StopRun: self._stop_run,
+            e.ReadOutput: lambda effect: self.executor.read_output(effect),
             e.PackInputs: lambda effect: self.executor.pack(effect.request, effect.paths),
             e.Open: lambda effect: self.executor.open_result(effect),
             e.Fetch: self._fetch,
@@ -122,7 +123,7 @@ class Runtime:
         if (len(self._inbox) >= limits.INBOX_MAX or self.resting is not None) and not self._has_room(stimulus):
             return
         kind = type(stimulus)
-        if (kind is e.TaskExited or kind is e.TaskOutput) and self._is_stale(stimulus):  # type: ignore[arg-type]
+        if kind in _OF_RUNS and self._is_stale(stimulus):  # type: ignore[arg-type]
             return
         self._inbox.append(stimulus)
         self._schedule()
@@ -252,10 +253,10 @@ class Runtime:
             self._stopping.pop(effect.job)
         self.executor.stop(effect.job)
 
-    def _is_stale(self, stimulus: e.TaskExited | e.TaskOutput) -> bool:
+    def _is_stale(self, stimulus: e.TaskExited | e.TaskOutput | e.OutputKept) -> bool:
         """True for news of a run that an earlier node started; after its end the run that waited for it may begin."""
         job = stimulus.job
-        if type(stimulus) is e.TaskOutput:
+        if type(stimulus) is not e.TaskExited:
             return job in self._stopping
         self._jobs.discard(job)
         if job not in self._stopping:
@@ -465,7 +466,8 @@ class Runtime:
 
 
 # Rows and timers that an earlier node asked for, news of its runs, and of links that the new one is told afresh.
-_OF_THE_OLD_NODE = frozenset((e.Loaded, e.PeerUp, e.PeerDown, e.Drain, e.TaskExited, e.TaskOutput, e.TimerFired))
+_OF_RUNS = frozenset((e.TaskExited, e.TaskOutput, e.OutputKept))
+_OF_THE_OLD_NODE = _OF_RUNS | {e.Loaded, e.PeerUp, e.PeerDown, e.Drain, e.TimerFired}
 
 
 def _describe(stimulus: e.Stimulus | None) -> str:

@@ -10,21 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clawnet import paths
-from clawnet.errors import DataError, NotFoundError, NotPermittedError, UsageError
+from clawnet.errors import NotPermittedError, UsageError
 
 from .invocation import Invocation, NodeCommand, group, here
+from .passphrase import PassphraseFile, passphrase, read
 from .render import pairs, show
 
 if TYPE_CHECKING:
     from clawnet.config import Config
 
-PASSPHRASE_BYTES_MAX = 4_096
-
 app = group("This node's keys.")
-
-PassphraseFile = Annotated[
-    str, typer.Option("--passphrase-file", metavar="FILE", help="A private file whose first line is the passphrase.")
-]
 
 
 @app.command("show", cls=NodeCommand)
@@ -78,8 +73,8 @@ def export(
         raise NotPermittedError(f"{target} exists; it is not overwritten", hint="name another file")
     check = config.flag("security.check_permissions")
     load_membership(home, check_permissions=check)
-    passphrase = _passphrase(passphrase_file, confirm=True)
-    data = export_identity(home, passphrase, os.urandom, check_permissions=check)
+    typed = passphrase(passphrase_file, confirm=True)
+    data = export_identity(home, typed, os.urandom, check_permissions=check)
     if target is None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -105,9 +100,9 @@ def import_(
     if file == "-":
         data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
     else:
-        data = _read(Path(file), FILE_BYTES_MAX + 1)
+        data = read(Path(file), FILE_BYTES_MAX + 1)
     home = _config(invocation).home(invocation.home)
-    peer_id = import_identity(home, data, _passphrase(passphrase_file, confirm=False))
+    peer_id = import_identity(home, data, passphrase(passphrase_file, confirm=False))
     invocation.warn("run this identity on one machine only: stop and remove it where it came from")
     show(invocation, {"peer_id": peer_id, "path": str(home.dir)}, bare=peer_id, lines=[("peer id", peer_id)])
 
@@ -122,33 +117,3 @@ def _peer_id(home: paths.Home, *, check: bool) -> str:
     from clawnet.identity.keys import KeyPair
 
     return KeyPair.load(home.node_key, check_permissions=check).peer_id
-
-
-def _read(path: Path, bytes_max: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(bytes_max)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {path}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _passphrase(file: str, *, confirm: bool) -> str:
-    """The first line of a private file, or what is typed at a terminal, unseen."""
-    if file:
-        path = Path(file)
-        paths.check_private(path, secret=True)
-        line = _read(path, PASSPHRASE_BYTES_MAX).split(b"\n", 1)[0].rstrip(b"\r")
-        try:
-            return line.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"the first line of {path} is not UTF-8 text") from error
-    if not sys.stdin.isatty():
-        raise UsageError("no passphrase", hint="name a private file that holds it: --passphrase-file FILE")
-    import getpass
-
-    passphrase = getpass.getpass("Passphrase: ")
-    if confirm and getpass.getpass("Again: ") != passphrase:
-        raise DataError("the two passphrases differ")
-    return passphrase

@@ -8,8 +8,8 @@ import typer
 
 from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
+from . import batch, submission, waiting
 from . import options as o
-from . import submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .render import clean, json_line, pairs, seconds, short, show, table, who, write
 
@@ -91,7 +91,7 @@ def submit(
             priority=priority,
             idempotency_key=idempotency_key,
         )
-        _complete(task_spec, data)
+        submission.complete(task_spec, data)
         with invocation.client(create_home=True) as client:
             submission.resolve_peers(client, task_spec, invocation.say)
             accepted = client.call("task.submit", {"spec": task_spec})
@@ -102,16 +102,6 @@ def submit(
             note(task)
             code = waiting.finish(invocation, task)
     raise typer.Exit(code)
-
-
-def _complete(spec: dict[str, Any], data: bytes | None) -> None:
-    """The type's own needs: something to do; a compute task without files works on its description."""
-    kind = spec.setdefault("type", "prompt")
-    if not (spec.get("description") or spec.get("argv") or spec.get("script") or spec.get("op") or data):
-        raise UsageError("nothing to do: give a description", hint="clawnet market submit DESCRIPTION, or - for stdin")
-    if kind == "compute" and not data and not spec.get("inputs") and spec.get("description"):
-        data = spec["description"].encode()
-    submission.attach_stdin(spec, data)
 
 
 def _follow_one(invocation: Invocation, client: Any, task_id: str, *, stream: bool) -> dict[str, Any]:
@@ -135,6 +125,9 @@ def _print_text(invocation: Invocation, task: dict[str, Any]) -> None:
     text = result.get("text")
     if text and not invocation.json and not result.get("stdout") and not result.get("stdout_bytes"):
         write(text if text.endswith("\n") else text + "\n")
+
+
+app.command("batch", cls=NodeCommand)(batch.batch)
 
 
 # --- looking

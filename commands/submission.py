@@ -107,7 +107,7 @@ def from_file(name: str) -> dict[str, Any]:
         raise DataError(f"{name} is nested too deeply") from error
     if not isinstance(value, dict):
         raise DataError(f"{name} does not hold one task (an object)", hint="see docs/CLI.md, --spec")
-    return _spelled_out(name, value)
+    return spelled_out(name, value)
 
 
 def _read(name: str) -> str:
@@ -145,7 +145,8 @@ def _yaml(name: str, text: str, first: ValueError) -> Any:
         raise DataError(f"{name} is nested too deeply") from error
 
 
-def _spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
+def spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """People's spellings of a task's fields as the protocol's; `name` is where they stand, for the errors."""
     spec = dict(value)
     for field, target in (("deadline", "deadline_s"), ("bid_timeout", "bid_timeout_s")):
         if isinstance(spec.get(field), str):
@@ -163,7 +164,10 @@ def _spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
     given = spec.get("inputs")
     if isinstance(given, list):
         texts = [item for item in given if isinstance(item, str)]
-        named = [f"{item.get('name')}={item.get('path')}" for item in given if isinstance(item, dict)]
+        objects = [item for item in given if isinstance(item, dict)]
+        named = [
+            f"{item['name']}={item.get('path')}" if item.get("name") else str(item.get("path")) for item in objects
+        ]
         spec["inputs"] = inputs(texts + named)
     if isinstance(spec.get("type"), str):
         spec["type"] = task_type(spec["type"])
@@ -195,6 +199,16 @@ def attach_stdin(spec: dict[str, Any], data: bytes | None) -> None:
     """Standard input becomes the task's, unless the spec has its own."""
     if data and "stdin_b64" not in spec:
         spec["stdin_b64"] = base64.b64encode(data).decode()
+
+
+def complete(spec: dict[str, Any], data: bytes | None) -> None:
+    """The type's own needs: something to do; a compute task without files works on its description."""
+    kind = spec.setdefault("type", "prompt")
+    if not (data or any(spec.get(name) for name in ("description", "argv", "script", "op", "stdin_b64"))):
+        raise UsageError("nothing to do: give a description", hint="clawnet market submit DESCRIPTION, or - for stdin")
+    if kind == "compute" and not data and not spec.get("inputs") and spec.get("description"):
+        data = spec["description"].encode()
+    attach_stdin(spec, data)
 
 
 def resolve_peers(client: Client, spec: dict[str, Any], say: Callable[[str], None]) -> None:

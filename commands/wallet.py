@@ -10,6 +10,7 @@ from clawnet import money
 from clawnet.errors import VerificationError
 
 from . import options as o
+from . import wallet_files
 from .invocation import NodeCommand, group, here
 from .render import json_line, pairs, show, table, who, write
 
@@ -31,10 +32,24 @@ def balance(context: typer.Context) -> None:
             ("available", found["available"]),
             ("locked", f"{found['locked']} in {found['open_lines']} open lines"),
             ("incoming", found["incoming"]),
+            ("spend limits", _limits(found.get("spend"))),
             ("read-only", found["read_only"]),
             ("account", found["account"]),
         ],
     )
+
+
+def _limits(spend: dict[str, Any] | None) -> str:
+    """The limits of market.spend that are set, with what is left of them; an older daemon knows none."""
+    if spend is None:
+        return ""
+    task, day, bound = spend["per_task"], spend["per_day"], spend["open"]
+    parts = [f"{task['limit']} for one task"] if task["limit"] is not None else []
+    if day["limit"] is not None:
+        parts.append(f"{day['left']} of {day['limit']} left until {day['resets_at']}")
+    if bound["limit"] is not None:
+        parts.append(f"{bound['left']} of {bound['limit']} left to lock at once")
+    return ", ".join(parts)
 
 
 @app.command(cls=NodeCommand)
@@ -124,6 +139,9 @@ def audit(
             hint="`clawnet wallet audit --json` holds the details",
             accounts=bad,
         )
+
+
+wallet_files.add(app)
 
 
 def _sums(found: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -38,6 +38,7 @@ FLOORS = {
     "ports": 5,
     "timers": 5,
     "runtime": 6,
+    "backup": 6,
     "daemon": 7,
 }
 # On the ground floor amounts, durations and paths raise the errors and keep to the limits beside them.
@@ -74,6 +75,7 @@ NODE_COMMANDS = {
     "init.py",
     "mcp.py",
     "wallet.py",
+    "wallet_files.py",
     "worker.py",
 }
 COMMANDS_MAY_USE = {"__init__", "errors", "limits", "paths", "money", "units", "rpc", "api", "launch"}

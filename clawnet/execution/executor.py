@@ -22,7 +22,17 @@ from clawnet.execution.probe import ProbeResult
 from clawnet.execution.spec import COMPUTE, OPERATIONS, SHELL, BlobPort, ExecutionSettings, JobSpec, check
 from clawnet.execution.workdirs import JobDirs, WorkDirs
 from clawnet.paths import Home
-from clawnet.wire.events import CapacityChanged, InputsReady, Open, Opened, Stimulus, TaskExited, TaskOutput
+from clawnet.wire.events import (
+    CapacityChanged,
+    InputsReady,
+    Open,
+    Opened,
+    OutputKept,
+    ReadOutput,
+    Stimulus,
+    TaskExited,
+    TaskOutput,
+)
 
 if sys.platform != "win32":
     from clawnet.execution.places import Places
@@ -38,7 +48,7 @@ class Executor:
     """Runs tasks on this machine.
 
     `probe` is the sandbox probe's result (for doctor), None before `start`. `deliver` takes the stimuli TaskOutput,
-    TaskExited, InputsReady, Opened and CapacityChanged.
+    OutputKept, TaskExited, InputsReady, Opened and CapacityChanged.
     """
 
     def __init__(
@@ -157,6 +167,12 @@ class Executor:
     def stop(self, job: bytes) -> None:
         """Cancels a job: TaskExited(ended="cancelled") follows unless it had already ended."""
         self._stop(job, "cancelled")
+
+    def read_output(self, effect: ReadOutput) -> None:
+        """What a running job wrote earlier; OutputKept tells it, empty when the run is over."""
+        run = self._running.get(effect.job)
+        data = b"" if run is None else run.written(effect.stream, effect.offset, effect.length)
+        self._deliver(OutputKept(effect.job, effect.stream, effect.offset, data))
 
     def _stop(self, job: bytes, reason: str) -> None:
         run = self._running.get(job)

@@ -115,6 +115,13 @@ class _Stream:
     def open(self) -> bool:
         return self.descriptor >= 0
 
+    def again(self, offset: int, length: int) -> bytes:
+        """A piece of what was read so far."""
+        self.kept.seek(offset)
+        data = self.kept.read(length)
+        self.kept.seek(self.size)
+        return data
+
 
 class ShellRun:
     """One run. `on_output(stream, offset, data)` comes as output does, `on_end(Ended)` once, after all of it."""
@@ -255,6 +262,16 @@ class ShellRun:
             self._loop.remove_reader(stream.descriptor)
             os.close(stream.descriptor)
             stream.descriptor = -1
+
+    def written(self, number: int, offset: int, length: int) -> bytes:
+        """What the command wrote to a stream from `offset` on, at most `length` bytes; empty where nothing is kept."""
+        for stream in self.streams:
+            if stream.number == number and offset < stream.size:
+                try:
+                    return stream.again(offset, length)
+                except OSError as error:
+                    self.stop("failed", f"its output cannot be read back: {error.strerror or error}")
+        return b""
 
     # --- limits and the end
 

@@ -44,12 +44,16 @@ class Identity(Struct, frozen=True):
     membership: LocalMembership
 
 
+Ops = Annotated[int, Meta(ge=1, le=OPS_MAX)]
+MemoryBytes = Annotated[int, Meta(ge=8 * limits.MIB, le=MEMORY_BYTES_MAX)]
+
+
 class _Envelope(Struct, frozen=True):
     format: str
     v: int
     kdf: str
-    ops: Annotated[int, Meta(ge=1, le=OPS_MAX)]
-    memory_bytes: Annotated[int, Meta(ge=8 * limits.MIB, le=MEMORY_BYTES_MAX)]
+    ops: Ops
+    memory_bytes: MemoryBytes
     salt: bytes
     box: bytes
 
@@ -61,19 +65,11 @@ def export_identity(
 
     Raises DataError for a passphrase that is too short, ConfigError when the home is not initialised.
     """
-    _check_passphrase(passphrase)
-    check = check_permissions
-    owner = home.owner_key
-    identity = Identity(
-        node_seed=KeyPair.load(home.node_key, check_permissions=check).seed,
-        owner_seed=KeyPair.load(owner, check_permissions=check).seed if owner.exists() else b"",
-        mesh_key=load_mesh_key(home, check_permissions=check),
-        escrow_seed=load_escrow_seed(home, check_permissions=check),
-        membership=load_membership(home, check_permissions=check),
-    )
+    check_passphrase(passphrase)
+    identity = collect(home, check_permissions=check_permissions)
     salt = entropy(bindings.crypto_pwhash_SALTBYTES)
     nonce = entropy(bindings.crypto_secretbox_NONCEBYTES)
-    key = _derive(passphrase, salt, OPS, MEMORY_BYTES)
+    key = derive(passphrase, salt, OPS, MEMORY_BYTES)
     box = nonce + bindings.crypto_secretbox(msgspec.msgpack.encode(identity), nonce, key)
     envelope = _Envelope(FORMAT, 1, "argon2id13", OPS, MEMORY_BYTES, salt, box)
     return msgspec.json.format(msgspec.json.encode(envelope), indent=2) + b"\n"
@@ -94,13 +90,30 @@ def import_identity(home: Home, data: bytes, passphrase: str) -> str:
     identity.membership.verified(node.public)
     for directory in (home.dir, home.keys_dir, home.run_dir, home.data_dir, home.logs_dir):
         paths.make_private_dir(directory)
-    node.save(home.node_key)
+    install(home, identity)
+    return node.peer_id
+
+
+def collect(home: Home, *, check_permissions: bool = True) -> Identity:
+    """Keys and membership of a home; raises ConfigError when it is not initialised."""
+    check, owner = check_permissions, home.owner_key
+    return Identity(
+        node_seed=KeyPair.load(home.node_key, check_permissions=check).seed,
+        owner_seed=KeyPair.load(owner, check_permissions=check).seed if owner.exists() else b"",
+        mesh_key=load_mesh_key(home, check_permissions=check),
+        escrow_seed=load_escrow_seed(home, check_permissions=check),
+        membership=load_membership(home, check_permissions=check),
+    )
+
+
+def install(home: Home, identity: Identity) -> None:
+    """Writes keys and membership; mesh.json last, and marked: these keys had a life elsewhere."""
+    KeyPair.from_seed(identity.node_seed).save(home.node_key)
     if identity.owner_seed:
         KeyPair.from_seed(identity.owner_seed).save(home.owner_key)
     save_mesh_key(home, identity.mesh_key)
     save_escrow_seed(home, identity.escrow_seed)
     save_membership(home, msgspec.structs.replace(identity.membership, imported=True))
-    return node.peer_id
 
 
 def _open(data: bytes, passphrase: str) -> Identity:
@@ -115,7 +128,7 @@ def _open(data: bytes, passphrase: str) -> Identity:
     nonce_bytes = bindings.crypto_secretbox_NONCEBYTES
     if len(envelope.salt) != bindings.crypto_pwhash_SALTBYTES or len(envelope.box) <= nonce_bytes:
         raise DataError("the exported identity is damaged")
-    key = _derive(passphrase, envelope.salt, envelope.ops, envelope.memory_bytes)
+    key = derive(passphrase, envelope.salt, envelope.ops, envelope.memory_bytes)
     try:
         plain = bindings.crypto_secretbox_open(envelope.box[nonce_bytes:], envelope.box[:nonce_bytes], key)
         return msgspec.msgpack.decode(plain, type=Identity)
@@ -125,7 +138,8 @@ def _open(data: bytes, passphrase: str) -> Identity:
         raise DataError("the exported identity is damaged") from error
 
 
-def _derive(passphrase: str, salt: bytes, ops: int, memory_bytes: int) -> bytes:
+def derive(passphrase: str, salt: bytes, ops: int, memory_bytes: int) -> bytes:
+    """The key that a passphrase stands for: argon2id."""
     return bindings.crypto_pwhash_alg(
         bindings.crypto_secretbox_KEYBYTES,
         passphrase.encode(),
@@ -136,7 +150,8 @@ def _derive(passphrase: str, salt: bytes, ops: int, memory_bytes: int) -> bytes:
     )
 
 
-def _check_passphrase(passphrase: str) -> None:
+def check_passphrase(passphrase: str) -> None:
+    """Raises DataError for a passphrase that is too short to protect anything."""
     if len(passphrase) < PASSPHRASE_CHARS_MIN:
         raise DataError(
             f"the passphrase has {len(passphrase)} characters; it needs at least {PASSPHRASE_CHARS_MIN}",

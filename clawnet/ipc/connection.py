@@ -42,6 +42,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, board: Board, number: int) -> None:
         self.number = number
+        self.credential = "local"
         self.calls: dict[int | str, int] = {}
         self.transport: asyncio.Transport | None = None
         self._board = board

@@ -7,21 +7,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from clawnet import __version__, limits, rpc
 from clawnet.ipc.connection import Connection
 
-OnCall = Callable[[int, str, dict[str, Any], int], None]
+OnCall = Callable[[int, str, dict[str, Any], int, str], None]
 OnGone = Callable[[int], None]
+LOCAL: Final = "local"
 
 
 class IpcServer:
     """Listens on `path` (mode 0600 in a 0700 directory; on Windows a pipe's name) for processes of this user.
 
-    `on_call(call_id, method, params, client)` is called for each call, in the order the client wrote them; it is
-    answered by `reply` once, after any number of `notify`. `on_gone(call_id)` follows when the client of an open call
-    goes away; what is said to it afterwards is dropped. A client that does not read is dropped, never waited for.
+    `on_call(call_id, method, params, client, credential)` is called for each call, in the order the client wrote them;
+    `credential` is who asks by the kernel's word ("uid:1000"), or "local" where the socket alone vouches.
+    It is answered by `reply` once, after any number of `notify`. `on_gone(call_id)` follows when the client of an open
+    call goes away; what is said to it afterwards is dropped. A client that does not read is dropped, never waited for.
     """
 
     def __init__(self, path: Path | str, on_call: OnCall, on_gone: OnGone) -> None:
@@ -103,6 +105,7 @@ class IpcServer:
         peer = connection.transport.get_extra_info("socket") if connection.transport is not None else None
         if peer is not None and sys.platform != "win32":
             uid = rpc.peer_of(peer)[0]
+            connection.credential = LOCAL if uid is None else f"uid:{uid}"
             if uid not in (None, os.geteuid(), 0):
                 self.count("refused")
                 return "this daemon belongs to another user"
@@ -114,7 +117,7 @@ class IpcServer:
         call = self._last_call
         connection.calls[request] = call
         self._calls[call] = (connection, request)
-        self._on_call(call, method, params, connection.number)
+        self._on_call(call, method, params, connection.number, connection.credential)
 
     def hello(self) -> dict[str, Any]:
         """The answer to a good handshake."""

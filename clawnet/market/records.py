@@ -52,6 +52,7 @@ class Attempt(Struct, array_like=True):
     refunded: bool = False
     closed: bool = False
     reason: str = ""
+    locked_ms: int = 0
 
 
 class Task(Struct, array_like=True):
@@ -89,6 +90,8 @@ class Task(Struct, array_like=True):
     content: str = ""
     moves: list[tuple[int, int, str, str]] = field(default_factory=list)
     """The newest transitions (n, time, state, reason): they get rows together, at the latest at the end."""
+    credential: str = ""
+    """Who submitted it (RpcCall.credential): its spend limits bound what is locked for the task."""
 
     @property
     def paying(self) -> Attempt | None:

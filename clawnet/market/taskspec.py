@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any, Final
 
 from clawnet import limits
@@ -103,6 +104,15 @@ def _argv(spec: dict[str, Any]) -> tuple[list[str] | None, str | None]:
     if len(text.encode("utf-8", "surrogateescape")) > limits.ARGV_BYTES_MAX or "\0" in text:
         raise _bad("script", "…", f"at most {limits.ARGV_BYTES_MAX} bytes and no NUL")
     return None, text
+
+
+def _stdin(spec: dict[str, Any]) -> str:
+    text = _text(spec, "stdin_b64", 2 * limits.PAYLOAD_INLINE_BYTES_MAX)
+    try:
+        base64.b64decode(text)
+    except ValueError:
+        raise _bad("stdin_b64", text[:60], "base64") from None
+    return text
 
 
 def _environment(spec: dict[str, Any]) -> dict[str, str]:
@@ -226,7 +236,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "op": op,
         "op_args": op_args,
         "inputs": _inputs(spec),
-        "stdin_b64": _text(spec, "stdin_b64", 2 * limits.PAYLOAD_INLINE_BYTES_MAX),
+        "stdin_b64": _stdin(spec),
         "env": _environment(spec),
         "cwd": _text(spec, "cwd", 255),
         "budget_ucr": budget if budget is not None else config.amount_ucr("market.default_budget"),

@@ -47,6 +47,7 @@ class InviteRecord(Struct, array_like=True):
     credits_ucr: int
     created_ms: int
     redeemed: list[bytes] = field(default_factory=list)
+    credential: str = ""
 
 
 def join_bytes(mesh: bytes, secret: bytes, node_key: bytes, owner_key: bytes, name: str, time_ms: int) -> bytes:

@@ -21,6 +21,8 @@ MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 RESUME_MS = 5_000
+SPEND = "spend"
+"""Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
 
 
 class Auctions:
@@ -93,7 +95,9 @@ class Auctions:
         while task.stage < len(task.stages):
             ring = task.stages[task.stage]
             candidates = self._candidates(task, ring)
-            if candidates:
+            if ring == "member" and candidates and self._rooms.spending.exhausted(task):
+                task.refusals[SPEND] = task.refusals.get(SPEND, 0) + len(candidates)
+            elif candidates:
                 self._announce(task, ring, candidates)
                 return
             task.stage += 1
@@ -128,7 +132,7 @@ class Auctions:
         close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
         budget = self.budget_left(task)
         if ring == "member":
-            budget = min(budget, max(0, self._rooms.books.available()))
+            budget = self._rooms.spending.capped(task, min(budget, max(0, self._rooms.books.available())))
         auction = Auction(
             task.task_id,
             task.round,
@@ -287,6 +291,10 @@ class Auctions:
                 "the deadline passed before anybody could take the task", hint="--deadline allows more"
             )
             self._rooms.tasks.finish(task, "timed_out", error)
+            return
+        blocked = self._rooms.spending.blocked(task, max(1, self.budget_left(task)))
+        if blocked is not None and {SPEND, "price"} & set(refusals):
+            self._rooms.tasks.finish(task, "failed", blocked)
             return
         reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))
         asked = f"nobody can take it ({reasons})" if reasons else "nobody allowed to see it can do it"

@@ -78,13 +78,13 @@ class Awards:
         task.attempts.append(attempt)
         price = format_credits(attempt.price_ucr)
         rooms.tasks.move(task, "awarded", f"{rooms.members.name_of(bid.peer)} for {price} credits")
-        rooms.tasks.followers.reset(task.task_id)
+        rooms.tasks.followers.begin(task, attempt)
         for item in task.inputs:
             ctx.lend(job_id(ctx.me, task.task_id, attempt.n), bid.peer, item["blob"])
         if free:
             self._send_award(task, attempt)
         else:
-            rooms.books.lock(task, attempt)
+            rooms.books.locks.ask(task, attempt)
 
     def locked(self, task: Task, attempt: Attempt, known_seq: int) -> None:
         """The line is in the own chain, in this turn's transaction: the document may leave."""
@@ -124,6 +124,10 @@ class Awards:
     def knows(self, lock_seq: int, line: int) -> bool:
         """Whether an open attempt stands behind this own line."""
         return (lock_seq, line) in self._by_line
+
+    def of_line(self, lock_seq: int, line: int) -> tuple[Task, Attempt] | None:
+        """The open attempt behind this own line."""
+        return self._by_line.get((lock_seq, line))
 
     def _send_award(self, task: Task, attempt: Attempt) -> None:
         rooms = self._rooms
@@ -194,6 +198,7 @@ class Awards:
             self._rooms.tasks.move(task, "executing", "accepted")
         self._rooms.tasks.touch(task)
         self._rooms.leases.arm(task)
+        self._rooms.tasks.followers.accepted(task)
 
     def reject(self, event: MessageIn, message: Reject) -> None:
         """Durably not started: the line comes back, and the slot may move whatever the retries say."""
@@ -219,8 +224,9 @@ class Awards:
         task, attempt = found
         if attempt.state in ("awarded", "locked"):
             self.accept(event, Accept(message.task_id, message.attempt))
-        attempt.heard_ms = self._ctx.now
-        self._rooms.leases.arm(task)
+        self._rooms.leases.heard(task, attempt)
+        if attempt.paying and attempt.state in RUNNING:
+            self._rooms.tasks.followers.progress(task, message)
 
     def output(self, event: MessageIn, message: Output) -> None:
         """A preview of the output, from rings own and member only (LEDGER.md: preview)."""
@@ -228,7 +234,7 @@ class Awards:
         if found is None or not found[1].paying or found[1].state not in RUNNING or found[0].state in FINAL_STATES:
             return
         found[1].heard_ms = self._ctx.now
-        self._rooms.tasks.output(found[0], message.stream, message.offset, message.data)
+        self._rooms.tasks.followers.output(found[0], message)
 
     def waiver(self, event: MessageIn, message: Waiver) -> None:
         """The attempt ends without a result: the line comes back; with retries left the slot moves."""
@@ -281,6 +287,8 @@ class Awards:
 
     def refunded(self, task: Task, attempt: Attempt) -> None:
         """The line is closed in the own chain."""
+        if not attempt.refunded:
+            self._rooms.spending.unlocked(task, attempt)
         attempt.refunded = True
         if attempt.state in ("released", "claimed", "done"):
             return

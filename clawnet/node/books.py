@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, ConfigError, FundsError, NotPermittedError, TimedOutError
+from clawnet.errors import ClawnetError, ConfigError, NotPermittedError
 from clawnet.identity.keys import verify
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import (
     Claim,
     ClaimItem,
     EntryKind,
-    LockLine,
     Parsed,
     Proof,
     Refund,
@@ -27,11 +26,12 @@ from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outc
 from clawnet.ledger.purse import Purse, claim_item
 from clawnet.ledger.state import Payable
 from clawnet.ledger.terms import LedgerTerms
-from clawnet.market.records import FINAL_STATES, Attempt, Job, Task
+from clawnet.market.records import Attempt, Job, Task
 from clawnet.money import format_credits
 from clawnet.node.chains import Chains
 from clawnet.node.context import Context
 from clawnet.node.countersigns import Countersigns
+from clawnet.node.locks import Locks
 from clawnet.node.shipping import CLAIM, RELEASE, Shipping
 from clawnet.wire.messages import Kind
 
@@ -67,7 +67,7 @@ class Books:
         self.chains = Chains(ctx, rooms, self)
         self.countersigns = Countersigns(ctx, rooms)
         self.shipping = Shipping(ctx, rooms, self)
-        self._locks: list[tuple[Task, Attempt]] = []
+        self.locks = Locks(ctx, rooms, self)
         self._releases: list[_Release] = []
         self._refunds: list[_Refund] = []
         self._claim_from: dict[bytes, None] = {}
@@ -81,7 +81,7 @@ class Books:
 
     def available(self) -> int:
         """What can be spent now, less what this turn is about to lock."""
-        return self.purse.available_ucr - sum(attempt.price_ucr for _, attempt in self._locks)
+        return self.purse.available_ucr - self.locks.asked_ucr
 
     def convicted(self, account: bytes) -> bool:
         """A fork is proven against this account."""
@@ -98,8 +98,8 @@ class Books:
 
     # --- start
 
-    def start(self, initial_ucr: int) -> None:
-        """Opens the chain of a new account: genesis, and for an issuer the grant to itself and its claim.
+    def start(self) -> None:
+        """Opens the chain of a new account.
 
         Raises ConfigError when a configured grant is above what the mesh's charter allows.
         """
@@ -111,14 +111,19 @@ class Books:
             self.claim_all()
             return
         if self._rooms.members.facts.imported:
-            self.chains.begin_import()
-            return
+            self.chains.restore.begin_import()
+        else:
+            self.open_chain()
+
+    def open_chain(self) -> None:
+        """Genesis, and for an issuer the grant to itself and its claim."""
+        initial_ucr = self._ctx.config.amount_ucr("market.initial_wallet_balance")
         now = self._ctx.now
-        self._wrote(self.purse.genesis(now))
+        self.wrote(self.purse.genesis(now))
         if self._ctx.account in self.terms.issuers and initial_ucr > 0:
-            self._wrote(self.purse.grant(self._ctx.account, initial_ucr, bytes(16), now))
+            self.wrote(self.purse.grant(self._ctx.account, initial_ucr, bytes(16), now))
             items = [claim_item(payable, None) for payable in self.book.payables(self._ctx.account, self._ctx.account)]
-            self._wrote(self.purse.claim(items, now))
+            self.wrote(self.purse.claim(items, now))
 
     def _check_grant(self, name: str) -> None:
         if self._ctx.config.amount_ucr(name) > self.terms.grant_max_ucr:
@@ -143,10 +148,6 @@ class Books:
 
     # --- gathering
 
-    def lock(self, task: Task, attempt: Attempt) -> None:
-        """A line for this attempt, in this turn's lock entry."""
-        self._locks.append((task, attempt))
-
     def release(self, task: Task, attempt: Attempt, item: ReleaseItem) -> None:
         """The receipt for a delivered result, in the next release entry (this turn's, or within GATHER_MS)."""
         self._releases.append(_Release(task, attempt, item))
@@ -164,12 +165,9 @@ class Books:
             return
         held = self.held_reason()
         if held:
-            locks, self._locks = self._locks, []
-            for task, attempt in locks:
-                self._rooms.awards.lock_failed(task, attempt, NotPermittedError(held, hint="clawnet doctor tells more"))
+            self.locks.fail(NotPermittedError(held, hint="clawnet doctor tells more"))
             return
-        if self._locks:
-            self._write_locks()
+        self.locks.write()
         waiting = len(self._releases) + len(self._refunds) + len(self._claim_from)
         if not waiting:
             return
@@ -185,52 +183,6 @@ class Books:
         self._write_releases()
         self._write_refunds()
         self._write_claims()
-
-    def _write_locks(self) -> None:
-        groups: dict[tuple[int, int], list[tuple[Task, Attempt]]] = {}
-        locks, self._locks = self._locks, []
-        for task, attempt in locks:
-            if task.state in FINAL_STATES:
-                # It was cancelled, or its deadline passed, while the wallet could not be written.
-                self._rooms.awards.lock_failed(task, attempt, TimedOutError("the lock came too late"))
-                continue
-            groups.setdefault((attempt.deliver_by_ms, attempt.expiry_ms), []).append((task, attempt))
-        for (deliver_by_ms, expiry_ms), members in groups.items():
-            for at in range(0, len(members), limits.LOCK_LINES_MAX):
-                self._write_lock(deliver_by_ms, expiry_ms, members[at : at + limits.LOCK_LINES_MAX])
-
-    def _write_lock(self, deliver_by_ms: int, expiry_ms: int, members: list[tuple[Task, Attempt]]) -> None:
-        """One lock entry for all lines that the balance and the open-line limit allow; the rest fail."""
-        affordable: list[tuple[Task, Attempt]] = []
-        view = self.book.view(self._ctx.account)
-        left_ucr, lines = self.purse.available_ucr, self.terms.open_lines_max - view.open_lines
-        for task, attempt in members:
-            if attempt.price_ucr <= left_ucr and lines > 0:
-                affordable.append((task, attempt))
-                left_ucr -= attempt.price_ucr
-                lines -= 1
-            elif lines <= 0:
-                self._rooms.awards.no_line(task, attempt)
-            else:
-                have = format_credits(self.purse.available_ucr)
-                error = FundsError(
-                    f"the bid asks {format_credits(attempt.price_ucr)} credits, {have} are available",
-                    hint="clawnet wallet escrows shows what is bound, and until when",
-                )
-                self._rooms.awards.lock_failed(task, attempt, error)
-        if not affordable:
-            return
-        body = [LockLine(task.task_hash, attempt.account, attempt.price_ucr, 1) for task, attempt in affordable]
-        try:
-            entry = self.purse.lock(body, deliver_by_ms, expiry_ms, self._ctx.now)
-        except ClawnetError as error:
-            for task, attempt in affordable:
-                self._rooms.awards.lock_failed(task, attempt, error)
-            return
-        self._wrote(entry)
-        for line, (task, attempt) in enumerate(affordable):
-            attempt.lock_seq, attempt.lock_hash, attempt.line = entry.seq, entry.hash, line
-            self._rooms.awards.locked(task, attempt, self.chains.base(attempt.peer))
 
     def _write_releases(self) -> None:
         while self._releases:
@@ -324,10 +276,10 @@ class Books:
         except ClawnetError as error:
             self._ctx.log("error", "ledger.entry_refused", reason=error.message)
             return None
-        self._wrote(entry)
+        self.wrote(entry)
         return entry
 
-    def _wrote(self, entry: Parsed) -> None:
+    def wrote(self, entry: Parsed) -> None:
         """An own entry: durable with this turn, kept at hand, and on its way to the keepers."""
         ctx = self._ctx
         ctx.put("entries", entry.account, entry.seq, entry.hash, entry.raw)
@@ -341,7 +293,7 @@ class Books:
         if self.purse.checkpoint_due and entry.kind != EntryKind.CHECKPOINT:
             document = self.book.state_bytes(ctx.account)
             written = self.purse.checkpoint(ctx.now)
-            self._wrote(written)
+            self.wrote(written)
             self.countersigns.written(written, document)
 
     def push_keepers(self) -> None:
@@ -414,7 +366,8 @@ class Books:
         if parsed.account == ctx.account:
             ctx.put("balances", parsed.seq, self.book.view(ctx.account).available_ucr)
             self.shipping.recent.append((parsed.seq, parsed.raw))
-            self.chains.begin_restore(f"{self._rooms.members.name_of(peer)} held entries that are not here")
+            self.chains.restore.begin(f"{self._rooms.members.name_of(peer)} held entries that are not here")
+            self.chains.restore.taken(outcome)
             return
         body = parsed.body
         if isinstance(body, Claim):
@@ -453,7 +406,7 @@ class Books:
         """A plain payment; raises FundsError or NotPermittedError."""
         self._check_writable()
         entry = self.purse.send(payee, amount_ucr, memo_hash, self._ctx.now)
-        self._wrote(entry)
+        self.wrote(entry)
         peer = self._rooms.members.peer_of(payee)
         if peer is not None:
             self.shipping.settle({peer: None}, RELEASE, entry.seq)
@@ -467,10 +420,10 @@ class Books:
     def grant(self, payee: bytes, amount_ucr: int, invite: bytes) -> None:
         """An issuer's grant to a newcomer."""
         self._check_writable()
-        self._wrote(self.purse.grant(payee, amount_ucr, invite, self._ctx.now))
+        self.wrote(self.purse.grant(payee, amount_ucr, invite, self._ctx.now))
 
     def _check_writable(self) -> None:
-        if self.chains.waiting:
+        if self.chains.waiting and not self.chains.restore.reason:
             raise NotPermittedError("the wallet is being checked with its keepers", hint="try again in ten seconds")
         held = self.held_reason()
         if held:

@@ -14,6 +14,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
 from clawnet.node.context import Context
+from clawnet.node.output import Start
 from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
 
@@ -31,7 +32,8 @@ class Calls:
         self._rooms = rooms
         self._methods: dict[str, Callable[[int, Params], None]] = {
             "node.status": self._status,
-            "task.submit": lambda call, params: rooms.tasks.submit(call, params.get("spec") or {}),
+            "task.submit": self._task_submit,
+            "task.check": self._task_check,
             "task.get": self._with_task(self._task_get),
             "task.bids": self._with_task(self._task_bids),
             "task.why": self._with_task(self._task_why),
@@ -52,12 +54,14 @@ class Calls:
             "wallet.escrows": lambda call, params: ctx.reply(call, {"items": rooms.views.escrows(), "next": None}),
             "wallet.history": self._history,
             "wallet.send": self._send,
+            "wallet.resume": self._resume,
             "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
         }
 
     def call(self, event: RpcCall) -> None:
         """Runs a method; what goes wrong is the answer."""
         method = self._methods.get(event.method)
+        self._ctx.credential = event.credential
         try:
             if method is None:
                 raise NotFoundError(f"there is no method {event.method!r}", hint="command and daemon differ in version")
@@ -95,6 +99,24 @@ class Calls:
             then(call, params, task)
 
         return run
+
+    def _task_submit(self, call: int, params: Params) -> None:
+        before_ms = integer(params, "retry_failed_before_ms", 0)
+        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms)
+
+    def _task_check(self, call: int, params: Params) -> None:
+        """What is wrong with each of these submissions (null: nothing), by the rules that accept them."""
+        specs = params.get("specs")
+        if not isinstance(specs, list) or len(specs) > limits.LIST_ITEMS_MAX:
+            raise DataError(f"specs is no list of at most {limits.LIST_ITEMS_MAX} tasks")
+        items: list[dict[str, Any] | None] = []
+        for spec in specs:
+            try:
+                self._rooms.tasks.normal(spec)
+                items.append(None)
+            except ClawnetError as error:
+                items.append(error.as_dict())
+        self._ctx.reply(call, {"items": items, "next": None})
 
     def _task_get(self, call: int, params: Params, task: Task) -> None:
         self._with_streams(task, call, lambda: self._task_reply(call, task))
@@ -145,8 +167,14 @@ class Calls:
         loads.ask("bids", (task.task_id,), bids, call=call)
 
     def _task_follow(self, call: int, params: Params, task: Task) -> None:
-        output, from_end = bool(params.get("output", True)), params.get("from") == "end"
-        self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, from_end=from_end))
+        output = bool(params.get("output", True))
+        start = Start(
+            from_end=params.get("from") == "end",
+            offsets=(integer(params, "stdout", 0), integer(params, "stderr", 0)),
+            attempt=integer(params, "attempt", -1),
+            so_far=bool(params.get("so_far")),
+        )
+        self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, start=start))
 
     def _task_read(self, call: int, params: Params, task: Task) -> None:
         """A piece of a stored stream: of a result over 1 MiB from its blob, else from the row."""
@@ -282,9 +310,11 @@ class Calls:
         if amount_ucr <= 0:
             raise DataError("an amount to send is more than 0")
         memo = str(params.get("memo") or "")
+        self._rooms.spending.check_payment(self._ctx.credential, amount_ucr)
         entry = self._rooms.books.send(
             self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)
         )
+        self._rooms.spending.payment(self._ctx.credential, amount_ucr)
         self._ctx.reply(
             call,
             {
@@ -294,6 +324,11 @@ class Calls:
                 "hash": entry.hash.hex(),
             },
         )
+
+    def _resume(self, call: int, params: Params) -> None:
+        """The owner's override of the restore rule."""
+        self._rooms.books.chains.restore.accept_risk()
+        self._ctx.reply(call, self._rooms.views.balance())
 
     def _history(self, call: int, params: Params) -> None:
         limit = max(1, min(integer(params, "limit", 20), PAGE_MAX))
@@ -341,16 +376,18 @@ class Calls:
     def warnings(self) -> list[str]:
         """What the owner should know, in sentences."""
         found = []
-        reason = self._rooms.books.purse.read_only_reason
-        if reason:
-            found.append(f"the wallet is read-only: {reason}")
+        books = self._rooms.books
+        if books.purse.read_only_reason:
+            why = books.chains.restore.sentence() or books.purse.read_only_reason
+            found.append(f"the wallet is read-only: {why}")
         found.extend(self._rooms.members.warnings())
         return found
 
     def findings(self) -> list[dict[str, str]]:
         """What the node itself finds for `doctor`: wallet, clock, peers."""
+        remedy = self._rooms.books.chains.restore.remedy()
         findings = [
-            {"check": "node", "level": "warn", "message": text, "remedy": "clawnet daemon logs tells more"}
+            {"check": "node", "level": "warn", "message": text, "remedy": remedy or "clawnet daemon logs tells more"}
             for text in self.warnings()
         ]
         skew_ms = self._rooms.members.skew_ms()

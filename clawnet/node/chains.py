@@ -9,6 +9,7 @@ from clawnet.errors import DataError
 from clawnet.ledger.entries import Parsed
 from clawnet.ledger.outcomes import Forked, NotYet
 from clawnet.node.context import Context
+from clawnet.node.restore import Restore
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire.events import Hangup
 from clawnet.wire.messages import Head, LedgerPull, LedgerPush
@@ -39,10 +40,9 @@ class Chains:
         self._unchecked: dict[str, None] = {}
         self._suspects: dict[str, None] = {}
         self._liars: dict[str, None] = {}
-        self._unanswered: dict[str, None] = {}
-        self.restore_reason = ""
+        self.restore = Restore(ctx, rooms, books)
 
-    # --- the check after a start, and the restore rule (LEDGER.md section 9)
+    # --- the check after a start (LEDGER.md section 9)
 
     @property
     def waiting(self) -> bool:
@@ -75,11 +75,7 @@ class Chains:
         """This peer holds nothing of the own chain that is not here."""
         self.checked(peer)
         self._suspects.pop(peer, None)
-        if self._unanswered.pop(peer, 0) is None and not self._unanswered:
-            self.restore_reason = ""
-            self._ctx.delete("meta", "restore")
-            self._ctx.log("info", "ledger.restored", seq=self._own_seq())
-            self._books.claim_all()
+        self.restore.answered(peer)
         self.reconsider()
 
     def reconsider(self) -> None:
@@ -87,7 +83,7 @@ class Chains:
         if self._books.convicted(self._ctx.account):
             reason = "two histories of this account exist"
         else:
-            reason = self.restore_reason
+            reason = self.restore.reason
         self._books.purse.read_only_reason = reason
 
     def _own_seq(self) -> int:
@@ -106,32 +102,13 @@ class Chains:
         else:
             self.pull(peer, self._ctx.account)
 
-    def begin_restore(self, reason: str) -> None:
-        """The disk was behind: nothing is written until everybody known has told what it holds of this chain."""
-        ctx = self._ctx
-        if not self.restore_reason:
-            self.restore_reason = reason
-            records = self._rooms.members.records.values()
-            self._unanswered = {record.peer: None for record in records if not record.banned}
-            ctx.put("meta", "restore", reason.encode())
-            ctx.log("error", "ledger.restore", reason=reason)
-            for peer in self._unanswered:
-                if peer in ctx.links:
-                    self.pull(peer, ctx.account)
-        self.reconsider()
-
-    def begin_import(self) -> None:
-        """The keys came from elsewhere and the chain did not: nothing is written before a peer has shown it."""
-        self.begin_restore("this identity was imported, and no peer has shown its chain yet")
-        self._unanswered[""] = None
-
     def _own_from_peer(self, peer: str, message: LedgerPush) -> None:
         before = self._own_seq()
         self._books.take(peer, message.entries)
         if self._own_seq() >= 0:
-            self._unanswered.pop("", None)
+            self.restore.chain_shown()
         if self._own_seq() > before:
-            self.begin_restore(f"{self._rooms.members.name_of(peer)} held entries of this chain that are not here")
+            self.restore.begin(f"{self._rooms.members.name_of(peer)} held entries of this chain that are not here")
         ahead = any(h.account == self._ctx.account and h.seq > self._own_seq() for h in message.heads)
         if ahead or not message.end:
             self.pull(peer, self._ctx.account)
@@ -156,9 +133,7 @@ class Chains:
         if own is not None and all(head.account != self._ctx.account for head in heads):
             heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
         self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
-        if self.restore_reason:
-            self._unanswered[peer] = None
-            self.pull(peer, self._ctx.account)
+        self.restore.peer_up(peer)
         for account in list(self._books.book.accounts()):
             proof = self._books.book.proof(account)
             if proof is not None:

@@ -43,6 +43,8 @@ class Ports(Struct, frozen=True):
     owner: KeyPair | None = None
     skew_ms: Callable[[str], int | None] | None = None
     """How far a peer's clock is ahead of ours by its last answer to a ping; None while unknown: then HELLO counts."""
+    host: str = ""
+    """Where the database lies, "machine file" (observe/host.py): another place may be a copy. Empty: not told."""
 
 
 class Link(Struct):
@@ -80,6 +82,8 @@ class Context:
         self.out: list[Effect] = []
         self.links: dict[str, Link] = {}
         self.draining = False
+        self.credential = ""
+        """Whose call is being handled (RpcCall.credential)."""
 
     def entropy(self, count: int) -> bytes:
         """`count` random bytes from the injected port."""

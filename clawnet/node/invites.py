@@ -75,6 +75,7 @@ class Invites:
             raise NotPermittedError("this node listens nowhere, so nobody could redeem an invite")
         secret = ctx.entropy(16)
         record = InviteRecord(ctx.entropy(16), secret_hash(secret), ring, expires_ms, uses, credits_ucr, ctx.now)
+        record.credential = ctx.credential
         self._records[record.secret_hash] = record
         self._save(record)
         token = tokens.Invite(facts.mesh, ctx.me, tuple(members.addresses[:8]), secret, ring, expires_ms).encode()
@@ -109,6 +110,8 @@ class Invites:
                 f"{format_credits(books.available())} are available",
                 hint="lower --credits or --uses",
             )
+        elif credits_ucr > 0:
+            self._rooms.spending.check_payment(self._ctx.credential, credits_ucr * uses)
 
     def _forget_expired(self) -> None:
         for key, record in list(self._records.items()):
@@ -186,7 +189,9 @@ class Invites:
         if record.ring == "member" and self._ctx.account in books.terms.issuers:
             books.grant(ask.node_key, gift_ucr, record.invite)
         else:
+            self._rooms.spending.check_payment(record.credential, gift_ucr)
             books.send(ask.node_key, gift_ucr, bytes(32))
+            self._rooms.spending.payment(record.credential, gift_ucr)
 
     # --- joining elsewhere
 

@@ -15,9 +15,9 @@ from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
-from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited, TaskOutput
+from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited
 from clawnet.wire.jobspec import InputRef, JobSpec
-from clawnet.wire.messages import Ack, Cancel, Output, Progress, Waiver
+from clawnet.wire.messages import Ack, Cancel, Waiver
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -162,6 +162,7 @@ class Jobs:
         self.touch(job)
         if job.retries == 0:
             ctx.durable()  # that it began is remembered even when the power fails: it may not begin twice
+        self._rooms.streaming.begin(job)
         ctx.out.append(Run(job.job, spec))
 
     def _arm_progress(self) -> None:
@@ -175,16 +176,9 @@ class Jobs:
         active = [job for job in self.jobs.values() if job.state in ACTIVE]
         self._progress_armed = False
         for job in active:
-            elapsed_s = max(0, ctx.now - job.received_ms) / 1000  # the clock may have been set back
-            ctx.send(job.peer, Progress(job.task_id, job.attempt, job.state, elapsed_s))
+            ctx.send(job.peer, self._rooms.streaming.progress(job))
         if active:
             self._arm_progress()
-
-    def output(self, event: TaskOutput) -> None:
-        """A preview, to rings own and member."""
-        job = self.jobs.get(event.job)
-        if job is not None and job.stream_output:
-            self._ctx.send(job.peer, Output(job.task_id, job.attempt, event.stream, event.offset, event.data))
 
     # --- the end of a run
 
@@ -192,6 +186,7 @@ class Jobs:
         """Delivers the sealed bundle, or hands the line back with a report."""
         job = self.jobs.get(event.job)
         self.running.pop(event.job, None)
+        self._rooms.streaming.over(event.job)
         self._short.discard(event.job)
         if job is None or job.state != "running":
             return
@@ -217,6 +212,7 @@ class Jobs:
         """No result: a waiver frees the line at once."""
         self.leave(job)
         job.state, job.reason = "waived", reason
+        self._rooms.streaming.over(job.job)
         self._rooms.taking.over(job.job)
         waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
         message = Waiver(job.task_id, job.attempt, waiver, reason[:64], text.encode()[:2000])

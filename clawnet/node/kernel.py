@@ -22,6 +22,8 @@ from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
 from clawnet.node.results import Results
+from clawnet.node.spending import ROW, Spending
+from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
@@ -38,18 +40,18 @@ class Loads:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int]] = {}
+        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int, str]] = {}
         self._next = 0
 
     def ask(self, query: str, args: tuple[Any, ...], then: Callable[[tuple[Any, ...]], None], call: int = 0) -> None:
         """Reads rows; `then` goes on with them in a later turn. Errors of `then` answer `call` when there is one."""
         self._next += 1
-        self._waiting[self._next] = (then, call)
+        self._waiting[self._next] = (then, call, self._ctx.credential)
         self._ctx.out.append(e.Load((self._next,), query, args))
 
     def loaded(self, event: e.Loaded) -> None:
         """The rows are here."""
-        then, call = self._waiting.pop(event.request[0])
+        then, call, self._ctx.credential = self._waiting.pop(event.request[0])
         try:
             then(event.rows)
         except ClawnetError as error:
@@ -65,6 +67,7 @@ class Rooms:
     loads: Loads
     members: Members
     books: Books
+    spending: Spending
     tasks: Tasks
     auctions: Auctions
     awards: Awards
@@ -73,6 +76,7 @@ class Rooms:
     bidding: Bidding
     taking: Taking
     jobs: Jobs
+    streaming: Streaming
     pay: Pay
     invites: Invites
     views: Views
@@ -101,10 +105,12 @@ class Node:
         rooms.loads = Loads(self.ctx)
         rooms.bidding = Bidding(self.ctx, rooms)
         rooms.jobs = Jobs(self.ctx, rooms, os_family)
+        rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.taking = Taking(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
+        rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
@@ -125,11 +131,18 @@ class Node:
         fresh = self._load_ledger(read)
         for row in read("table:peers", ()):
             rooms.members.load(row[-1])
+        stored_host = ""
+        for peer, since_ms in read("table:awaited", ()):
+            rooms.books.chains.restore.load_awaited(peer, since_ms)
         for key, body in read("table:meta", ()):
             if key == "checkpoint":
                 rooms.books.countersigns.load(body)
             elif key == "restore":
-                rooms.books.chains.begin_restore(body.decode())
+                rooms.books.chains.restore.load_reason(body.decode())
+            elif key.startswith(ROW):
+                rooms.spending.load(key, body)
+            elif key == "host":
+                stored_host = body.decode()
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)
         for key, body in read("table:durations", ()):
@@ -145,7 +158,8 @@ class Node:
         for task_id, peer, blob in read("table:blob_grants", ()):
             ctx.out.append(e.GrantBlob(task_id, peer, blob))
         self._load_tasks(read)
-        rooms.books.start(ctx.config.amount_ucr("market.initial_wallet_balance"))
+        rooms.books.start()
+        rooms.books.chains.restore.start(ctx.ports.host, stored_host)
         rooms.books.chains.reconsider()
         if not fresh:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
@@ -196,8 +210,6 @@ class Node:
             for row in read("task", (task_id,)):
                 rows[task_id] = row
         loaded = [rooms.tasks.load(row[-1]) for row in rows.values()]
-        for row in read("keys_kept", ()):
-            rooms.tasks.keys[row[1]] = row[0]
         for task in loaded:
             documents = list(read("document", (task.task_id,)))
             if documents:
@@ -244,7 +256,8 @@ class Node:
             e.CallGone: rooms.calls.gone,
             e.PeerUp: rooms.members.up,
             e.PeerDown: rooms.members.down,
-            e.TaskOutput: rooms.jobs.output,
+            e.TaskOutput: rooms.streaming.output,
+            e.OutputKept: rooms.streaming.kept,
             e.TaskExited: rooms.jobs.exited,
             e.InputsReady: self._inputs_ready,
             e.BlobReady: self._blob_ready,
@@ -273,7 +286,7 @@ class Node:
             m.Cancel: lambda event: r.jobs.cancel(event, event.message),  # type: ignore[arg-type]
             m.Result: lambda event: r.results.result(event, event.message),  # type: ignore[arg-type]
             m.Progress: lambda event: r.awards.progress(event, event.message),  # type: ignore[arg-type]
-            m.Output: lambda event: r.awards.output(event, event.message),  # type: ignore[arg-type]
+            m.Output: self._output,
             m.Waiver: lambda event: r.awards.waiver(event, event.message),  # type: ignore[arg-type]
             m.Settlement: self._settlement,
             m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
@@ -297,6 +310,12 @@ class Node:
                 "security", "message.refused", peer=event.peer, kind=type(event.message).__name__, reason=error.message
             )
             self.ctx.count("messages_refused_total", error.code)
+
+    def _output(self, event: e.MessageIn) -> None:
+        """A preview for the requester; without data, its question for what it lacks."""
+        message = event.message
+        assert isinstance(message, m.Output)
+        (self.rooms.awards.output if message.data else self.rooms.streaming.asked)(event, message)
 
     def _settlement(self, event: e.MessageIn) -> None:
         """Entries with an obligation: acknowledged once nothing that they need is missing."""
@@ -330,6 +349,8 @@ class Node:
             rooms.jobs.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
+        elif what == "output":
+            rooms.streaming.timer(key[1])
         elif what == "progress":
             rooms.jobs.progress()
         elif what == "heads":

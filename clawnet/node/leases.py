@@ -35,6 +35,15 @@ class Leases:
         if due:
             self._ctx.wake(("task", task.task_id), max(min(due), self._ctx.now + 1))
 
+    def heard(self, task: Task, attempt: Attempt) -> None:
+        """A sign of life: the lease begins again, also of an executor that was given up for lost."""
+        attempt.heard_ms = self._ctx.now
+        if task.shown_lost and attempt.paying and task.state not in FINAL_STATES:
+            task.shown_lost = False
+            task.error_code = task.error_text = task.error_hint = ""
+            self._rooms.tasks.touch(task)
+        self.arm(task)
+
     def _due_ms(self, task: Task, attempt: Attempt) -> int:
         """When something is next to be done for an open attempt; 0 for never."""
         if attempt.state in ("claimed", "delivering"):

@@ -145,6 +145,7 @@ class Members:
         self._rooms.auctions.peer_back(event.peer)
         self._rooms.auctions.peer_up()
         self._rooms.jobs.peer_up(event.peer)
+        self._rooms.tasks.followers.peer_up(event.peer)
 
     def _remember(self, peer: str, hello: Hello) -> PeerRecord:
         membership = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
@@ -193,6 +194,7 @@ class Members:
             self.save(record)
         self._rooms.auctions.peer_down(event.peer)
         self._rooms.books.peer_down(event.peer)
+        self._rooms.tasks.followers.peer_down(event.peer)
 
     # --- cards
 

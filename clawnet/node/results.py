@@ -143,6 +143,7 @@ class Results:
     def released(self, task: Task, attempt: Attempt, seq: int) -> None:
         """The release is in the own chain, in the transaction that holds the sealed result."""
         attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
+        self._rooms.spending.paid(task, attempt)
         if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
             self._rooms.books.refund(task, attempt, attempt.waiver)
         self._rooms.tasks.touch(task)
@@ -213,6 +214,7 @@ class Results:
             if blob:
                 ctx.hold(task.task_id, blob)
         result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
+        result["attempt"] = attempt.n
         result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
         stdout, stderr = result["stdout"], result["stderr"]
         if stdout is None or stderr is None:

@@ -17,7 +17,6 @@ from clawnet.errors import (
     ClawnetError,
     DataError,
     FundsError,
-    NotFoundError,
     StorageFullError,
     from_dict,
 )
@@ -28,7 +27,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
 from clawnet.node.context import Context, held_as
-from clawnet.node.output import Followers
+from clawnet.node.output import Followers, Start
 from clawnet.wire.events import InputsReady, PackInputs
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Tasks:
         self.open: dict[bytes, Task] = {}
         self.finished: OrderedDict[bytes, Task] = OrderedDict()
         self.keys: dict[str, bytes] = {}
-        self.followers = Followers(ctx)
+        self.followers = Followers(ctx, self.open.get, lambda call, task: ctx.reply(call, rooms.views.task(task)))
         self._drafts: dict[bytes, _Draft] = {}
         self._dirty: dict[bytes, Task] = {}
         self._unsettled: dict[bytes, None] = {}
@@ -67,9 +66,10 @@ class Tasks:
         """Takes in an unfinished task at start-up."""
         task = decode_task(body)
         self.open[task.task_id] = task
+        self._rooms.spending.load_task(task)
         if task.state in FINAL_STATES:
             self._unsettled[task.task_id] = None
-        if task.spec["idempotency_key"]:
+        if task.spec["idempotency_key"] and (task.state == "settled" or task.state not in FINAL_STATES):
             self.keys[task.spec["idempotency_key"]] = task.task_id
         return task
 
@@ -115,7 +115,7 @@ class Tasks:
                 ctx.sleep(("task", task.task_id))
                 self.finished[task.task_id] = task
                 while len(self.finished) > FINISHED_KEPT_MAX:
-                    self.finished.popitem(last=False)
+                    self._forget_key(self.finished.popitem(last=False)[1])
         self._dirty.clear()
 
     @staticmethod
@@ -157,11 +157,16 @@ class Tasks:
         self.move(task, state, reason or task.error_code)
         self._ctx.count("tasks_total", state)
         self._rooms.auctions.drop(task)
-        key = task.spec["idempotency_key"]
-        if key and state not in ("settled",) and self.keys.get(key) == task.task_id:
-            del self.keys[key]
+        if state != "settled":
+            self._forget_key(task)
         self.answer(task)
         self._rooms.awards.task_final(task)
+
+    def _forget_key(self, task: Task) -> None:
+        """The key no longer stands for this task, or the database alone knows that it does."""
+        key = task.spec["idempotency_key"]
+        if key and self.keys.get(key) == task.task_id:
+            del self.keys[key]
 
     def answer(self, task: Task) -> None:
         """Gives the task as it stands to everybody who waits for its end."""
@@ -172,18 +177,63 @@ class Tasks:
 
     # --- submissions
 
-    def submit(self, call: int, spec: dict[str, Any]) -> None:
-        """Accepts a submission, or answers with the error that says what is wrong with it."""
+    def normal(self, spec: Any) -> dict[str, Any]:
+        """A submission with every default filled in and peers by their ids; raises what is wrong with it."""
+        found = taskspec.normalise(spec, self._ctx.config, family=self._rooms.jobs.os_family)
+        for named in ("peer", "exclude"):
+            found[named] = [self._rooms.members.resolve(name) for name in found[named]]
+        return found
+
+    def submit(self, call: int, spec: dict[str, Any], retry_before_ms: int = 0) -> None:
+        """Accepts a submission, or answers with the error that says what is wrong with it.
+
+        A finished task of the same idempotency key stands for it, unless its command failed and it was submitted
+        before `retry_before_ms`: then the key passes on to the new task.
+        """
         ctx = self._ctx
         if ctx.draining:
             raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise StorageFullError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="wait until some have ended")
-        normal = taskspec.normalise(spec, ctx.config, family=self._rooms.jobs.os_family)
-        normal["peer"] = [self._rooms.members.resolve(name) for name in normal["peer"]]
-        normal["exclude"] = [self._rooms.members.resolve(name) for name in normal["exclude"]]
-        if self._known_key(call, normal):
+        normal = self.normal(spec)
+        key = normal["idempotency_key"]
+        if not key:
+            self._begin(call, normal)
+        elif not self._known(call, normal, retry_before_ms):
+            # Of the finished tasks only the newest are held in memory; the database knows the others.
+            self._rooms.loads.ask(
+                "task_by_key", (key,), lambda rows: self._looked_up(call, normal, retry_before_ms, rows), call=call
+            )
+
+    def _known(self, call: int, spec: dict[str, Any], retry_before_ms: int) -> bool:
+        """Whether a task of this key is at hand; it is the answer then, at once or when its inputs are read."""
+        known = self.keys.get(spec["idempotency_key"])
+        if known is None:
+            return self._drafted_key(call, spec)
+        task = self.get(known)
+        return task is not None and self._stands(call, spec, retry_before_ms, task)
+
+    def _looked_up(self, call: int, spec: dict[str, Any], retry_before_ms: int, rows: tuple[Any, ...]) -> None:
+        """The tasks of this key, newest first; meanwhile another call may have brought one."""
+        if self._known(call, spec, retry_before_ms):
             return
+        settled = next((decode_task(row[-1]) for row in rows if row[1] == "settled"), None)
+        if settled is None or not self._stands(call, spec, retry_before_ms, settled):
+            self._begin(call, spec)
+
+    def _stands(self, call: int, spec: dict[str, Any], retry_before_ms: int, task: Task) -> bool:
+        """Answers with the task that has this key already; False when it failed and is to be tried again."""
+        result = task.result or {}
+        failed = task.error_code or result.get("exit_code") or result.get("signal")
+        if task.state in FINAL_STATES and failed and task.created_ms < retry_before_ms:
+            return False
+        self._check_content(spec, task)
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
+        return True
+
+    def _begin(self, call: int, normal: dict[str, Any]) -> None:
+        """A new task: its inputs are read, then it is accepted."""
+        ctx = self._ctx
         stages = taskspec.stages(normal, ctx.config)
         available = self._rooms.books.available()
         if normal["budget_given"] and "member" in stages and normal["budget_ucr"] > available:
@@ -192,6 +242,9 @@ class Tasks:
                 f"{format_credits(available)}",
                 hint="lower --budget, or --ring own to use your own machines at no price",
             )
+        budget_ucr = normal["budget_ucr"]
+        if "member" in stages:
+            budget_ucr = self._rooms.spending.check_submission(budget_ucr, normal["budget_given"])
         task = Task(
             task_id=ctx.entropy(16),
             created_ms=ctx.now,
@@ -200,8 +253,9 @@ class Tasks:
             spec=normal,
             secret=ctx.entropy(32),
             deadline_ms=ctx.now + taskspec.seconds_to_ms(normal["deadline_s"]),
-            max_budget_ucr=normal["budget_ucr"],
+            max_budget_ucr=budget_ucr,
             stages=stages,
+            credential=ctx.credential,
             retries_left=normal["retries"],
             content=self.content_hash(normal) if normal["idempotency_key"] else "",
         )
@@ -225,18 +279,6 @@ class Tasks:
         stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream")}
         return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
 
-    def _known_key(self, call: int, spec: dict[str, Any]) -> bool:
-        key = spec["idempotency_key"]
-        known = self.keys.get(key) if key else None
-        if known is None:
-            return bool(key) and self._drafted_key(call, spec)
-        task = self.get(known)
-        if task is not None:
-            self._same_key(call, spec, task)
-            return True
-        self._rooms.loads.ask("task", (known,), lambda rows: self._loaded_key(call, spec, rows), call=call)
-        return True
-
     def _drafted_key(self, call: int, spec: dict[str, Any]) -> bool:
         """The task of this key is about to be accepted: the call waits for that."""
         for draft in self._drafts.values():
@@ -245,17 +287,6 @@ class Tasks:
                 draft.again.append(call)
                 return True
         return False
-
-    def _loaded_key(self, call: int, spec: dict[str, Any], rows: tuple[Any, ...]) -> None:
-        task = decode_task(rows[0][-1]) if rows else None
-        if task is None:
-            self.keys.pop(spec["idempotency_key"], None)
-            raise NotFoundError("the task of this idempotency key is past its retention", hint="submit it again")
-        self._same_key(call, spec, task)
-
-    def _same_key(self, call: int, spec: dict[str, Any], task: Task) -> None:
-        self._check_content(spec, task)
-        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
 
     def _check_content(self, spec: dict[str, Any], task: Task) -> None:
         if task.content != self.content_hash(spec):
@@ -349,16 +380,12 @@ class Tasks:
         self._rooms.awards.cancel(task, reason)
         self.finish(task, "cancelled", CancelledError("the task was cancelled", hint=reason), reason or "cancelled")
 
-    def follow(self, call: int, task: Task, *, output: bool, from_end: bool) -> None:
+    def follow(self, call: int, task: Task, *, output: bool, start: Start) -> None:
         """Streams what comes and answers when the task is final (or at once when it is)."""
-        if task.state in FINAL_STATES or task.shown_lost:
-            if output and task.result is not None:
-                self.followers.add(call, task, output=True, from_end=from_end)
-                self.followers.finish(task, self._rooms.views.streams.get(task.task_id))
-            self._ctx.reply(call, self._rooms.views.task(task))
+        if task.state not in FINAL_STATES:
+            self.followers.add(call, task, output=output, start=start)
             return
-        self.followers.add(call, task, output=output, from_end=from_end)
-
-    def output(self, task: Task, stream: int, offset: int, data: bytes) -> None:
-        """A preview of what the executor's process wrote."""
-        self.followers.output(task.task_id, stream, offset, data)
+        if output and task.result is not None:
+            self.followers.add(call, task, output=True, start=start)
+            self.followers.finish(task, self._rooms.views.streams.get(task.task_id))
+        self._ctx.reply(call, self._rooms.views.task(task))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clawnet import PROTOCOL_ID, __version__
 from clawnet.answers_market import time_text
-from clawnet.errors import exit_code_of
+from clawnet.errors import FundsError, exit_code_of
 from clawnet.market.auction import decode_record, explain
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
@@ -202,6 +202,8 @@ class Views:
                 declined[word] = declined.get(word, 0) + count
         if declined:
             summary += "; declined: " + ", ".join(f"{count} {word}" for word, count in declined.items())
+        if rounds and task.error_code == FundsError.code:
+            summary += f"; {task.error_text}"
         return {
             "task_id": task.task_id.hex(),
             "state": task.state,
@@ -290,6 +292,8 @@ class Views:
             "mesh": books.mesh.hex(),
             "open_lines": view.open_lines,
             "read_only": books.purse.read_only_reason or ("being checked" if books.chains.checking else None),
+            "restore": books.chains.restore.view(),
+            "spend": self._rooms.spending.view(),
         }
 
     def escrows(self) -> list[dict[str, Any]]:
@@ -353,5 +357,6 @@ class Views:
                 "jobs_open": len(rooms.jobs.jobs),
                 "obligations_open": len(rooms.outbox.rows),
             },
+            "restore": rooms.books.chains.restore.view(),
             "warnings": rooms.calls.warnings(),
         }

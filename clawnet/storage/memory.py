@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from clawnet.errors import ClawnetError, InternalError, NotFoundError, StorageError, StorageFullError
@@ -17,14 +17,51 @@ _ONCE: Final = {
 }
 _KEYS: Final = {name: table.keys for name, table in TABLES.items()}
 
-Tables = dict[str, dict[Row, Row]]
+
+class Table(dict[Row, Row]):
+    """The rows of one table by key. Those that share the first column of a key are found without a walk over all."""
+
+    __slots__ = ("_shared",)
+
+    def __init__(self, rows: Mapping[Row, Row] | None = None) -> None:
+        super().__init__(rows or {})
+        self._shared: dict[object, dict[Row, None]] | None = None
+
+    def put(self, key: Row, row: Row) -> None:
+        """A row, new or in place of the old one."""
+        if self._shared is not None and key not in self:
+            self._shared.setdefault(key[0], {})[key] = None
+        self[key] = row
+
+    def drop(self, key: Row) -> None:
+        """Takes a row out, if it is there."""
+        if self.pop(key, None) is not None and self._shared is not None:
+            shared = self._shared[key[0]]
+            del shared[key]
+            if not shared:
+                del self._shared[key[0]]
+
+    def beginning(self, start: Row) -> list[Row]:
+        """The keys that begin with `start`, in order."""
+        if not start:
+            return sorted(self)
+        if self._shared is None:
+            self._shared = {}
+            for key in self:
+                self._shared.setdefault(key[0], {})[key] = None
+        found = self._shared.get(start[0], {})
+        count = len(start)
+        return sorted(found if count == 1 else [key for key in found if key[:count] == start])
+
+
+Tables = dict[str, Table]
 
 
 class MemoryStore:
     """Tables as dicts. `bytes_max` makes it a small disk; `fail_next` makes the next commit fail with that error."""
 
     def __init__(self, bytes_max: int | None = None) -> None:
-        self.tables: Tables = {name: {} for name in TABLES}
+        self.tables: Tables = {name: Table() for name in TABLES}
         self.bytes_max = bytes_max
         self.fail_next: StorageError | None = None
         self.commits_total = 0
@@ -52,9 +89,9 @@ class MemoryStore:
             held = self.tables[table]
             self._undo.setdefault((table, key), held.get(key))
             if row is None:
-                held.pop(key, None)
+                held.drop(key)
             else:
-                held[key] = row
+                held.put(key, row)
         self._bytes += grown
         self.commits_total += 1
         self.durable_total += durable
@@ -69,7 +106,7 @@ class MemoryStore:
             if len(start) == _KEYS[table]:
                 changes[table, start] = None
             else:
-                changes.update({(table, key): None for key in held if key[: len(start)] == start})
+                changes.update({(table, key): None for key in held.beginning(start)})
         forever = _FOREVER.get(table)
         once = _ONCE.get(table, ())
         width = len(TABLES[table].columns)
@@ -112,13 +149,20 @@ class MemoryStore:
     def close(self) -> None:
         """Nothing to let go; the rows stay, so that a test can open a new node on the same disk."""
 
+    def twin(self) -> MemoryStore:
+        """A store of its own with the same rows."""
+        copy = MemoryStore(self.bytes_max)
+        copy.tables = {name: Table(rows) for name, rows in self.tables.items()}
+        copy._bytes = self._bytes
+        return copy
+
     def cut_power(self) -> None:
         """The worst a power loss may do: everything since the last durable commit is gone."""
         for (table, key), row in self._undo.items():
             if row is None:
-                self.tables[table].pop(key, None)
+                self.tables[table].drop(key)
             else:
-                self.tables[table][key] = row
+                self.tables[table].put(key, row)
         self._undo.clear()
         self._bytes = sum(_bytes(row) for held in self.tables.values() for row in held.values())
 
@@ -134,7 +178,7 @@ def _of(tables: Tables, table: str, *start: object) -> list[Row]:
     held = tables[table]
     if len(start) == _KEYS[table]:
         return [held[start]] if start in held else []
-    return [held[key] for key in sorted(held) if key[: len(start)] == start]
+    return [held[key] for key in held.beginning(start)]
 
 
 def _capped(rows: list[Row], column: int, bytes_max: int) -> list[Row]:
@@ -168,11 +212,6 @@ def _task_states(tables: Tables) -> list[Row]:
     for row in tables["tasks"].values():
         counts[row[1]] = counts.get(row[1], 0) + 1
     return sorted(counts.items())
-
-
-def _keys_kept(tables: Tables) -> list[Row]:
-    rows = sorted(tables["tasks"].values(), key=lambda row: (row[2], row[0]))
-    return [(row[0], row[4]) for row in rows if row[4] and row[1] == "settled"]
 
 
 def _balances_page(tables: Tables, before: int | None, limit: int) -> list[Row]:
@@ -213,7 +252,6 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "task": lambda t, task_id: _of(t, "tasks", task_id),
     "task_by_prefix": _by_prefix,
     "task_by_key": _by_key,
-    "keys_kept": _keys_kept,
     "balances_page": _balances_page,
     "task_states": _task_states,
     "document": lambda t, task_id: _of(t, "documents", task_id),

@@ -101,12 +101,6 @@ QUERIES: Final[dict[str, Query]] = {
         "ORDER BY created_ms DESC, task_id DESC",
         ("idempotency_key",),
     ),
-    "keys_kept": Query(
-        "SELECT task_id, idempotency_key FROM tasks INDEXED BY tasks_by_key "
-        "WHERE idempotency_key <> '' AND state = 'settled' ORDER BY created_ms, task_id",
-        (),
-        quick=False,
-    ),
     "task_states": Query("SELECT state, count(*) FROM tasks GROUP BY state ORDER BY state", (), quick=False),
     "document": Query("SELECT task_id, body FROM documents WHERE task_id = ?", ("task_id",)),
     "transitions": Query(

@@ -1,17 +1,12 @@
-"""The tables: columns (key columns first), indexes, the statements made from them, and the forward-only migrations."""
+"""The tables: columns (key columns first), indexes, the statements made from them; a change is a step of migrations.py."""
 
 # ruff: noqa: S608 -- every word of these statements stands in this room; values are always parameters.
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Final
 
 from msgspec import Struct
-
-from clawnet.errors import ConfigError
-
-SCHEMA_VERSION: Final = 1
 
 # Words of the states in which a row can no longer change; market/records.py is the source, a test compares the two.
 TASK_FINAL: Final = ("settled", "refunded", "no_bids", "cancelled", "failed", "timed_out")
@@ -77,6 +72,8 @@ TABLES: Final[dict[str, Table]] = {
             wide=True,
         ),
         Table("peers", 1, ("peer TEXT", "body BLOB"), wide=True),
+        Table("awaited", 1, ("peer TEXT", "since_ms INTEGER")),
+        # Peers that a read-only chain still waits for (LEDGER.md section 9).
         Table("reputation", 1, ("peer TEXT", "body BLOB")),
         Table("durations", 1, ("key TEXT", "body BLOB")),
         Table("invites", 1, ("invite BLOB", "body BLOB")),
@@ -133,45 +130,3 @@ def load_sql(table: Table) -> str:
     """All rows of a table in the order of their keys."""
     names = table.names
     return f"SELECT {', '.join(names)} FROM {table.name} ORDER BY {', '.join(names[: table.keys])}"
-
-
-def migrate(connection: sqlite3.Connection, where: str) -> None:
-    """Brings a database to SCHEMA_VERSION in one transaction; raises ConfigError for one from a newer clawnet.
-
-    sqlite-utils is loaded only here, when there is something to create or change.
-    """
-    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if found == SCHEMA_VERSION:
-        return
-    if found > SCHEMA_VERSION:
-        raise ConfigError(
-            f"the database {where} was written by a newer clawnet (schema {found}; this one knows {SCHEMA_VERSION})",
-            hint="install that version again, or start with another --home",
-            path=where,
-        )
-    from sqlite_utils import Database
-
-    database = Database(connection)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        for step in MIGRATIONS[found:]:
-            step(database)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-
-
-def _create(database: object) -> None:
-    """Schema 1. WITHOUT ROWID is beyond sqlite-utils' own create(), hence the statements."""
-    from sqlite_utils import Database
-
-    assert isinstance(database, Database)
-    for table in TABLES.values():
-        database.execute(create_sql(table))
-    for statement in INDEXES:
-        database.execute(statement)
-
-
-MIGRATIONS: Final = (_create,)

@@ -13,8 +13,9 @@ from typing import Any, Final, cast
 from clawnet.errors import ClawnetError, ConfigError, InternalError, NotFoundError, StorageError, StorageFullError
 from clawnet.limits import KIB, MIB
 from clawnet.storage.filelock import FileLock
+from clawnet.storage.migrations import forget_copies, migrate
 from clawnet.storage.queries import QUERIES, Row
-from clawnet.storage.schema import TABLES, delete_sql, load_sql, migrate, put_sql
+from clawnet.storage.schema import TABLES, delete_sql, load_sql, put_sql
 from clawnet.wire.events import Delete, Put
 
 Done = Callable[[list[Row] | ClawnetError], None]
@@ -107,12 +108,12 @@ class Store:
                 writer = _connect(path)
                 failed.callback(writer.close)
                 _configure(writer)
-                migrate(writer, str(path))
+                migrate(writer, path)
                 reader = _connect(path, read_only=True)
             except OSError as err:
                 raise StorageError(f"cannot open the database {path}: {err.strerror}", path=str(path)) from err
             except sqlite3.Error as err:
-                raise _translate(err, path) from err
+                raise translate(err, path) from err
             failed.pop_all()
         return cls(path, lock, writer, reader)
 
@@ -134,7 +135,7 @@ class Store:
             written = self._write(rows)
             run("COMMIT")
         except sqlite3.Error as err:
-            raise _translate(err, self.path) from err
+            raise translate(err, self.path) from err
         finally:
             self._roll_back()
         self.commits_total += 1
@@ -179,7 +180,7 @@ class Store:
         try:
             yield from self._reader.execute(load_sql(TABLES[table]))
         except sqlite3.Error as err:
-            raise _translate(err, self.path) from err
+            raise translate(err, self.path) from err
 
     def query(self, name: str, args: Row = ()) -> list[Row]:
         """The rows of a named query (storage/queries.py), here and now."""
@@ -195,7 +196,7 @@ class Store:
                 self._worker_reader = _connect(self.path, read_only=True)
             rows = _run(self._worker_reader, self.path, name, args)
         except sqlite3.Error as err:
-            done(_translate(err, self.path))
+            done(translate(err, self.path))
         except ClawnetError as err:
             done(err)
         else:
@@ -238,6 +239,10 @@ class Store:
         finally:
             connection.close()
             self._checkpointing = False
+
+    def served(self) -> None:
+        """A daemon has run on this database from start to end: copies of older schemas are no longer needed."""
+        forget_copies(self.path)
 
     def close(self) -> None:
         """Waits for reads under way, folds the log into the file and lets the database go."""
@@ -300,7 +305,7 @@ def _run(connection: sqlite3.Connection, path: Path, name: str, args: Row) -> li
         cursor.close()
         return rows
     except sqlite3.Error as err:
-        raise _translate(err, path) from err
+        raise translate(err, path) from err
 
 
 def _file_bytes(path: Path) -> int:
@@ -310,7 +315,7 @@ def _file_bytes(path: Path) -> int:
         return 0
 
 
-def _translate(err: sqlite3.Error, path: Path) -> ClawnetError:
+def translate(err: sqlite3.Error, path: Path) -> ClawnetError:
     """SQLite's error as ours: no room, damaged, in use, our own mistake, or the disk."""
     code = getattr(err, "sqlite_errorcode", 0) & 0xFF
     where = str(path)

@@ -51,6 +51,8 @@ class RpcCall(Stimulus, frozen=True, gc=False):
     method: str
     params: dict[str, Any]
     client: int = 0
+    credential: str = ""
+    """Who asks, as the node itself found out (the user behind the local socket); spend limits go by it."""
 
 
 class CallGone(Stimulus, frozen=True, gc=False):
@@ -67,6 +69,15 @@ class TimerFired(Stimulus, frozen=True, gc=False):
 
 class TaskOutput(Stimulus, frozen=True, gc=False):
     """Bytes a running job wrote: stream 1 is stdout, 2 is stderr; `offset` its place in that stream."""
+
+    job: bytes
+    stream: int
+    offset: int
+    data: bytes
+
+
+class OutputKept(Stimulus, frozen=True, gc=False):
+    """What a running job wrote earlier, as asked for by ReadOutput; no data when the run is over."""
 
     job: bytes
     stream: int
@@ -256,6 +267,15 @@ class StopRun(Effect, frozen=True, gc=False):
     """Kill a job's process group; TaskExited(ended="cancelled") follows, unless it had already ended."""
 
     job: bytes
+
+
+class ReadOutput(Effect, frozen=True, gc=False):
+    """Read again what a running job wrote: stream 1 or 2, from `offset`, at most `length`; answered by OutputKept."""
+
+    job: bytes
+    stream: int
+    offset: int
+    length: int
 
 
 class PackInputs(Effect, frozen=True, gc=False):

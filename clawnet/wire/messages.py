@@ -306,16 +306,26 @@ class Result(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """TASK_PROGRESS, at least every lease_s / 3: the attempt lives."""
+    """TASK_PROGRESS, at least every lease_s / 3, and after the output that a TASK_OUTPUT asked for: the attempt lives.
+
+    `stdout_bytes` and `stderr_bytes` tell how much the command has written so far (0 where previews are not allowed).
+    """
 
     task_id: Bytes16
     attempt: U32
     state: Word
     elapsed_s: Seconds
+    stdout_bytes: U64 = 0
+    stderr_bytes: U64 = 0
 
 
 class Output(Message, frozen=True):
-    """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream."""
+    """TASK_OUTPUT: a preview of stdout (1) or stderr (2) as it comes; `offset` is its place in that stream.
+
+    From the requester, with `data` empty, it asks for what follows `offset` in that stream: a bounded piece, then
+    TASK_PROGRESS, and from then on what is written while nothing is missing. An offset past the end asks for what
+    comes from now on.
+    """
 
     task_id: Bytes16
     attempt: U32

@@ -55,7 +55,7 @@ class Served:
     def soon(self, function: Callable[..., None], *args: Any) -> None:
         self.loop.call_soon_threadsafe(function, *args)
 
-    def on_call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
+    def on_call(self, call: int, method: str, params: dict[str, Any], client: int, credential: str) -> None:
         with self.changed:
             self.seen.append((method, params))
             if method == "hold":

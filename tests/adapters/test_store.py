@@ -14,7 +14,7 @@ import pytest
 
 from clawnet.errors import ConfigError, StorageError, StorageFullError
 from clawnet.storage import store as store_module
-from clawnet.storage.schema import SCHEMA_VERSION
+from clawnet.storage.migrations import SCHEMA_VERSION
 from clawnet.storage.store import Store
 from clawnet.wire.events import Delete, Put
 

@@ -135,12 +135,6 @@ def test_a_task_is_found_by_the_beginning_of_its_id_and_by_its_key(store: AnySto
         store.query("task_by_prefix", ("xyz", 10))
 
 
-def test_keys_are_kept_of_tasks_with_a_result(store: AnyStore) -> None:
-    store.commit([task(n, state, key=f"k{n}") for n, state in enumerate(("settled", "draft", "failed", "no_bids"))])
-    store.commit([task(9)])
-    assert store.query("keys_kept") == [(b"\x00" * 16, "k0")]
-
-
 def test_rows_of_one_task(store: AnyStore) -> None:
     t, u = b"t" * 16, b"u" * 16
     store.commit(

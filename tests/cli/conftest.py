@@ -77,7 +77,7 @@ class Script:
         self.server = IpcServer(home.socket, self._on_call, lambda call: None)
         asyncio.run_coroutine_threadsafe(self.server.start(), self._loop).result(10)
 
-    def _on_call(self, call: int, method: str, params: dict[str, Any], client: int) -> None:
+    def _on_call(self, call: int, method: str, params: dict[str, Any], client: int, credential: str) -> None:
         with self.changed:
             self.calls.append((method, params))
             self.changed.notify_all()

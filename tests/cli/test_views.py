@@ -21,6 +21,12 @@ BALANCE = {
     "account": "ab" * 32,
     "mesh": "cd" * 32,
     "open_lines": 1,
+    "spend": {
+        "credential": "uid:1000",
+        "per_task": {"limit": "2", "used": None, "left": None, "resets_at": None},
+        "per_day": {"limit": "5", "used": "4", "left": "1", "resets_at": "2026-01-02T00:00:00.000Z"},
+        "open": {"limit": None, "used": "3", "left": None, "resets_at": None},
+    },
     "read_only": None,
 }
 TERMS = {"price": 0.4, "reputation": 0.15, "latency": 0.1, "confidence": 0.1}
@@ -155,7 +161,8 @@ def test_an_audit_that_fails_is_80(clawnet: Program, node: Script) -> None:
 def test_people_get_labels_and_columns(clawnet: Program, node: Script) -> None:
     node.answers["wallet.balance"] = BALANCE
     node.answers["task.list"] = {"items": [SUMMARY], "next": None}
-    for arguments, part in ((["wallet", "balance"], "available  985.5"), (["market", "history"], "TASK")):
+    limits = "2 for one task, 1 of 5 left until 2026-01-02T00:00:00.000Z"
+    for arguments, part in ((["wallet", "balance"], limits), (["market", "history"], "TASK")):
         leader, follower = pty.openpty()
         process = clawnet.start(*arguments, stdout=follower, stderr=subprocess.DEVNULL)
         process.wait(60)

@@ -151,6 +151,7 @@ class Member:
             os_family="linux",
             version="test",
         )
+        self.written: dict[bytes, tuple[bytearray, bytearray]] = {}
         self.inbox.clear()
         self.timers.clear()
         self.due.clear()
@@ -254,6 +255,16 @@ class Member:
         ended = self.runner(self, effect)
         if ended is not None:
             self.feed(ended)
+
+    def write(self, run: e.Run, data: bytes, stream: int = 1) -> None:
+        kept = self.written.setdefault(run.job, (bytearray(), bytearray()))[stream - 1]
+        self.feed(e.TaskOutput(run.job, stream, len(kept), data))
+        kept += data
+
+    def _do_readoutput(self, effect: e.ReadOutput) -> None:
+        kept = self.written[effect.job][effect.stream - 1]
+        piece = bytes(kept[effect.offset :][: effect.length])
+        self.feed(e.OutputKept(effect.job, effect.stream, effect.offset, piece))
 
     def _do_stoprun(self, effect: e.StopRun) -> None:
         self.stops.append(effect.job)

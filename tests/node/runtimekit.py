@@ -272,6 +272,9 @@ class Executor:
     def open_result(self, effect: e.Open) -> None:
         self.world.note("open", effect.request)
 
+    def read_output(self, effect: e.ReadOutput) -> None:
+        self.world.note("read", effect.job)
+
 
 def make(monkeypatch: pytest.MonkeyPatch) -> World:
     loop = Loop()

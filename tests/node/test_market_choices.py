@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
+from clawnet.execution import bundle
 from clawnet.ledger.entries import Lock, parse
+from clawnet.wire.blobid import blob_id
+from clawnet.wire.events import Run, TaskExited
 from tests.node.meshkit import Member, Mesh, echo
 from tests.node.trades import CREDIT, SELFLESS, compute, laws, only, pair, shell, tasks, three
 
@@ -238,6 +242,64 @@ def test_a_key_whose_task_left_nothing_is_free_again(mesh: Mesh) -> None:
     second = compute(alice, idempotency_key="k")
     mesh.run(5)
     assert alice.replies[second]["created"] and alice.task(second)["state"] == "settled"
+
+
+def test_a_key_of_long_ago_is_looked_up_once_also_when_two_ask_at_once(mesh: Mesh, monkeypatch: Any) -> None:
+    monkeypatch.setattr("clawnet.node.tasks.FINISHED_KEPT_MAX", 1)
+    alice, _ = pair(mesh)
+    first = compute(alice, idempotency_key="old")
+    mesh.run(5)
+    compute(alice)
+    mesh.run(5)
+    assert not alice.node.rooms.tasks.keys
+    again = compute(alice, idempotency_key="old")
+    one, two = compute(alice, idempotency_key="new"), compute(alice, idempotency_key="new")
+    mesh.run(5)
+    assert alice.replies[again] == {"task_id": alice.replies[first]["task_id"], "created": False}
+    assert [alice.replies[call]["created"] for call in (one, two)] == [True, False]
+    assert alice.replies[one]["task_id"] == alice.replies[two]["task_id"]
+
+
+def failing(member: Member, run: Run) -> TaskExited | None:
+    """Runs a job to an exit code of 3."""
+    ended = echo(member, run)
+    assert ended is not None
+    plain = bundle.encode(bundle.Bundle(3, None, b"", b"", "", bundle.Usage(0.01, 0.01, 1024)))
+    sealed = bundle.seal(plain, run.spec.seal_key or b"", member.entropy)
+    return msgspec.structs.replace(
+        ended, exit_code=3, inline=sealed, blob=blob_id(sealed), blob_bytes=len(sealed), output_bytes=0
+    )
+
+
+def test_a_command_that_failed_gives_its_key_to_a_new_task_when_asked(mesh: Mesh) -> None:
+    alice, bob = pair(mesh)
+    spec = {"type": "shell", "argv": ["false"], "ring": "member", "idempotency_key": "k"}
+    bob.runner = failing
+    first = alice.call("task.submit", spec=spec)
+    mesh.run(5)
+    assert alice.task(first)["result"]["exit_code"] == 3
+    bob.runner = echo
+    kept = alice.call("task.submit", spec=spec)
+    mesh.run(1)
+    assert alice.replies[kept] == {"task_id": alice.replies[first]["task_id"], "created": False}
+    again = alice.call("task.submit", spec=spec, retry_failed_before_ms=mesh.now_ms)
+    mesh.run(5)
+    assert alice.replies[again]["created"] and alice.task(again)["result"]["exit_code"] == 0
+    assert alice.task(first)["result"]["exit_code"] == 3
+    late = alice.call("task.submit", spec=spec, retry_failed_before_ms=mesh.now_ms)
+    mesh.run(5)
+    assert alice.replies[late] == {"task_id": alice.replies[again]["task_id"], "created": False}
+
+
+def test_tasks_are_checked_and_none_is_taken(mesh: Mesh) -> None:
+    alice, _ = pair(mesh)
+    good = {"type": "compute", "op": "sha256", "description": "x"}
+    specs = [good, {**good, "op": "none"}, {**good, "peer": ["nobody"]}, 7, {**good, "stdin_b64": "a"}, good]
+    call = alice.call("task.check", specs=specs)
+    mesh.run(1)
+    found = alice.replies[call]["items"]
+    assert [item and item["exit_code"] for item in found] == [None, 65, 66, 65, 65, None]
+    assert not tasks(alice)
 
 
 def test_the_same_key_while_the_inputs_are_read(mesh: Mesh) -> None:

@@ -299,7 +299,7 @@ def test_a_chain_longer_than_is_audited_before_work_is_refused(mesh: Mesh) -> No
 
 def test_a_disk_from_yesterday_is_read_only_until_everybody_has_answered(mesh: Mesh) -> None:
     alice, bob, carol = three(mesh)
-    yesterday = {name: dict(rows) for name, rows in alice.store.tables.items()}
+    yesterday = alice.store.twin().tables
     compute(alice)
     mesh.run(10)
     lost_seq = head(alice, alice)[0]

@@ -128,14 +128,14 @@ def test_wallet_and_status(used: Used) -> None:
 
 
 METHODS = (
-    *("task.submit", "task.get", "task.bids", "task.why", "task.follow", "task.read", "task.cancel", "task.list"),
+    *("task.submit", "task.check", "task.get", "task.bids", "task.why", "task.follow", "task.read", "task.cancel", "task.list"),
     *("peer.list", "peer.show", "peer.connect", "peer.disconnect", "peer.invite", "peer.join", "peer.ban"),
     *("peer.reputation", "wallet.history", "wallet.send", "wallet.audit", "no.such"),
 )
 NONSENSE: tuple[Any, ...] = (None, "", "x", -1, 2**70, 1.5, [], ["x"], {}, {"a": 1}, True, "\x00", float("inf"))
 PARAMS = (
     *("task", "peer", "limit", "after", "states", "stream", "offset", "length", "amount", "amount_ucr", "uses"),
-    *("expires_s", "credits_ucr", "ring", "token", "address", "spec", "memo", "reason", "from", "output"),
+    *("expires_s", "credits_ucr", "ring", "token", "address", "spec", "memo", "reason", "from", "output", "specs"),
 )
 
 
@@ -157,7 +157,7 @@ def test_nonsense_is_answered(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["argv", "op_args", "inputs", "env", "require", "cpu", "deadline_s", "peer", "budget"]
+    "field", ["argv", "op_args", "inputs", "env", "require", "cpu", "deadline_s", "peer", "budget", "stdin_b64"]
 )
 def test_nonsense_in_a_task_is_answered(field: str) -> None:
     mesh = Mesh(field)

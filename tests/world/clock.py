@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,8 @@ class Clock:
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self.events_total = 0
-        self.story: deque[str] = deque(maxlen=STORY_LINES)
+        self._lines: list[str] = []
+        self._before: list[str] = []
         self._trace = hashlib.blake2b(digest_size=16)
 
     def after(self, delay_us: int, work: Callable[..., None], *args: Any) -> None:
@@ -53,14 +53,26 @@ class Clock:
 
     def tell(self, who: str, what: str) -> None:
         """One line of the story."""
-        line = f"{(self.now_us - self.start_us) / 1e6:11.6f} {who:>4} {what}"
-        self.story.append(line)
-        self._trace.update(line.encode())
+        self._lines.append(f"{self.now_us - self.start_us} {who} {what}\n")
+        if len(self._lines) == STORY_LINES:
+            self._trace.update("".join(self._lines).encode())
+            self._before, self._lines = self._lines, []
+
+    @property
+    def story(self) -> list[str]:
+        """The last STORY_LINES lines that were told."""
+        told = []
+        for line in [*self._before, *self._lines][-STORY_LINES:]:
+            at_us, who, what = line.rstrip("\n").split(" ", 2)
+            told.append(f"{int(at_us) / 1e6:11.6f} {who:>5} {what}")
+        return told
 
     @property
     def trace(self) -> str:
         """What stands for all that was told so far."""
-        return self._trace.copy().hexdigest()
+        trace = self._trace.copy()
+        trace.update("".join(self._lines).encode())
+        return trace.hexdigest()
 
 
 class Handle:

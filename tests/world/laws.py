@@ -8,7 +8,6 @@ from clawnet import limits
 from clawnet.identity import keys
 from clawnet.ledger.audit import audit_chains
 from clawnet.market.records import FINAL_STATES, Task, decode_job, decode_task, encode
-from clawnet.storage.memory import MemoryStore
 from tests.node.meshkit import Entropy
 from tests.world.clock import LawBroken
 
@@ -108,9 +107,7 @@ def replay(machine: Machine) -> None:
 
 
 def _replay_book(machine: Machine) -> None:
-    copy = MemoryStore()
-    copy.tables = {name: dict(rows) for name, rows in machine.disk.tables.items()}
-    again, _ = machine.make_node(copy, Entropy("replay"))
+    again, _ = machine.make_node(machine.disk.twin(), Entropy("replay"))
     book, other = machine.node.rooms.books.book, again.rooms.books.book
     accounts = set(book.accounts()) | set(other.accounts())
     for account in sorted(accounts):
