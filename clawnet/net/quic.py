@@ -131,9 +131,11 @@ class QuicTransport:
             link.close("this node stops")
         if self._links:
             await asyncio.wait(list(self._links.values()))
-        for endpoint in list(self._endpoints):
+        endpoints, self._endpoints = self._endpoints, {}
+        for endpoint in endpoints:
             endpoint.close()
-        self._endpoints.clear()
+        if endpoints:
+            await asyncio.wait([endpoint.gone for endpoint in endpoints])
 
     def plan(self, endpoint: Endpoint, on_ready: Any) -> QuicPlan:
         """What a link over that socket needs to know."""
@@ -211,12 +213,17 @@ class Endpoint(asyncio.DatagramProtocol):
         self._by_host: Counter[str] = Counter()
         self._retry = QuicRetryTokenHandler()
         self._stopped = False
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
         self._socket = cast(asyncio.DatagramTransport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is closed."""
+        self.gone.set_result(None)
 
     def datagram_received(self, data: bytes, addr: Address) -> None:
         """A datagram arrived: it and those that wait behind it are taken in, then every link touched answers once."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
-
-from msgspec import Struct
+from typing import Any
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, LinkError
@@ -26,6 +24,7 @@ from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
 from clawnet.net.port import Connection, Listener, Stream, Transport
 from clawnet.net.ratelimit import Bans
+from clawnet.net.settings import SwitchSettings
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.envelope import Envelope
 from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
@@ -34,43 +33,6 @@ from clawnet.wire.session import Encoded, Handshake, HelloFacts, Item
 
 PROTOCOLS = (CONTROL_PROTOCOL, BLOB_PROTOCOL, JOIN_PROTOCOL)
 """What inbound streams may speak, besides the transport's own ping and identify."""
-
-
-class SwitchSettings(Struct, frozen=True):
-    """The switch's part of the configuration."""
-
-    listen_addrs: tuple[str, ...] = ()
-    tcp_port: int = 4002
-    tcp_port_is_set: bool = False
-    enable_tcp: bool = True
-    max_peers: int = 100
-    connection_timeout_s: float = 30.0
-    ping_interval_s: float = 15.0
-    agent: str = "clawnet"
-
-    @classmethod
-    def of(cls, config: ConfigView, agent: str) -> SwitchSettings:
-        """Read from the configuration."""
-        return cls(
-            listen_addrs=tuple(config.words("node.listen_addrs")),
-            tcp_port=config.integer("network.tcp_port"),
-            tcp_port_is_set=config.is_set("network.tcp_port"),
-            enable_tcp=config.flag("network.enable_tcp"),
-            max_peers=config.integer("node.max_peers"),
-            connection_timeout_s=config.seconds("network.connection_timeout"),
-            ping_interval_s=config.seconds("network.ping_interval"),
-            agent=agent,
-        )
-
-
-class ConfigView(Protocol):
-    """What SwitchSettings.of needs of config.Config."""
-
-    def words(self, name: str) -> Sequence[str]: ...
-    def integer(self, name: str) -> int: ...
-    def seconds(self, name: str) -> float: ...
-    def flag(self, name: str) -> bool: ...
-    def is_set(self, name: str) -> bool: ...
 
 
 class Visit:
@@ -94,7 +56,7 @@ class Switch:
         *,
         clock: Callable[[], int],
         entropy: Callable[[int], bytes],
-        transport: Transport,
+        transports: Mapping[str, Transport],
         local_hello: Callable[[], HelloFacts],
         admit: Callable[[str, Hello], str],
         deliver: Callable[[Stimulus], None],
@@ -109,7 +71,7 @@ class Switch:
         self.bans = Bans()
         self._identity = identity
         self._entropy = entropy
-        self._transport = transport
+        self._transports = transports
         self._local_hello = local_hello
         self._admit_peer = admit
         self._deliver = deliver
@@ -132,15 +94,8 @@ class Switch:
         """Listens; returns the multiaddrs under which this node can be dialled. ConfigError when a port is taken."""
         self._loop = asyncio.get_running_loop()
         settings = self.settings
-        if settings.enable_tcp:
-            self._listeners = await listen(
-                self._transport,
-                settings.listen_addrs,
-                settings.tcp_port,
-                settings.tcp_port_is_set,
-                self._on_connection,
-                self.note,
-            )
+        for name, transport in self._transports.items():
+            self._listeners += await listen(name, transport, settings, self._on_connection, self.note)
         early, self._early = self._early or [], None
         for asked in early:
             self.dial(*asked)
@@ -168,6 +123,7 @@ class Switch:
         for task in tasks:
             task.cancel()
         waiting: list[asyncio.Future[Any]] = [*tasks, *(visit.connection.closed for visit in visits)]
+        waiting += [asyncio.ensure_future(transport.close()) for transport in self._transports.values()]
         if waiting:
             await asyncio.wait(waiting, timeout=limits.GOODBYE_S)
 
@@ -366,8 +322,11 @@ class Switch:
     async def connect(self, peer: str, addresses: Sequence[str]) -> Connection:
         """See dialling.DialOwner."""
         timeout_s = self.settings.connection_timeout_s
-        targets = parsed(addresses)
-        return await race(lambda address: self._transport.dial(address, peer or None, timeout_s), targets)
+        targets = [where for where in parsed(addresses) if where.transport in self._transports]
+        if not targets:
+            spoken = " and ".join(self._transports) or "no transport"
+            raise LinkError(f"this node speaks {spoken}, and no address of that peer is for it")
+        return await race(lambda where: self._transports[where.transport].dial(where, peer or None, timeout_s), targets)
 
     async def open_link(self, connection: Connection) -> Link:
         """See dialling.DialOwner."""

@@ -160,7 +160,9 @@ class Restore:
         if not self.reason:
             return ""
         allowed = self._rooms.views.time(self.since_ms + limits.RESTORE_OVERRIDE_MS)
-        return f"bring those peers online; from {allowed} on also: clawnet wallet restore --accept-risk (a fork convicts)"
+        return (
+            f"bring those peers online; from {allowed} on also: clawnet wallet restore --accept-risk (a fork convicts)"
+        )
 
     # --- what the missing entries say of tasks and jobs
 

@@ -15,7 +15,9 @@ from clawnet import limits
 from clawnet.identity.keys import KeyPair
 from clawnet.net.fake import FakeNetwork
 from clawnet.net.port import Transport
-from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
+from clawnet.net.quic import QuicTransport
+from clawnet.net.settings import SwitchSettings
+from clawnet.net.switch import PROTOCOLS, Switch
 from clawnet.net.tcp import TcpTransport
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
@@ -25,7 +27,11 @@ from clawnet.wire.session import HelloFacts
 KEYS = sorted((KeyPair.from_seed(sha256(bytes([n])).digest()) for n in range(8)), key=lambda key: key.peer_id)
 """Key pairs, the smallest peer id first."""
 
-SETTINGS = SwitchSettings(listen_addrs=("/ip4/127.0.0.1/tcp/0",), agent="clawnet/test", connection_timeout_s=10.0)
+SETTINGS = SwitchSettings(
+    listen_addrs=("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"),
+    agent="clawnet/test",
+    connection_timeout_s=10.0,
+)
 MESH = bytes(32)
 WAIT_S = 20.0
 
@@ -104,7 +110,7 @@ class SwitchNode:
             settings,
             clock=lambda: time.time_ns() // 1_000_000 + self.clock_off_ms,
             entropy=chance.randbytes if seed else os.urandom,
-            transport=transport,
+            transports={"quic-v1" if isinstance(transport, QuicTransport) else "tcp": transport},
             local_hello=lambda: HelloFacts(MESH, f"node-{key.peer_id[-4:]}", []),
             admit=self._admit,
             deliver=self._deliver,
@@ -169,11 +175,18 @@ class SwitchWorld:
         self.kind = kind
         self.network = FakeNetwork()
         self.nodes: list[SwitchNode] = []
+        self.transports: list[Transport] = []
 
     def transport(self, key: KeyPair) -> Transport:
+        """A transport for the holder of the key; closed with the world."""
+        made: Transport
         if self.kind == "fake":
-            return self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
-        return TcpTransport(key, PROTOCOLS, "clawnet/test")
+            made = self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
+        else:
+            make = QuicTransport if self.kind == "quic-v1" else TcpTransport
+            made = make(key, PROTOCOLS, "clawnet/test")
+        self.transports.append(made)
+        return made
 
     async def node(self, index: int, settings: SwitchSettings = SETTINGS, seed: int = 0) -> SwitchNode:
         """A started node with the key KEYS[index]."""
@@ -201,5 +214,7 @@ async def switch_world(kind: str = "fake") -> AsyncIterator[SwitchWorld]:
     finally:
         for node in world.nodes:
             await node.switch.stop()
+        for transport in world.transports:
+            await transport.close()
         assert not defects, defects
         assert not [node.up for node in world.nodes if node.up]
