@@ -21,6 +21,7 @@ from clawnet.answers_market import (
     EscrowState,
     Party,
     Ring,
+    AttemptLine,
     StreamLine,
     Submitted,
     Task,
@@ -254,6 +255,28 @@ class History(Answer):
     next: str | None = None
 
 
+class ExportedEntry(Answer):
+    """One line of `wallet export`: an entry of the own chain, or of a payer's chain that proves an income.
+
+    `body` holds the fields of its kind, bytes as hexadecimal digits; `raw_b64` is the entry as signed, with its
+    signature behind it (docs/LEDGER.md, which shows how to check it). `amount` and `balance` are of the own chain only.
+    """
+
+    chain: Literal["own", "income"]
+    account: str
+    seq: int
+    kind: str
+    at: str
+    hash: str
+    prev: str
+    amount: str | None
+    balance: str | None
+    counterparty: Party | None
+    task_id: str | None
+    body: Any
+    raw_b64: str
+
+
 class Escrow(Answer):
     """A line of a lock of ours (`role` payer) or to us (payee)."""
 
@@ -426,9 +449,11 @@ ANSWERS: Final[dict[str, Any]] = {
     "wallet backup": WalletFile,
     "wallet balance": Balance,
     "wallet escrows": EscrowList,
+    "wallet export": ExportedEntry,
     "wallet history": History,
     "wallet restore": WalletFile,
     "wallet send": Sent,
     "error": ErrorAnswer,
     "stream": StreamLine,
+    "stream again": AttemptLine,
 }

@@ -41,6 +41,7 @@ class Submitted(Answer):
 
     task_id: str
     created: bool
+    deadline: str = ""
 
 
 class Party(Answer):
@@ -52,12 +53,19 @@ class Party(Answer):
 
 
 class Usage(Answer):
-    """The cost record of a run."""
+    """The cost record of a run; of a prompt also its tokens, the model that answered, and why it stopped there.
+
+    `finish_reason` is the endpoint's own word: "length" means that the answer was cut at the longest that is allowed.
+    """
 
     duration_s: float
     cpu_s: float
     memory_bytes_max: int
     output_bytes: int = 0
+    tokens_in: int | UnsetType = UNSET
+    tokens_out: int | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    finish_reason: str | UnsetType = UNSET
 
 
 class OutputFile(Answer):
@@ -108,7 +116,9 @@ class EscrowRef(Answer):
 
 
 class Attempt(Answer):
-    """One executor's try at the task; `state` is awarded, accepted, executing, delivered, rejected, lost, waived ..."""
+    """One executor's try at the task; `state` is awarded, locked, accepted, delivering, released, claimed, done, or how
+    it ended: rejected, waived, refunded, unpaid, or lost, whose escrow is still locked until a hand-back or its expiry.
+    """
 
     attempt: int
     executor: Party
@@ -212,6 +222,13 @@ class StreamLine(Answer):
     data_b64: str | UnsetType = UNSET
 
 
+class AttemptLine(Answer):
+    """Among those lines: what was shown of an earlier attempt is void, the output of this one starts at byte 0."""
+
+    attempt: int
+    again: Literal[True]
+
+
 class StateChange(Answer):
     """A followed task entered a state."""
 
@@ -313,4 +330,5 @@ class Why(Answer):
     summary: str
     hint: str
     rounds: list[WhyRound]
+    attempts: list[Attempt] = field(default_factory=list)
     transitions: list[Transition] = field(default_factory=list)

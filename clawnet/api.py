@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from clawnet import __version__, limits, paths, rpc
-from clawnet.errors import ClawnetError, TimedOutError, UnreachableError
+from clawnet.errors import ClawnetError, NoDaemonError, TimedOutError, UnreachableError
 from clawnet.paths import Home
 
 _RECEIVE_BYTES = 256 * 1024
@@ -94,19 +94,22 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def connect(self) -> None:
-        """Connects, starting the daemon where that is allowed; a second call does nothing.
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._channel is not None
 
-        Raises UnreachableError when there is no daemon, or whatever kept a new one from starting.
+    def connect(self, *, start: bool = True) -> None:
+        """Connects, starting the daemon where that is allowed (and `start`); a second call does nothing.
+
+        Raises NoDaemonError when there is no daemon, or whatever kept a new one from starting.
         """
         if self._channel is not None:
             return
         channel = open_channel(self.home)
         if channel is None:
-            if not self._autostart:
-                raise UnreachableError(
-                    f"no daemon runs for {self.home.dir}", hint="start it with `clawnet daemon start`"
-                )
+            if not (self._autostart and start):
+                raise no_daemon(self.home)
             from clawnet import launch
 
             launch.start(
@@ -118,7 +121,7 @@ class Client:
             )
             channel = open_channel(self.home)
             if channel is None:
-                raise UnreachableError(f"the daemon of {self.home.dir} went away as soon as it had started")
+                raise NoDaemonError(f"the daemon of {self.home.dir} went away as soon as it had started")
         self._channel = channel
         # Sent together with the first call, so that a command costs one round trip.
         self._greeting = rpc.hello_line(__version__)
@@ -231,9 +234,9 @@ class Client:
             self._partial = rest
         return self._lines.pop()
 
-    def _gone(self) -> UnreachableError:
+    def _gone(self) -> NoDaemonError:
         self.close()
-        return UnreachableError(
+        return NoDaemonError(
             "the daemon went away before it answered",
             hint="`clawnet daemon status` and `clawnet daemon logs` tell more; accepted tasks are kept",
         )
@@ -290,9 +293,9 @@ class PipeChannel(Channel):
         return None
 
 
-def no_daemon(home: Home) -> UnreachableError:
+def no_daemon(home: Home) -> NoDaemonError:
     """Nobody listens, and starting a daemon was not allowed."""
-    return UnreachableError(f"no daemon runs for {home.dir}", hint="start it with `clawnet daemon start`")
+    return NoDaemonError(f"no daemon runs for {home.dir}", hint="start it with `clawnet daemon start`")
 
 
 def open_channel(home: Home) -> Channel | None:

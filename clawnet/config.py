@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clawnet import config_file, limits, paths
+from clawnet.config_endpoint import TOKEN_VARIABLE, parse_address, read_token, token_trouble
 from clawnet.config_file import Problem, known_key
 from clawnet.config_keys import KEYS, RESTART, SECTIONS, UNBOUNDED, Key, Value, format_value, parse_value
 from clawnet.errors import ConfigError, DataError, UsageError
 from clawnet.paths import Home
 
-_NOT_KEYS = frozenset({"CLAWNET_HOME", "CLAWNET_CONFIG", "CLAWNET_AUTOSTART", "CLAWNET_JOIN"})
+_NOT_KEYS = frozenset({"CLAWNET_HOME", "CLAWNET_CONFIG", "CLAWNET_AUTOSTART", "CLAWNET_JOIN", TOKEN_VARIABLE})
 
 
 class Setting(NamedTuple):
@@ -55,7 +56,7 @@ class Config:
         return value
 
     def path(self, name: str) -> Path | None:
-        """A directory, with ~ replaced; None when the key is empty."""
+        """A directory or file, with ~ replaced; None when the key is empty."""
         text = self.text(name)
         return Path(text).expanduser() if text else None
 
@@ -260,7 +261,22 @@ def _collect(
     problems += _from_environment(environ, settings)
     for name, text in flags.items():
         _layer(known_key(name), text, "flag", f"--{name.rpartition('.')[2].replace('_', '-')}", settings, problems)
-    return settings, problems or _cross_checks(settings)
+    return settings, problems or [*_cross_checks(settings), *_endpoint_checks(settings, environ)]
+
+
+def _endpoint_checks(settings: Mapping[str, Setting], environ: Mapping[str, str]) -> list[Problem]:
+    """A token that cannot be read, or that would cross the network for everybody to read."""
+    config = Config(settings)
+    endpoint = config.text("openclaw.api_endpoint")
+    if not endpoint or not config.flag("openclaw.enabled"):
+        return []
+    check_permissions = config.flag("security.check_permissions")
+    try:
+        token = read_token(environ, config.path("openclaw.token_file"), check_permissions=check_permissions)
+    except ConfigError as error:
+        return [Problem(0, error.message, error.hint)]
+    message, remedy = token_trouble(parse_address(endpoint), token)
+    return [Problem(0, message, remedy)] if message else []
 
 
 def _read(path: Path) -> str:

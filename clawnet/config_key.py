@@ -6,6 +6,7 @@ import re
 from typing import Final, Literal, NamedTuple
 
 from clawnet import limits
+from clawnet.config_endpoint import parse_address
 from clawnet.errors import DataError
 from clawnet.money import format_credits, parse_credits
 from clawnet.units import format_duration, format_size, parse_duration_ms, parse_size
@@ -14,6 +15,8 @@ Kind = Literal[
     "text",
     "name",
     "path",
+    "file",
+    "url",
     "choice",
     "words",
     "addresses",
@@ -88,6 +91,8 @@ _KIND_WORDS: Final[dict[Kind, str]] = {
     "text": "text",
     "name": f"1 to {limits.NAME_CHARS_MAX} letters, digits, dots, dashes and underscores, or empty",
     "path": "a directory, absolute or starting with ~, or empty",
+    "file": "a file, absolute or starting with ~, or empty",
+    "url": "an address such as http://127.0.0.1:11434 or https://example.org/v1, without user name or query, or empty",
     "choice": "a word",
     "words": "words of letters, digits, dots, dashes, underscores and =",
     "addresses": "multiaddrs such as /ip4/203.0.113.7/tcp/4002",
@@ -149,10 +154,14 @@ def _parse_one(key: Key, text: str) -> Value:
         return _unrefused(key, "true" if word in _TRUE else "false") == "true"
     if key.kind == "name" and text and _NAME.match(text) is None:
         raise wrong
-    if key.kind == "path" and text and not text.startswith(("/", "~", "\\")) and text[1:2] != ":":
+    if key.kind in ("path", "file") and text and not text.startswith(("/", "~", "\\")) and text[1:2] != ":":
         raise wrong
     try:
         match key.kind:
+            case "url":
+                if text:
+                    parse_address(text)
+                return text
             case "integer":
                 return int(text) if re.fullmatch(r"-?\d{1,15}", text, re.ASCII) else _raise(wrong)
             case "number":

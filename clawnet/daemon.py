@@ -219,7 +219,7 @@ class Daemon:
         effects = node.load(clock_ms(), self._read)
         previous = getattr(self, "_node", None)
         if previous is not None:
-            node.rooms.members.take_over(previous.rooms.members)
+            node.rooms.cards.take_over(previous.rooms.cards)
             for up in self.switch.ups():
                 self.runtime.feed(up)
         self._node = node
@@ -231,18 +231,9 @@ class Daemon:
         return self._store.query(name, args)
 
     def _execution(self) -> ExecutionSettings:
-        read = self.config
-        offers = read.words("node.capabilities")
-        return ExecutionSettings(
-            shell_own=read.text("execution.shell.own"),
-            shell_member=read.text("execution.shell.member"),
-            shell_stranger=read.text("execution.shell.stranger"),
-            user=read.text("execution.user"),
-            slots=read.integer("execution.slots"),
-            memory_bytes_max=read.integer("execution.memory_max"),
-            wall_s_max=read.seconds("execution.wall_max"),
-            output_bytes_max=read.integer("execution.output_max"),
-            offers=tuple(word for word in ("compute", "shell-execution") if word in offers),
+        return ExecutionSettings.of(
+            self.config,
+            self.environ,
             worker_argv=self._worker_argv,
             backlog=lambda: self.runtime.backlog > limits.INBOX_TURN_MAX,
         )
@@ -345,8 +336,7 @@ class Daemon:
         applied, restart = self.config.adopt(fresh)
         self.observer.set_level(self.config.text("log.level"))
         self.switch.settings = SwitchSettings.of(self.config, f"clawnet/{__version__}")
-        self.executor.settings = self._execution()
-        self._deliver(self.executor.capacity())
+        self.executor.configure(self._execution())
         self.blobs.bytes_max = self.config.integer("storage.max_size")
         if applied or restart:
             self._log("security", "config.changed", applied=" ".join(applied), restart=" ".join(restart))
@@ -354,11 +344,7 @@ class Daemon:
         return {"applied": applied, "restart": restart}
 
     def _doctor(self, params: dict[str, Any]) -> dict[str, Any]:
-        findings = self._node.rooms.calls.findings()
-        probe = self.executor.probe
-        if probe is not None:
-            level, text = ("ok", "shell tasks run sandboxed") if probe.passed else ("warn", probe.reason)
-            findings.append({"check": "sandbox", "level": level, "message": text, "remedy": probe.remedy})
+        findings = [*self._node.rooms.calls.findings(), *self.executor.findings()]
         listen = self.switch.addresses()
         text = "listening at " + ", ".join(listen) if listen else "listening nowhere: other machines cannot connect"
         remedy = "" if listen else "clawnet config set network.enable_tcp true"

@@ -67,6 +67,16 @@ class BusyError(UnreachableError):
     code = "busy"
 
 
+class NoDaemonError(UnreachableError):
+    """No daemon answers: there is none, or it went away before it answered. What it had accepted is kept."""
+
+
+class StoppedError(UnreachableError):
+    """The daemon was stopped; the tasks that it had accepted go on when it runs again."""
+
+    code = "stopped"
+
+
 class InternalError(ClawnetError):
     """A defect of clawnet; the log holds the traceback under the id named."""
 

@@ -24,6 +24,7 @@ RPC_VERSION_OLDEST: Final = 1
 HELLO: Final = "hello"
 OUTPUT: Final = "task.output"
 STATE: Final = "task.state"
+PLACE: Final = "task.place"
 
 METHODS: Final[dict[str, str]] = {
     "hello": "the handshake, first on every connection",
@@ -37,7 +38,8 @@ METHODS: Final[dict[str, str]] = {
     "task.list": "tasks, newest first; {limit, states, after}",
     "task.bids": "the bids for a task; {task}",
     "task.why": "who was asked and why the winner won; {task}",
-    "task.follow": "states and output as they come, then the final task; {task, output, from}",
+    "task.follow": "states and output as they come, then the final task; "
+    "{task, output, from, stdout, stderr, attempt, so_far}",
     "task.read": "a piece of a stored stream; {task, stream, offset, length}",
     "task.cancel": "cancel a task; {task, reason}",
     "peer.list": "the peers known",
@@ -54,6 +56,7 @@ METHODS: Final[dict[str, str]] = {
     "wallet.history": "the own chain, newest first; {limit, after}",
     "wallet.escrows": "open lines of ours and to us",
     "wallet.send": "send credits; {peer, amount, memo}",
+    "wallet.export": "a page of a chain, decoded and as signed; {account, from, to}",
     "wallet.resume": "write a restored chain though not all peers have answered",
     "wallet.audit": "verify chains from their first entry; {peer}",
 }

@@ -204,6 +204,8 @@ class Runtime:
                 durable = True
             else:
                 if kind is e.RevokeBlobs:
+                    # A file that is deleted does not come back with rows that a power loss undoes: they are synced.
+                    durable = True
                     rows.append(e.Delete("blob_grants", (effect.task_id,)))  # type: ignore[attr-defined]
                 acts.append(effect)
         if rows:

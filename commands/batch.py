@@ -351,6 +351,10 @@ class Batch:
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, limits.BATCH_AGAIN_MAX_S)
         elif flight.derived and isinstance(error, DataError) and error.details.get("task_id"):
+            if flight.spec.get("inputs"):
+                hint = "its inputs (or the options) have changed since it was done; --name makes a new run of all lines"
+                self._refused(flight.number, flight.key, DataError(error.message, hint=hint))
+                return
             # The line is done, or under way, with other options: it is not done twice.
             flight.task_id, flight.resumed = str(error.details["task_id"]), True
             self._send(flight)

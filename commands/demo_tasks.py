@@ -14,7 +14,8 @@ from clawnet import limits, units
 from clawnet.errors import DataError, NotFoundError, VerificationError
 
 from .demo_mesh import Mesh
-from .waiting import READ_BYTES, STREAMS, data_of, follow, task_error
+from .following import follow
+from .waiting import READ_BYTES, STREAMS, data_of, task_error
 
 PRIMES_BELOW = 20_000
 DEADLINE_S = 120.0

@@ -68,6 +68,8 @@ def _findings(invocation: Invocation) -> Iterator[Finding]:
         yield from _ports(settings, running=status["level"] == "ok")
     if "sandbox" not in checked:
         yield _sandbox(settings)
+    if "ai endpoint" not in checked:
+        yield _endpoint(settings)
 
 
 def _home(invocation: Invocation) -> Iterator[Finding]:
@@ -183,3 +185,15 @@ def _sandbox(settings: Config) -> Finding:
     if result.passed:
         return _finding("sandbox", "ok", "shell tasks run sandboxed: the probe was refused everything it must be")
     return _finding("sandbox", "warn", result.reason, result.remedy)
+
+
+def _endpoint(settings: Config) -> Finding:
+    """The same look at the AI endpoint that the node takes."""
+    import asyncio
+
+    from clawnet.execution.prompt import PromptSettings, check
+
+    try:
+        return asyncio.run(check(PromptSettings.of(settings, os.environ)))
+    except ClawnetError as error:
+        return _finding("ai endpoint", "error", error.message, error.hint)

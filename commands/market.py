@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from clawnet.errors import NotFoundError, TimedOutError, UsageError
+from clawnet.errors import NotFoundError, UsageError
 
-from . import batch, submission, waiting
+from . import batch, following, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
-from .render import clean, json_line, pairs, seconds, short, show, table, who, write
+from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, table, who, write
 
 FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
 OPEN = [
@@ -94,29 +94,44 @@ def submit(
         submission.complete(task_spec, data)
         with invocation.client(create_home=True) as client:
             submission.resolve_peers(client, task_spec, invocation.say)
-            accepted = client.call("task.submit", {"spec": task_spec})
+            accepted = following.submit(client, task_spec, deadline=invocation.deadline(), say=invocation.say)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
+                _already_over(client, task_spec, accepted)
                 return
-            task = _follow_one(invocation, client, accepted["task_id"], stream=stream)
+            task = _follow_one(invocation, client, accepted, stream=stream)
             note(task)
             code = waiting.finish(invocation, task)
     raise typer.Exit(code)
 
 
-def _follow_one(invocation: Invocation, client: Any, task_id: str, *, stream: bool) -> dict[str, Any]:
+def _already_over(client: Any, spec: dict[str, Any], accepted: dict[str, Any]) -> None:
+    """A prompt that no peer can answer has ended before its id is printed: that is told, with its exit code."""
+    if spec["type"] == "prompt" and accepted["created"]:
+        task = client.call("task.get", {"task": accepted["task_id"]})
+        error = waiting.task_error(task) if task["state"] == "no_bids" else None
+        if error is not None:
+            raise error
+
+
+def _follow_one(invocation: Invocation, client: Any, accepted: dict[str, Any], *, stream: bool) -> dict[str, Any]:
     """Waits; the output comes as it is written with `stream`, else at the end; with --json only streamed lines."""
-    printer = waiting.Printer(invocation, client, as_lines=invocation.json)
+    printer = following.Printer(invocation, client, as_lines=invocation.json)
+    name = short(accepted["task_id"])
+    patience = _patience(invocation, client, accepted.get("deadline"))
     try:
-        output = printer.chunk if stream else None
-        task = waiting.follow(client, task_id, output=output, deadline=invocation.deadline())
+        task = following.follow(client, accepted["task_id"], printer=printer if stream else None, patience=patience)
     except KeyboardInterrupt:
         invocation.say(f"task {short(task_id)} goes on; `clawnet market wait {short(task_id)}` waits for it")
         raise
     if stream or not invocation.json:
-        printer.rest(task)
+        printer.rest(task, patience)
         _print_text(invocation, task)
     return task
+
+
+def _patience(invocation: Invocation, client: Any, ends_at: str | None) -> following.Patience:
+    return following.Patience(client, deadline=invocation.deadline(), ends_at=ends_at, say=invocation.say)
 
 
 def _print_text(invocation: Invocation, task: dict[str, Any]) -> None:
@@ -124,6 +139,7 @@ def _print_text(invocation: Invocation, task: dict[str, Any]) -> None:
     result = task.get("result") or {}
     text = result.get("text")
     if text and not invocation.json and not result.get("stdout") and not result.get("stdout_bytes"):
+        text = clean_lines(text) if on_terminal() else text
         write(text if text.endswith("\n") else text + "\n")
 
 
@@ -205,11 +221,22 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         ("result sha256", result.get("sha256")),
         ("idempotency key", task["idempotency_key"]),
     ]
-    rows += [
-        (f"attempt {a['attempt']}", f"{who(a['executor'])} {a['state']} {a['price']} {a['reason']}")
-        for a in task["attempts"]
-    ]
+    rows += _attempt_lines(task["attempts"])
     return rows + [(f"{t['at']}", f"{t['state']} {t['reason']}") for t in task.get("transitions", [])]
+
+
+def _attempt_lines(attempts: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Who tried, how it ended and why, when, at which price, and what became of the escrow."""
+    return [
+        (
+            f"attempt {one['attempt'] + 1}",
+            f"{who(one['executor'])} {one['state']}"
+            + (f" ({one['reason']})" if one["reason"] else "")
+            + f", {one['started_at']} to {one['ended_at'] or 'now'}, {one['price']} credits"
+            + (f", escrow {one['escrow']['state']}" if one["escrow"]["id"] else ""),
+        )
+        for one in attempts
+    ]
 
 
 @app.command(cls=NodeCommand)
@@ -254,6 +281,8 @@ def why(context: typer.Context, task: o.TASK) -> None:
             lines.append(f"  {who(peer['peer'])}: {told}")
         if auction["reason"]:
             lines.append(f"  {auction['reason']}")
+    if len(found["attempts"]) > 1 or any(one["reason"] for one in found["attempts"]):
+        lines += [f"{label}: {told}" for label, told in _attempt_lines(found["attempts"])]
     if found["hint"]:
         lines.append(found["hint"])
     write("".join(clean(line) + "\n" for line in lines))
@@ -274,29 +303,23 @@ def result(context: typer.Context, task: o.TASK) -> None:
                 hint=f"`clawnet market wait {short(found['task_id'])}` waits for it",
             )
         if not invocation.json:
-            waiting.Printer(invocation, client).rest(found)
+            following.Printer(invocation, client).rest(found)
             _print_text(invocation, found)
         code = waiting.finish(invocation, found)
     raise typer.Exit(code)
 
 
 @app.command(cls=NodeCommand)
-def logs(context: typer.Context, task: o.TASK, follow: FOLLOW = False) -> None:
-    """What a task has written so far; with -f, until it ends."""
+def logs(context: typer.Context, task: o.TASK, follow: FOLLOW = False, from_end: o.FROM_END = False) -> None:
+    """What a task has written so far, from its result when it has ended; with -f, until it ends."""
     invocation = here(context)
     with invocation.client() as client:
-        printer = waiting.Printer(invocation, client, as_lines=invocation.json)
+        printer = following.Printer(invocation, client, as_lines=invocation.json, from_end=from_end)
         found = client.call("task.get", {"task": task})
-        if found["state"] in FINAL or follow:
-            done = waiting.follow(client, found["task_id"], output=printer.chunk, deadline=invocation.deadline())
-            printer.rest(done)
-            return
-        call = client.send("task.follow", {"task": found["task_id"], "output": True, "from": "start"})
-        # The node sends what there is before it answers anything that was asked later.
-        client.call("task.get", {"task": found["task_id"]})
-        while (event := client.kept(call)) is not None:
-            if event.method == "task.output":
-                printer.chunk(event.value)
+        patience = _patience(invocation, client, found["deadline"])
+        so_far = not (follow or found["state"] in FINAL)
+        ended = following.follow(client, found["task_id"], printer=printer, so_far=so_far, patience=patience)
+        printer.rest(ended, patience)
 
 
 @app.command(cls=NodeCommand)
@@ -304,19 +327,9 @@ def wait(context: typer.Context, task: TASKS) -> None:
     """Wait until tasks have ended. One task: its exit code; several: 0 when all succeeded, else 1."""
     invocation = here(context)
     with invocation.client() as client:
-        calls = {client.send("task.follow", {"task": one, "output": False, "from": "end"}): one for one in task}
-        ended: dict[int, dict[str, Any]] = {}
-        while len(ended) < len(calls):
-            try:
-                event = client.receive(deadline=invocation.deadline())
-            except TimedOutError as error:
-                left = ", ".join(one for call, one in calls.items() if call not in ended)
-                raise TimedOutError(f"not done in time: {left}", hint="the tasks go on") from error
-            if event.error is not None:
-                raise event.error
-            if not event.method:
-                ended[event.call] = event.value
-    found = [ended[call] for call in calls]
+        tasks = [client.call("task.get", {"task": one}) for one in task]
+        patience = _patience(invocation, client, max(one["deadline"] for one in tasks))
+        found = following.follow_all(client, tasks, patience=patience, deadline=invocation.deadline())
     codes = [waiting.exit_code(one) for one in found]
     columns = (
         ("TASK", lambda one: one["task_id"]),

@@ -35,6 +35,8 @@ STREAM = Annotated[bool, typer.Option("--stream", help="Output as it comes; with
 SPEC = Annotated[str | None, _text("--spec", "FILE|-", "The whole task as JSON or YAML; options go over it.")]
 STATUS_FILE = Annotated[str | None, _text("--status-file", "FILE", "Write the task's JSON here at the end.")]
 NO_STDIN = Annotated[bool, typer.Option("--no-stdin", "-n", help="Do not read standard input.")]
+ATTACH = Annotated[str | None, _text("--attach", "TASK", "Follow a task that runs or has ended, instead of a command.")]
+FROM_END = Annotated[bool, typer.Option("--from-end", help="Only the output that comes from now on.")]
 WAIT = Annotated[bool, typer.Option("--wait", help="Wait for the result.")]
 TYPE = Annotated[str | None, _text("--type", "TYPE", "prompt (the default), shell or compute.")]
 OP = Annotated[str | None, _text("--op", "NAME", "The operation of a compute task: sha256, sort, wordcount, primes.")]

@@ -47,6 +47,11 @@ def clean(value: Any) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
+def clean_lines(text: str) -> str:
+    """Text of several lines that cannot drive a terminal: line ends and tabs stay, other control characters do not."""
+    return "\n".join("\t".join(clean(cell) for cell in line.split("\t")) for line in text.split("\n"))
+
+
 def short(identifier: str | None) -> str:
     """The start of an id, for people; any unambiguous prefix is accepted back."""
     if not identifier:

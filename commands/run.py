@@ -9,17 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from clawnet.errors import TimedOutError, UsageError
+from clawnet.api import Client
+from clawnet.errors import TimedOutError, UnreachableError, UsageError
 
-from . import submission, waiting
+from . import following, submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .options import (
+    ATTACH,
     BID_TIMEOUT,
     BUDGET,
     CPU,
     DEADLINE,
     ENV,
     EXCLUDE,
+    FROM_END,
     GPU,
     IDEMPOTENCY_KEY,
     INPUT,
@@ -74,15 +77,23 @@ def run(
     spec: SPEC = None,
     status_file: STATUS_FILE = None,
     no_stdin: NO_STDIN = False,
+    attach: ATTACH = None,
+    from_end: FROM_END = False,
 ) -> None:
     """Run a command on whichever machine takes it: own machines first, then this one, then members.
 
     Its output comes back on stdout and stderr as it is written, its exit code is the exit code of this command. A
     directory given with --input becomes its working directory. Ctrl-C cancels it; a second one leaves at once.
-    --timeout cancels it too (exit code 124).
+    --timeout cancels it too (exit code 124). --attach TASK takes the place of a `run` whose terminal is gone: all the
+    output from its first byte (--from-end: from now on), the exit code, and Ctrl-C and --timeout cancel as before;
+    `market logs -f` watches without that.
     """
     invocation = here(context)
     with waiting.status_file(status_file) as note:
+        if attach is not None or from_end:
+            task, code = _attach(context, invocation, attach, from_end=from_end, as_lines=stream)
+            note(task)
+            raise typer.Exit(code)
         task_spec = submission.build(
             submission.from_file(spec) if spec else {},
             argv=command,
@@ -131,30 +142,61 @@ def _run(invocation: Invocation, spec: dict[str, Any], *, as_lines: bool) -> tup
     """Submits, follows, and returns the task as it ended with the exit code of this command."""
     with invocation.client(create_home=True) as client:
         submission.resolve_peers(client, spec, invocation.say)
-        task_id = client.call("task.submit", {"spec": spec})["task_id"]
-        printer = waiting.Printer(invocation, client, as_lines=invocation.json)
-        quiet = invocation.json and not as_lines
-        with waiting.interrupts(invocation, client, task_id) as interrupts:
-            timed_out = False
-            output = None if quiet else printer.chunk
+        accepted = following.submit(client, spec, deadline=invocation.deadline(), say=invocation.say)
+        printer = following.Printer(invocation, client, as_lines=invocation.json)
+        return _follow(invocation, client, accepted, printer, as_lines=as_lines)
+
+
+WITH_ATTACH = frozenset(("attach", "from_end", "stream", "status_file", "no_stdin"))
+
+
+def _attach(
+    context: typer.Context, invocation: Invocation, name: str | None, *, from_end: bool, as_lines: bool
+) -> tuple[dict[str, Any], int]:
+    """Follows a task that was submitted before, as the `run` that submitted it would have."""
+    if name is None:
+        raise UsageError("--from-end goes with --attach TASK")
+    more = [key for key, value in context.params.items() if value and key not in WITH_ATTACH]
+    if more:
+        what = "a command" if more[0] == "command" else "--" + more[0].removesuffix("_family").replace("_", "-")
+        raise UsageError(f"--attach follows a task that exists; {what} does not go with it")
+    with invocation.client() as client:
+        found = client.call("task.get", {"task": name})
+        printer = following.Printer(invocation, client, as_lines=invocation.json, from_end=from_end)
+        return _follow(invocation, client, found, printer, as_lines=as_lines)
+
+
+def _follow(
+    invocation: Invocation, client: Client, accepted: dict[str, Any], printer: following.Printer, *, as_lines: bool
+) -> tuple[dict[str, Any], int]:
+    """The task as it ended, its output printed, with the exit code of this command."""
+    task_id, ends_at = accepted["task_id"], accepted.get("deadline")
+    quiet = invocation.json and not as_lines
+    shown = None if quiet else printer
+    with following.interrupts(invocation, client, task_id) as interrupts:
+        timed_out = False
+        patience = following.Patience(client, deadline=invocation.deadline(), ends_at=ends_at, say=invocation.say)
+        try:
+            task = following.follow(client, task_id, printer=shown, patience=patience, connected=interrupts.connected)
+        except TimedOutError as error:
+            timed_out = True
+            limit = waiting.pause_until(None, following.CANCEL_WAIT_S)
             try:
-                task = waiting.follow(client, task_id, output=output, deadline=invocation.deadline())
-            except TimedOutError:
-                timed_out = True
                 client.send("task.cancel", {"task": task_id, "reason": "timed out"})
-                limit = waiting.pause_until(None, waiting.CANCEL_WAIT_S)
-                task = waiting.follow(client, task_id, output=output, deadline=limit)
-            if not quiet:
-                printer.rest(task)
-            if timed_out and task["state"] == "cancelled":
-                raise TimedOutError(
-                    f"task {short(task_id)} was not done within {invocation.timeout_s:g} s and was cancelled",
-                    task_id=task_id,
-                )
-            if interrupts.signal and task["state"] == "cancelled":
-                _leave_interrupted(invocation, task, interrupts.signal)
-                return task, 128 + interrupts.signal
-        return task, waiting.finish(invocation, task)
+                task = following.follow(client, task_id, printer=shown, deadline=limit)
+            except UnreachableError:
+                raise error from None
+        if not quiet:
+            printer.rest(task, patience)
+        if timed_out and task["state"] == "cancelled":
+            raise TimedOutError(
+                f"task {short(task_id)} was not done within {invocation.timeout_s:g} s and was cancelled",
+                task_id=task_id,
+            )
+        if interrupts.signal and task["state"] == "cancelled":
+            _leave_interrupted(invocation, task, interrupts.signal)
+            return task, 128 + interrupts.signal
+    return task, waiting.finish(invocation, task)
 
 
 def _leave_interrupted(invocation: Invocation, task: dict[str, Any], number: int) -> None:

@@ -1,4 +1,4 @@
-"""Following a task to its end: output as it comes, the result in full, one exit code, a status file, Ctrl-C."""
+"""How a task that was waited for ended: its exit code, its error, a line about it, a status file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clawnet.api import Client
 from clawnet.errors import ClawnetError, DataError, TimedOutError
 
 from .invocation import Invocation
-from .render import json_line, seconds, short, who, write, write_bytes
+from .render import clean, json_line, seconds, short, who, write, write_bytes
 
 STREAMS = ("stdout", "stderr")
 READ_BYTES = 512 * 1024
@@ -63,125 +63,6 @@ def data_of(value: dict[str, Any], name: str) -> bytes | None:
     return text.encode() if isinstance(text, str) else None
 
 
-class Printer:
-    """Writes a task's output once and in order, to the streams it belongs to, or as JSON lines."""
-
-    def __init__(self, invocation: Invocation, client: Client, *, as_lines: bool = False) -> None:
-        self._invocation = invocation
-        self._client = client
-        self._as_lines = as_lines
-        self.done = dict.fromkeys(STREAMS, 0)
-
-    def chunk(self, value: dict[str, Any]) -> None:
-        """A piece of output; what was printed already is left out."""
-        name = value["stream"]
-        data = data_of(value, "data") or b""
-        skip = self.done[name] - int(value["offset"])
-        if skip < 0 or skip >= len(data):
-            return
-        self._put(name, data[skip:])
-
-    def rest(self, task: dict[str, Any]) -> None:
-        """What the stream did not bring: from the result, or read piece by piece when it is not inline."""
-        result = task.get("result")
-        if not result:
-            return
-        for name in STREAMS:
-            whole = data_of(result, name)
-            if whole is not None:
-                self._put(name, whole[self.done[name] :])
-                continue
-            while self.done[name] < int(result.get(f"{name}_bytes") or 0):
-                params = {"task": task["task_id"], "stream": name, "offset": self.done[name], "length": READ_BYTES}
-                piece = self._client.call("task.read", params)
-                data = base64.b64decode(piece["data_b64"])
-                self._put(name, data)
-                if piece["eof"] or not data:
-                    break
-
-    def _put(self, name: str, data: bytes) -> None:
-        if not data:
-            return
-        self.done[name] += len(data)
-        if not self._as_lines:
-            write_bytes(data, error=name == "stderr")
-            return
-        try:
-            write(json_line({"stream": name, "data": data.decode()}))
-        except UnicodeDecodeError:
-            write(json_line({"stream": name, "data_b64": base64.b64encode(data).decode()}))
-
-
-def follow(
-    client: Client,
-    task_id: str,
-    *,
-    output: Callable[[dict[str, Any]], None] | None = None,
-    state: Callable[[dict[str, Any]], None] | None = None,
-    from_end: bool = False,
-    deadline: float | None = None,
-) -> dict[str, Any]:
-    """Waits for a task's end and returns it; raises TimedOutError at the deadline (the task goes on)."""
-    params = {"task": task_id, "output": output is not None, "from": "end" if from_end else "start"}
-    call = client.send("task.follow", params)
-    while True:
-        try:
-            event = client.receive(call, deadline=deadline)
-        except TimedOutError as error:
-            raise TimedOutError(
-                f"task {short(task_id)} was not done in time; it goes on",
-                hint=f"`clawnet market wait {short(task_id)}` waits on, `market cancel` ends it",
-                task_id=task_id,
-            ) from error
-        if event.error is not None:
-            raise event.error
-        if event.method == rpc.OUTPUT and output is not None:
-            output(event.value)
-        elif event.method == rpc.STATE and state is not None:
-            state(event.value)
-        elif not event.method:
-            task: dict[str, Any] = event.value
-            return task
-
-
-# --- Ctrl-C
-
-
-class Interrupts:
-    """What Ctrl-C (or SIGTERM) does while a task is run: cancel it; the second time, leave at once."""
-
-    def __init__(self, invocation: Invocation, client: Client, task_id: str) -> None:
-        self.signal = 0
-        self._invocation = invocation
-        self._client = client
-        self._task_id = task_id
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        self._invocation.say("cancelling the task; once more leaves at once")
-        self._client.send("task.cancel", {"task": self._task_id, "reason": "interrupted"})
-        if hasattr(signal, "alarm"):
-            # A node that does not answer the cancel must not hold the terminal.
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-            signal.alarm(int(CANCEL_WAIT_S))
-
-
-@contextmanager
-def interrupts(invocation: Invocation, client: Client, task_id: str) -> Iterator[Interrupts]:
-    """Lets Ctrl-C and SIGTERM cancel the task while inside."""
-    handler = Interrupts(invocation, client, task_id)
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield handler
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
-
-
 # --- the end
 
 
@@ -220,6 +101,10 @@ def status_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda value: write_status(path, value)
     except ClawnetError as error:
         write_status(path, {"error": error.as_dict()})
+        raise
+    except KeyboardInterrupt:
+        left = {"code": "interrupted", "message": "the command was interrupted", "hint": "", "exit_code": 130}
+        write_status(path, {"error": left})
         raise
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clawnet.errors import DataError, NotFoundError, NotPermittedError, UsageError
+from clawnet.errors import DataError, NotFoundError, NotPermittedError, StorageFullError, UsageError
 from clawnet.paths import Home
 
 from .invocation import Invocation, NodeCommand, here
 from .passphrase import PassphraseFile, passphrase
-from .render import short, show
+from .render import json_line, short, show
 
 if TYPE_CHECKING:
+    from clawnet.api import Client
     from clawnet.backup import Told
 
 RISK = (
@@ -25,10 +29,18 @@ RISK = (
 )
 
 
+class Form(StrEnum):
+    """How the chain is written out."""
+
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
 def add(app: typer.Typer) -> None:
     """Adds these commands to the group `wallet`."""
     app.command("backup", cls=NodeCommand)(backup)
     app.command("restore", cls=NodeCommand)(restore)
+    app.command("export", cls=NodeCommand)(export)
 
 
 def backup(
@@ -101,6 +113,101 @@ def restore(
             raise DataError(f"{file} is a directory") from error
     invocation.warn("run this wallet on one machine only: stop and remove it where it came from")
     _show(invocation, told, "restored")
+
+
+COLUMNS = ("at", "kind", "counterparty", "amount", "balance", "task_id", "seq", "hash")
+
+
+def export(
+    context: typer.Context,
+    form: Annotated[Form, typer.Option("--format", help="JSON lines, or CSV of the own chain.")] = Form.JSONL,
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Write there, mode 0600.")] = "",
+) -> None:
+    """The own chain, oldest entry first; as JSON lines also the chains of payers that prove its incomes.
+
+    Every JSON line holds the entry as it was signed: docs/LEDGER.md shows how to check one without clawnet.
+    """
+    invocation = here(context)
+    with invocation.client() as client:
+        lines = _csv(_entries(client)) if form is Form.CSV else _json_lines(client)
+        if output:
+            count = _to_file(Path(output).absolute(), lines)
+            invocation.say(f"{count} lines written to {output}")
+            return
+        for line in lines:
+            sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def _entries(client: Client, account: str = "", last: int | None = None) -> Iterator[dict[str, Any]]:
+    """All entries of a chain, page by page, to the head it had at the first page."""
+    following: int | None = 0
+    while following is not None and (last is None or following <= last):
+        params = {"account": account, "from": following} | ({} if last is None else {"to": last})
+        page = client.call("wallet.export", params)
+        last = page["last"] if last is None else last
+        yield from page["items"]
+        following = page["next"]
+
+
+def _json_lines(client: Client) -> Iterator[str]:
+    """The own chain, then each payer's up to the last of its entries that was claimed."""
+    proving: dict[str, int] = {}
+    for entry in _entries(client):
+        for item in entry["body"]["items"] if entry["kind"] == "claim" else ():
+            proving[item["payer"]] = max(item["seq"], proving.get(item["payer"], 0))
+        own = entry["account"]
+        yield json_line(entry)
+    for payer, last in proving.items():
+        if payer != own:
+            for entry in _entries(client, payer, last):
+                yield json_line(entry)
+
+
+def _csv(entries: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """Rows with a header. What a release or a refund is about stands in the lock before it."""
+    import csv
+    import io
+
+    def row(values: Iterable[Any]) -> str:
+        text = io.StringIO()
+        csv.writer(text).writerow(values)
+        return text.getvalue()
+
+    locks: dict[int, tuple[str, str]] = {}
+    yield row(COLUMNS)
+    for entry in entries:
+        party, task = entry["counterparty"], entry["task_id"] or ""
+        name = party["peer_id"] if party else ""
+        if entry["kind"] == "lock" and len(entry["body"]["lines"]) == 1:
+            locks[entry["seq"]] = name, task
+        elif entry["kind"] in ("release", "refund"):
+            about = dict.fromkeys(locks.get(item["lock_seq"], ("", "")) for item in entry["body"]["items"])
+            name, task = next(iter(about)) if len(about) == 1 else ("", "")
+        told = {**entry, "counterparty": name, "task_id": task}
+        yield row(told[column] for column in COLUMNS)
+
+
+def _to_file(target: Path, lines: Iterable[str]) -> int:
+    """Writes the lines so that the file is there whole or not at all; how many there were."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}.new")
+    count = 0
+    try:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            for line in lines:
+                file.write(line)
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(f"cannot write {target}: {error.strerror}", hint="make room on the disk") from error
+        raise DataError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return count
 
 
 def _accept_risk(invocation: Invocation) -> None:

@@ -32,11 +32,19 @@ _Size = Annotated[int, Meta(ge=0, le=limits.RUN_OUTPUT_BYTES_MAX)]
 
 
 class Usage(Struct, frozen=True, array_like=True, gc=False):
-    """What a run cost: wall-clock and processor seconds, and the most memory its processes held together."""
+    """What a run cost: wall-clock and processor seconds, and the most memory its processes held together.
+
+    Of a prompt: the tokens that went in and came out, the model that answered, and why it stopped (`finish_reason` as
+    the endpoint says it: "stop", or "length" for an answer that was cut).
+    """
 
     duration_s: float = 0.0
     cpu_s: float = 0.0
     memory_bytes_max: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    model: str = ""
+    finish_reason: str = ""
 
 
 class Head(Struct, frozen=True, array_like=True, gc=False):

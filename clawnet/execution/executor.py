@@ -18,8 +18,11 @@ from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, StorageFullError
 from clawnet.execution import bundle, inputs
 from clawnet.execution.compute import ComputePool
+from clawnet.execution.endings import physical_memory, with_result, without_result
+from clawnet.execution.endpoint import Answer
 from clawnet.execution.probe import ProbeResult
-from clawnet.execution.spec import COMPUTE, OPERATIONS, SHELL, BlobPort, ExecutionSettings, JobSpec, check
+from clawnet.execution.prompt import PromptRunner, finding, prompt_text
+from clawnet.execution.spec import COMPUTE, OPERATIONS, PROMPT, SHELL, BlobPort, ExecutionSettings, JobSpec, check
 from clawnet.execution.workdirs import JobDirs, WorkDirs
 from clawnet.paths import Home
 from clawnet.wire.events import (
@@ -30,7 +33,6 @@ from clawnet.wire.events import (
     OutputKept,
     ReadOutput,
     Stimulus,
-    TaskExited,
     TaskOutput,
 )
 
@@ -71,6 +73,7 @@ class Executor:
         self._preparing: dict[bytes, JobSpec] = {}
         self._stop_asked: dict[bytes, str] = {}
         self._computing: dict[bytes, JobSpec] = {}
+        self._prompts = PromptRunner(settings.prompts, self._retell)
         self._busy: set[Future[Any]] = set()
         self._started = False
         self._idle: asyncio.Event
@@ -79,7 +82,7 @@ class Executor:
     # --- life
 
     async def start(self) -> CapacityChanged:
-        """Cleans up after an earlier life, starts the worker, probes the sandbox, and delivers what can be done."""
+        """Cleans up after an earlier life, starts the worker, probes sandbox and endpoint, tells what can be done."""
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._pool = ComputePool(
@@ -95,7 +98,22 @@ class Executor:
             self.probe = await self._places.open()
         else:
             self.probe = ProbeResult(False, "shell tasks on Windows come with a later version", "use --type compute")
+        await self._prompts.start()
         return self._tell()
+
+    def configure(self, settings: ExecutionSettings) -> None:
+        """The policy from now on; what can be done is delivered again."""
+        self.settings = settings
+        self._prompts.configure(settings.prompts)
+        self._tell()
+
+    def findings(self) -> list[dict[str, str]]:
+        """What `doctor` tells of sandbox and AI endpoint."""
+        found = [finding(self.settings.prompts, self._prompts.serving)]
+        if self.probe is not None:
+            level, text = ("ok", "shell tasks run sandboxed") if self.probe.passed else ("warn", self.probe.reason)
+            found.insert(0, {"check": "sandbox", "level": level, "message": text, "remedy": self.probe.remedy})
+        return found
 
     async def close(self) -> None:
         """Ends everything that runs (TaskExited says cancelled) and leaves no process and no file behind.
@@ -107,6 +125,7 @@ class Executor:
             return
         for job in [*self._running, *self._preparing, *self._computing]:
             self._stop(job, "the node stops")
+        await self._prompts.close()
         while self._running or self._preparing or self._busy:
             self._idle.clear()
             await self._idle.wait()
@@ -127,12 +146,18 @@ class Executor:
         words = [SHELL] if rings else []
         if COMPUTE in self.settings.offers and not self._pool.broken:
             words += [COMPUTE, *(f"op:{name}" for name in OPERATIONS)]
+        serving = self._prompts.serving
+        if serving.up:
+            words.append(PROMPT)
         return CapacityChanged(
             capabilities=tuple(sorted(words)),
             shell_rings=rings,
             cpu=os.cpu_count() or 1,
-            memory_bytes=min(_physical_memory(), self.settings.memory_bytes_max),
+            memory_bytes=min(physical_memory(), self.settings.memory_bytes_max),
             gpu=0,
+            models=(serving.model,) if serving.up and serving.model else (),
+            prompt_rings=serving.rings if serving.up else (),
+            prompt_trouble=serving.reason if self.settings.prompts.endpoint else "",
         )
 
     @property
@@ -144,6 +169,9 @@ class Executor:
         capacity = self.capacity()
         self._deliver(capacity)
         return capacity
+
+    def _retell(self) -> None:
+        self._tell()
 
     def _on_broken(self, reason: str) -> None:
         self._loop.call_soon(self._tell)
@@ -157,6 +185,8 @@ class Executor:
             check(spec)
             if spec.kind == "compute":
                 self._run_compute(spec)
+            elif spec.kind == "prompt":
+                self._run_prompt(spec)
             else:
                 self._run_shell(spec)
         except ClawnetError as error:
@@ -182,7 +212,9 @@ class Executor:
             self._stop_asked[job] = reason
         elif job in self._computing and self._pool.cancel(job):
             del self._computing[job]
-            self._loop.call_soon(self._deliver, _without_result(job, "cancelled", reason))
+            self._loop.call_soon(self._deliver, without_result(job, "cancelled", reason))
+        else:
+            self._prompts.cancel(job)
 
     def _cut(self, job: bytes, spec: JobSpec) -> JobSpec:
         import msgspec
@@ -197,7 +229,7 @@ class Executor:
         )
 
     def _refuse(self, job: bytes, reason: str) -> None:
-        self._loop.call_soon(self._deliver, _without_result(job, "failed", reason))
+        self._loop.call_soon(self._deliver, without_result(job, "failed", reason))
 
     # compute
 
@@ -214,7 +246,7 @@ class Executor:
             del self._computing[spec.job]
             if reason:
                 how = reason if reason in _LIMIT_WORDS else "failed"
-                self._deliver(_without_result(spec.job, how, reason, self._loop.time() - began_s, cpu_s))
+                self._deliver(without_result(spec.job, how, reason, self._loop.time() - began_s, cpu_s))
                 return
             usage = bundle.Usage(self._loop.time() - began_s, cpu_s, 0)
             head = bundle.Head(0, None, len(data), 0, "", usage)
@@ -228,6 +260,29 @@ class Executor:
             time_s=spec.wall_s,
             answer_bytes_max=spec.output_bytes_max,
             answer=answered,
+        )
+
+    # prompts
+
+    def _run_prompt(self, spec: JobSpec) -> None:
+        if spec.ring not in self._prompts.serving.rings:
+            raise DataError(f"prompts of ring {spec.ring[:20]!r} are not answered here")
+
+        def answered(answer: Answer | None, how: str, reason: str, took_s: float) -> None:
+            if answer is None:
+                self._deliver(without_result(spec.job, how, reason, took_s))
+                return
+            usage = bundle.Usage(
+                took_s, 0.0, 0, answer.tokens_in, answer.tokens_out, answer.model, answer.finish_reason
+            )
+            self._pack(spec, bundle.Head(0, None, 0, 0, answer.text, usage), (), lambda: None)
+
+        self._prompts.run(
+            spec.job,
+            prompt_text(spec.prompt, spec.stdin),
+            wall_s=spec.wall_s,
+            answer_bytes_max=min(spec.output_bytes_max, limits.PROMPT_ANSWER_BYTES_MAX),
+            answered=answered,
         )
 
     # shell
@@ -264,11 +319,11 @@ class Executor:
                 if stopped is None:
                     self._start_shell(spec, dirs, mode)
                     return
-                exited = _without_result(spec.job, "cancelled", stopped)
+                exited = without_result(spec.job, "cancelled", stopped)
             except ClawnetError as error:
-                exited = _without_result(spec.job, "failed", _sentence(error))
+                exited = without_result(spec.job, "failed", _sentence(error))
             except OSError as error:
-                exited = _without_result(spec.job, "failed", f"the inputs cannot be placed: {error.strerror or error}")
+                exited = without_result(spec.job, "failed", f"the inputs cannot be placed: {error.strerror or error}")
             self._remove(dirs)
             self._deliver(exited)
 
@@ -301,7 +356,7 @@ class Executor:
         if ended.how != "exit":
             close()
             self._deliver(
-                _without_result(
+                without_result(
                     spec.job, ended.how, ended.reason, ended.duration_s, ended.cpu_s, ended.memory_bytes_max, sum(sizes)
                 )
             )
@@ -318,16 +373,16 @@ class Executor:
         if output_bytes <= limits.RUN_INLINE_WORK_BYTES_MAX:
             packed = bundle.pack(*args)
             close()
-            self._deliver(_with_result(spec.job, head, packed))
+            self._deliver(with_result(spec.job, head, packed))
             return
 
         def done(future: Future[bundle.Packed]) -> None:
             close()
             try:
-                exited = _with_result(spec.job, head, future.result())
+                exited = with_result(spec.job, head, future.result())
             except (OSError, ClawnetError) as error:
                 reason = f"the result cannot be stored: {error}"
-                exited = _without_result(spec.job, "failed", reason, head.usage.duration_s, head.usage.cpu_s)
+                exited = without_result(spec.job, "failed", reason, head.usage.duration_s, head.usage.cpu_s)
             self._deliver(exited)
 
         self._in_thread(done, bundle.pack, *args)
@@ -414,54 +469,3 @@ def _contents(files: Iterable[Any]) -> Iterator[bytes]:
     for file in files:
         file.seek(0)
         yield from _pieces(file)
-
-
-def _physical_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**62  # not told: the configured bound is what counts
-
-
-def _with_result(job: bytes, head: bundle.Head, packed: bundle.Packed) -> TaskExited:
-    return TaskExited(
-        job=job,
-        ended="exit",
-        reason="",
-        exit_code=head.exit_code,
-        signal=head.signal,
-        inline=packed.inline,
-        blob=packed.blob,
-        blob_bytes=packed.blob_bytes,
-        plain_hash=packed.plain_hash,
-        output_bytes=head.stdout_bytes + head.stderr_bytes,
-        duration_s=head.usage.duration_s,
-        cpu_s=head.usage.cpu_s,
-        memory_bytes_max=head.usage.memory_bytes_max,
-    )
-
-
-def _without_result(
-    job: bytes,
-    how: str,
-    reason: str,
-    duration_s: float = 0.0,
-    cpu_s: float = 0.0,
-    memory_bytes_max: int = 0,
-    output_bytes: int = 0,
-) -> TaskExited:
-    return TaskExited(
-        job=job,
-        ended=how,
-        reason=reason,
-        exit_code=None,
-        signal=None,
-        inline=b"",
-        blob=b"",
-        blob_bytes=0,
-        plain_hash=b"",
-        output_bytes=output_bytes,
-        duration_s=duration_s,
-        cpu_s=cpu_s,
-        memory_bytes_max=memory_bytes_max,
-    )

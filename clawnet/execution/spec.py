@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
 from msgspec import Struct, field
 
 from clawnet import limits
+from clawnet.config import Config
 from clawnet.errors import DataError
+from clawnet.execution.prompt import PromptSettings
 from clawnet.wire.jobspec import InputRef, JobSpec
 
 __all__ = ["BlobPort", "BlobWriter", "ExecutionSettings", "InputRef", "JobSpec", "check"]
 
 SHELL: Final = "shell-execution"
 COMPUTE: Final = "compute"
+PROMPT: Final = "ai-inference"
 OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
 
 
@@ -39,6 +42,33 @@ class ExecutionSettings(Struct, frozen=True):
     offers: tuple[str, ...] = (COMPUTE, SHELL)
     worker_argv: tuple[str, ...] = ()
     backlog: Callable[[], bool] = field(default=lambda: False)
+    prompts: PromptSettings = PromptSettings()
+
+    @classmethod
+    def of(
+        cls,
+        read: Config,
+        environ: Mapping[str, str],
+        *,
+        worker_argv: tuple[str, ...] = (),
+        backlog: Callable[[], bool] = lambda: False,
+    ) -> ExecutionSettings:
+        """From the configuration; raises ConfigError for an AI endpoint's token that cannot be used."""
+        offers = read.words("node.capabilities")
+        return cls(
+            shell_own=read.text("execution.shell.own"),
+            shell_member=read.text("execution.shell.member"),
+            shell_stranger=read.text("execution.shell.stranger"),
+            user=read.text("execution.user"),
+            slots=read.integer("execution.slots"),
+            memory_bytes_max=read.integer("execution.memory_max"),
+            wall_s_max=read.seconds("execution.wall_max"),
+            output_bytes_max=read.integer("execution.output_max"),
+            offers=tuple(word for word in (COMPUTE, SHELL) if word in offers),
+            worker_argv=worker_argv,
+            backlog=backlog,
+            prompts=PromptSettings.of(read, environ),
+        )
 
 
 class BlobWriter(Protocol):
@@ -66,6 +96,10 @@ def check(spec: JobSpec) -> None:
     if spec.kind == "compute":
         if spec.op not in OPERATIONS:
             raise DataError(f"there is no operation {spec.op[:40]!r}", hint="known: " + ", ".join(OPERATIONS))
+        return
+    if spec.kind == "prompt":
+        if len(spec.prompt.encode()) + len(spec.stdin or b"") > limits.TASK_DOCUMENT_BYTES_MAX or spec.inputs:
+            raise DataError("a prompt is one text, and no longer than a task document")
         return
     if spec.kind != "shell":
         raise DataError(f"no runner for tasks of kind {spec.kind[:40]!r}")

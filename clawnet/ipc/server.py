@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clawnet import __version__, limits, rpc
+from clawnet.errors import StoppedError
 from clawnet.ipc.connection import Connection
 
 OnCall = Callable[[int, str, dict[str, Any], int, str], None]
@@ -55,10 +56,13 @@ class IpcServer:
             self._listener = await unix.listen(self._loop, Path(self.path), self._accept)
 
     async def stop(self) -> None:
-        """Stops listening, flushes what is queued, closes every client. Open calls are gone."""
+        """Stops listening, tells open calls that the daemon stops, flushes what is queued, closes every client."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        stopped = StoppedError("the daemon was stopped before it answered", hint="`clawnet daemon start` starts it")
+        for call in sorted(self._calls):
+            self.reply(call, None, stopped.as_dict())
         self._flush()
         for connection in list(self._connections.values()):
             connection.close()

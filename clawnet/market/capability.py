@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -27,7 +28,8 @@ CAPABILITY_OF_KIND: Final[dict[str, str]] = {
     "swarm_ai": "ai-inference",
 }
 SHELL: Final = "shell-execution"
-_SYNONYMS: Final = {"shell": SHELL, "prompt": "ai-inference"}
+AI: Final = "ai-inference"
+_SYNONYMS: Final = {"shell": SHELL, "prompt": AI}
 
 
 def _canonical(word: str) -> str:
@@ -50,6 +52,7 @@ def capability_hash(card: PeerCard) -> bytes:
         sorted(card.models),
         card.slots,
         sorted(card.shell_rings),
+        sorted(card.prompt_rings),
     )
     return hashlib.sha256(msgspec.msgpack.encode(claims)).digest()
 
@@ -58,7 +61,8 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     """The first thing that keeps the node of `card` from doing such a task for a requester of `ring`; None: it fits.
 
     The same rule serves the requester who chooses whom to ask and the worker who is asked. A kind needs its
-    capability word (CAPABILITY_OF_KIND); a shell task also needs `ring` among the card's shell rings.
+    capability word (CAPABILITY_OF_KIND); a shell task also needs `ring` among the card's shell rings, a prompt among
+    its prompt rings.
     """
     needed = CAPABILITY_OF_KIND.get(kind)
     offered = {_canonical(word) for word in card.capabilities}
@@ -67,6 +71,8 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     if not all(_canonical(word) in offered for word in requirements.capabilities):
         return Reason.NO_CAPABILITY
     if needed == SHELL and ring not in card.shell_rings:
+        return Reason.POLICY
+    if needed == AI and ring not in card.prompt_rings:
         return Reason.POLICY
     if requirements.os and requirements.os != card.os:
         return Reason.OS
@@ -144,6 +150,11 @@ class CapabilityIndex:
     def card(self, peer: str) -> PeerCard | None:
         """The newest card of a peer."""
         return self._cards.get(peer)
+
+    def newest(self, count: int, since_ms: int) -> list[str]:
+        """The `count` peers heard of last whose cards are not from before `since_ms`."""
+        fresh = (peer for peer in reversed(self._cards) if self._cards[peer].serial >= since_ms)
+        return list(islice(fresh, count))
 
     def capability_hash(self, peer: str) -> bytes | None:
         """capability_hash of the newest card of a peer."""

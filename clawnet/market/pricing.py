@@ -3,6 +3,9 @@
     price = (task rate + cpu rate x expected cpu seconds + energy cost x expected seconds) x load factor,
             rounded up to the bid step
 
+A prompt's expected cpu seconds are nothing; its tokens take their place, counted as if the model wrote as much as it
+may. That price is a cap: what is asked in the end is the part of it that the tokens used are of those counted.
+
 The load factor is 0.9 + 0.6 x c / (c + slots), with c the slots committed (running and waiting): 0.9 when idle, 1.2
 when every slot is taken, below 1.5 whatever waits. Money is integer arithmetic throughout.
 
@@ -22,7 +25,7 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.config import Config
-from clawnet.market.capability import CAPABILITY_OF_KIND, unmet
+from clawnet.market.capability import AI, CAPABILITY_OF_KIND, unmet
 from clawnet.market.reasons import Reason
 from clawnet.money import UCR_PER_CREDIT, round_up
 from clawnet.wire.messages import Offer, PeerCard, Requirements
@@ -42,12 +45,18 @@ GUESS_OTHER_S: Final = 10.0
 
 
 class Rates(Struct, frozen=True, gc=False):
-    """What this node asks. `energy_ucr` is what a second of work costs in energy: in the price, and told in the bid."""
+    """What this node asks. `energy_ucr` is what a second of work costs in energy: in the price, and told in the bid.
+
+    `tokens_in_ucr` and `tokens_out_ucr` are for a thousand tokens; `answer_tokens_max` is how long an answer may get.
+    """
 
     task_ucr: int = UCR_PER_CREDIT
     cpu_second_ucr: int = UCR_PER_CREDIT // 10
     energy_ucr: int = 0
     step_ucr: int = UCR_PER_CREDIT // 10
+    tokens_in_ucr: int = UCR_PER_CREDIT // 10
+    tokens_out_ucr: int = 3 * UCR_PER_CREDIT // 10
+    answer_tokens_max: int = 4_096
 
 
 def rates_from(config: Config) -> Rates:
@@ -57,6 +66,9 @@ def rates_from(config: Config) -> Rates:
         cpu_second_ucr=config.amount_ucr("market.rates.cpu_second"),
         energy_ucr=round(config.number("market.energy_cost") * UCR_PER_CREDIT),
         step_ucr=max(1, config.amount_ucr("market.min_bid_increment")),
+        tokens_in_ucr=config.amount_ucr("market.rates.tokens_in"),
+        tokens_out_ucr=config.amount_ucr("market.rates.tokens_out"),
+        answer_tokens_max=config.integer("openclaw.max_tokens"),
     )
 
 
@@ -206,7 +218,34 @@ def price(rates: Rates, cpu_s: float, workload: Workload, *, wall_s: float = 0.0
     never less than one step unless all rates are 0."""
     cpu_ms, wall_ms = math.ceil(cpu_s * 1000), math.ceil(wall_s * 1000)
     cost_ucr = rates.task_ucr + (rates.cpu_second_ucr * cpu_ms + rates.energy_ucr * wall_ms) // 1000
+    return _priced(rates, cost_ucr, workload)
+
+
+def _priced(rates: Rates, cost_ucr: int, workload: Workload) -> int:
     return round_up(-(-cost_ucr * load_permille(workload) // 1000), rates.step_ucr)
+
+
+def is_prompt(kind: str) -> bool:
+    """Whether tasks of this kind are answered by an AI endpoint, and so metered by tokens."""
+    return CAPABILITY_OF_KIND.get(kind) == AI
+
+
+def _prompt_cost(rates: Rates, tokens_in: int, tokens_out: int) -> int:
+    return rates.task_ucr + -(-(rates.tokens_in_ucr * tokens_in + rates.tokens_out_ucr * tokens_out) // 1000)
+
+
+def _prompt_cap(rates: Rates, size_bytes: int) -> int:
+    """The cost of a prompt of so many bytes if the answer is as long as it may be."""
+    tokens_in = -(-size_bytes // limits.PROMPT_BYTES_PER_TOKEN)
+    return _prompt_cost(rates, tokens_in, rates.answer_tokens_max)
+
+
+def metered(rates: Rates, price_ucr: int, size_bytes: int, tokens_in: int, tokens_out: int) -> int:
+    """What a prompt bid for at `price_ucr` costs in the end: the part of it that its tokens are of those it was bid
+    for, at least one micro-credit and never more than the bid."""
+    cap_ucr = _prompt_cap(rates, size_bytes)
+    used_ucr = _prompt_cost(rates, tokens_in, tokens_out)
+    return min(price_ucr, max(1, -(-price_ucr * used_ucr // cap_ucr))) if cap_ucr else price_ucr
 
 
 def quote(
@@ -243,7 +282,13 @@ def quote(
     wait_s = workload.queue_wait_s
     if expected.runs >= SAMPLES_TO_REFUSE and wait_s + expected.estimated_s > left_s:
         return Reason.DEADLINE
-    price_ucr = 0 if ring == "own" else price(rates, expected.cpu_s, workload, wall_s=expected.estimated_s)
+    if ring == "own":
+        price_ucr = 0
+    elif is_prompt(offer.kind):
+        energy_ucr = rates.energy_ucr * math.ceil(expected.estimated_s)
+        price_ucr = _priced(rates, _prompt_cap(rates, offer.payload_bytes) + energy_ucr, workload)
+    else:
+        price_ucr = price(rates, expected.cpu_s, workload, wall_s=expected.estimated_s)
     if price_ucr > offer.max_budget_ucr:
         return Reason.PRICE
     return Quote(

@@ -53,6 +53,9 @@ class Attempt(Struct, array_like=True):
     closed: bool = False
     reason: str = ""
     locked_ms: int = 0
+    ended_ms: int = 0
+    lost: bool = False
+    """It fell silent, stopped or was restarted: where nobody else takes the task its executor may be asked again."""
 
 
 class Task(Struct, array_like=True):

@@ -16,7 +16,7 @@ LATER: Final = {"storage": "storage tasks", "swarm": "swarm tasks"}
 OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
 OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
 RINGS: Final = ("own", "member")
-SEND_TO: Final = ("shell", "compute")
+SEND_TO: Final = ("shell", "compute", "prompt")
 """Kinds with a configuration key for the outermost ring that may see them."""
 
 _FIELDS: Final = frozenset(
@@ -115,6 +115,23 @@ def _stdin(spec: dict[str, Any]) -> str:
     return text
 
 
+def _check_prompt(spec: dict[str, Any]) -> None:
+    """A prompt is text, and nothing but text: what would silently be left out is refused."""
+    for field, option in (("inputs", "--input"), ("env", "--env"), ("argv", "a command"), ("script", "a script")):
+        if spec.get(field):
+            hint = "its text is the description and standard input (command < notes.txt)"
+            raise UsageError(f"a prompt takes no {option.removeprefix('a ')}", hint=hint)
+    data = base64.b64decode(_stdin(spec))
+    if b"\0" in data:
+        raise DataError("standard input is not text, and a prompt can only be text", field="stdin_b64")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError("standard input is not UTF-8 text, and a prompt can only be text", field="stdin_b64") from error
+    if not (_text(spec, "description", limits.PAYLOAD_INLINE_BYTES_MAX).strip() or text.strip()):
+        raise UsageError("a prompt needs some text", hint='clawnet market submit "Summarize" < notes.txt')
+
+
 def _environment(spec: dict[str, Any]) -> dict[str, str]:
     env = spec.get("env") or {}
     if not isinstance(env, dict) or len(env) > limits.LIST_ITEMS_MAX:
@@ -210,6 +227,8 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     kind = kind_of(spec)
     argv, script = _argv(spec) if kind == "shell" else (None, None)
     op, op_args = _operation(spec, kind)
+    if kind == "prompt":
+        _check_prompt(spec)
     ring = spec.get("ring") or (config.text(f"market.send_to.{kind}") if kind in SEND_TO else "member")
     if ring not in RINGS:
         raise _bad("ring", ring, "own, member")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -17,7 +17,10 @@ _PRINTABLE_MIN: Final = 32
 
 
 class PeerRecord(Struct, array_like=True):
-    """A member this node has met or heard of. `shown` is its pinned name; `card` the newest signed PeerInfo."""
+    """A member this node has met or heard of. `shown` is its pinned name; `card` the newest statement of its card.
+
+    `last_ms` 0: known by its card alone, never connected.
+    """
 
     peer: str
     account: bytes
@@ -68,13 +71,13 @@ def clean_name(name: str) -> str:
     return text[: limits.NAME_CHARS_MAX].strip() or "unnamed"
 
 
-def pin_name(wanted: str, taken: Iterable[str]) -> str:
+def pin_name(wanted: str, taken: Callable[[str], bool]) -> str:
     """The name a newcomer is shown by: its own, or `alice~2` when alice is another."""
-    name, used = clean_name(wanted), set(taken)
-    if name not in used:
+    name = clean_name(wanted)
+    if not taken(name):
         return name
     number = 2
-    while f"{name}~{number}" in used:
+    while taken(f"{name}~{number}"):
         number += 1
     return f"{name}~{number}"
 

@@ -104,7 +104,7 @@ class DialOwner(Protocol):
         """A random number from 0 to 1."""
 
     def dial_ended(self, call: int, peer: str, reason: str) -> None:
-        """Answers a call."""
+        """Answers a call; call 0: a kept peer could not be reached the first time."""
 
     def dialler_idle(self, dialler: Dialler) -> None:
         """The dialler has nothing more to do."""
@@ -121,6 +121,7 @@ class Dialler:
         self._owner = owner
         self._calls: list[int] = []
         self._failures = 0
+        self._tried = False
         self._task: asyncio.Task[None] | None = None
         self._linked = asyncio.Event()
         self._pausing = False
@@ -134,6 +135,8 @@ class Dialler:
             self._calls.append(call)
         if self._task is None or (self._pausing and news):
             self._start(0.0)
+        elif self._pausing and not call:
+            self._owner.dial_ended(0, self.peer, "it could not be reached")
 
     def linked(self) -> None:
         """The peer is connected, whoever dialled."""
@@ -190,6 +193,9 @@ class Dialler:
                 self._task = None
                 self._owner.dialler_idle(self)
                 return
+            if not self._tried:
+                self._owner.dial_ended(0, self.peer, reason)
+            self._tried = True
             self._failures += 1
             pause_s = self._pause_s()
 

@@ -140,7 +140,8 @@ class Switch:
         return sum(link.send_encoded(items) for link in links)
 
     def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:
-        """Connects to a peer; `keep` tries for ever and again after every loss. A call other than 0 gets DialEnded.
+        """Connects to a peer; `keep` tries for ever and again after every loss. A call gets DialEnded; of a kept peer
+        its first failure is told under call 0, so that nobody waits for a machine that is off.
 
         What is asked before the start is done once this node listens.
         """
@@ -201,7 +202,10 @@ class Switch:
     def fetch(
         self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
     ) -> None:
-        """Fetches blobs (id, size) of a task; BlobReady follows."""
+        """Fetches blobs (id, size) of a task; BlobReady follows, before the start of the switch with a reason."""
+        if self._early is not None:
+            self._deliver(BlobReady(request, f"{peer} is not connected yet"))
+            return
         self._spawn(self._fetch(request, peer, task_id, blobs, inline_max))
 
     def connection(self, peer: str) -> Connection:
@@ -346,7 +350,7 @@ class Switch:
 
     def dial_ended(self, call: int, peer: str, reason: str) -> None:
         """See dialling.DialOwner."""
-        if call:
+        if call or reason:
             self._deliver(DialEnded(call, peer, reason))
 
     def dialler_idle(self, dialler: Dialler) -> None:

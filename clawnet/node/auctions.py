@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from clawnet import limits
 from clawnet.errors import NoBidError, TimedOutError
 from clawnet.market import taskspec
 from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record, weights_from
+from clawnet.market.capability import AI
+from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
+from clawnet.market.waiting import Waiting
 from clawnet.node.context import Context
 from clawnet.wire.messages import Bid, Decline, Offer
 
@@ -21,8 +27,16 @@ MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 RESUME_MS = 5_000
+SET_ENDPOINT = "give this one an AI endpoint (clawnet config set openclaw.api_endpoint http://127.0.0.1:11434)"
 SPEND = "spend"
 """Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
+
+
+def _lane(task: Task) -> bytes:
+    """Tasks that the same candidates would take or refuse for want of room; 8 bytes, so that it is no task's id."""
+    spec = task.spec
+    asked = [task.kind, spec["requirements"], spec["peer"], spec["exclude"], task.stages]
+    return hashlib.blake2b(msgspec.msgpack.encode(asked), digest_size=8).digest()
 
 
 class Auctions:
@@ -32,11 +46,13 @@ class Auctions:
         self._ctx = ctx
         self._rooms = rooms
         self.live: dict[bytes, Auction] = {}
-        self._waiting: list[tuple[int, int, bytes]] = []
-        self._turn = 0
+        self.waiting = Waiting()
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
-        self._resumed: dict[bytes, None] = {}
+        self._expected: dict[str, None] = {}
+        self._held_until_ms = 0
+        self._away: dict[str, int] = {}
+        self._parked: dict[bytes, None] = {}
         self._minute = 0
         self._bids_in: dict[bytes, dict[str, int]] = {}
         self.reloaded()
@@ -53,28 +69,45 @@ class Auctions:
     def queue(self, task: Task) -> None:
         """Holds an auction for the task, now or when one of the running ones has ended."""
         task.stage = 0
-        self._turn += 1
-        heapq.heappush(self._waiting, (-task.spec["priority"], self._turn, task.task_id))
+        self.waiting.push(_lane(task), task.spec["priority"], task.task_id)
         self._rooms.tasks.touch(task)
 
-    def after_start(self, task: Task) -> None:
-        """Holds the auction of a task from before a restart: not before those who could bid are connected again."""
-        if not self._rooms.members.records:
-            self.queue(task)
-            return
-        self._resumed[task.task_id] = None
-        self._ctx.wake(("auction", task.task_id), self._ctx.now + RESUME_MS)
+    def expect(self, peers: Iterable[str]) -> None:
+        """At the start: no auction opens before those who could bid are connected or known to be out of reach.
 
-    def peer_up(self) -> None:
-        """Somebody is connected: what waited for that since the start goes on, when the others had a moment too."""
-        for task_id in self._resumed:
-            self._ctx.wake(("auction", task_id), self._ctx.now + RESUME_MS // 10)
-        self._resumed.clear()
+        Once one is there the others have a moment more; RESUME_MS is the longest that is waited.
+        """
+        self._expected = dict.fromkeys(peers)
+        self._away = dict.fromkeys(peers, self._ctx.now + RESUME_MS)
+        if self._expected:
+            self._hold_until(self._ctx.now + RESUME_MS)
+
+    def met(self, peer: str, *, connected: bool) -> None:
+        """One of those who were dialled at the start is here, or cannot be reached; or one that was lost is back."""
+        if connected:
+            self._away.pop(peer, None)
+            parked, self._parked = self._parked, {}
+            for task_id in parked:
+                self.timer(task_id)
+        if self._expected.pop(peer, 0) is None or connected:
+            if not self._expected:
+                self._held_until_ms = 0
+            elif connected and self._held_until_ms > self._ctx.now + RESUME_MS // 10:
+                self._hold_until(self._ctx.now + RESUME_MS // 10)
+
+    def _hold_until(self, at_ms: int) -> None:
+        self._held_until_ms = at_ms
+        self._ctx.wake(("auctions",), at_ms)
 
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
-        while self._waiting and len(self.live) < self._live_max:
-            task = self._rooms.tasks.open.get(heapq.heappop(self._waiting)[2])
+        if self._ctx.now < self._held_until_ms:
+            return
+        while len(self.live) < self._live_max:
+            task_id = self.waiting.pop()
+            if task_id is None:
+                return
+            task = self._rooms.tasks.open.get(task_id)
             if (
                 task is not None
                 and task.state in ("announced", "bidding", "reassigned")
@@ -85,6 +118,8 @@ class Auctions:
     def drop(self, task: Task) -> None:
         """The task is final: its auction, if any, is over."""
         self._bids_in.pop(task.task_id, None)
+        self._parked.pop(task.task_id, None)
+        self.waiting.forget(task.task_id)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
             self._ctx.sleep(("auction", task.task_id))
@@ -103,11 +138,14 @@ class Auctions:
             task.stage += 1
         self._exhausted(task)
 
-    def _candidates(self, task: Task, ring: str) -> list[str]:
+    def _candidates(self, task: Task, ring: str, among: Mapping[str, object] | None = None) -> list[str]:
         ctx, members = self._ctx, self._rooms.members
         named = task.spec["peer"]
         excluded = [*task.spec["exclude"], *task.refused]
         if ring == "self":
+            if task.kind == "prompt" and AI not in self._rooms.cards.own.capabilities:
+                task.refusals[Reason.NO_CAPABILITY.value] = 1  # not worth a round: the submitter hears of it at once
+                return []
             return [ctx.me] if ctx.me not in excluded and (not named or ctx.me in named) else []
         return members.index.candidates(
             task.kind,
@@ -115,7 +153,7 @@ class Auctions:
             ring,
             score_hint=lambda peer: members.reputation.score(peer, ctx.now).total,
             pick=members.pick,
-            among=ctx.links,
+            among=ctx.links if among is None else among,
             only=named,
             exclude=excluded,
             usable=members.usable,
@@ -218,14 +256,21 @@ class Auctions:
             auction.peer_back(peer)
 
     def peer_down(self, peer: str) -> None:
-        """Nobody waits for the answer of a peer that is gone."""
+        """Nobody waits for the answer of a peer that is gone; what nobody else can do waits a moment for its return."""
+        now_ms = self._ctx.now
+        self._away = {other: until for other, until in self._away.items() if until > now_ms}
+        self._away[peer] = now_ms + RESUME_MS
         for auction in list(self.live.values()):
             auction.peer_gone(peer, self._ctx.now)
             if auction.is_closed(self._ctx.now):
                 self._close(auction)
 
     def timer(self, task_id: bytes) -> None:
-        """A close may be due, or the pause after a round in which everybody was full."""
+        """A close may be due, or the end of a pause after which it, or one of a lane, is tried again."""
+        if self.waiting.held(task_id):
+            self._hold(task_id, self.waiting.pause_over(task_id))
+            return
+        self._parked.pop(task_id, None)
         auction = self.live.get(task_id)
         if auction is not None:
             if auction.is_closed(self._ctx.now):
@@ -233,7 +278,6 @@ class Auctions:
             else:
                 self._arm(auction)
             return
-        self._resumed.pop(task_id, None)
         task = self._rooms.tasks.open.get(task_id)
         if task is not None and task.state in ("announced", "bidding", "reassigned"):
             self.queue(task)
@@ -260,6 +304,7 @@ class Auctions:
             best = ranking[0][0]
             self._order.note(best.peer)
             self._bids_in.pop(task.task_id, None)
+            self.waiting.taken(_lane(task))
             self._rooms.awards.award(task, best)
             return
         refusals = auction.refusals()
@@ -272,13 +317,43 @@ class Auctions:
 
     def _exhausted(self, task: Task) -> None:
         """Nobody in any ring takes it: later, where somebody was only full, else never."""
+        lost = {peer for peer, gone in {one.peer: one.lost for one in task.attempts}.items() if gone}
         if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
             self.pause(task)
+        elif lost and self._ctx.now < task.deadline_ms:
+            # Nobody is left but those that were lost: until the deadline they may come back.
+            task.refused = [peer for peer in task.refused if peer not in lost]
+            self._parked[task.task_id] = None
+            self.pause(task)
+        elif back_ms := self._back_ms(task):
+            self._parked[task.task_id] = None
+            self._ctx.wake(("auction", task.task_id), min(back_ms, task.deadline_ms))
         else:
             self._no_bid(task)
 
+    def _back_ms(self, task: Task) -> int:
+        """Until when somebody who could do it, and was here a moment ago, is waited for; 0: there is nobody."""
+        away = {peer: until for peer, until in self._away.items() if until > self._ctx.now}
+        able = [peer for ring in task.stages if ring != "self" for peer in self._candidates(task, ring, away)]
+        return max((away[peer] for peer in able), default=0)
+
     def pause(self, task: Task) -> None:
-        """Everybody who could is full: ask again a little later, until the deadline."""
+        """Everybody who could is full: it is asked again when a place may be free, until the deadline."""
+        task.stage = 0
+        task.refusals.clear()
+        lane = _lane(task)
+        self._hold(lane, self.waiting.full(lane, task.spec["priority"], task.task_id))
+
+    def _hold(self, lane: bytes, pause_ms: int) -> None:
+        if pause_ms:
+            self._ctx.wake(("auction", lane), self._ctx.now + pause_ms + self._rooms.members.pick(pause_ms))
+
+    def attempt_ended(self, task: Task) -> None:
+        """An executor has a place again."""
+        self.waiting.ended(_lane(task))
+
+    def later(self, task: Task) -> None:
+        """Somebody may take this task yet: ask again after a pause that grows, until the deadline."""
         task.backoff_ms = min(max(BACKOFF_MIN_MS, task.backoff_ms * 2), BACKOFF_MAX_MS)
         task.refusals.clear()
         spread = self._rooms.members.pick(task.backoff_ms)
@@ -306,11 +381,21 @@ class Auctions:
             task, "no_bids", NoBidError(f"no acceptable bid: {asked}", hint=error_hint, refusals=refusals)
         )
 
+    def _no_endpoint(self, task: Task) -> str:
+        """Nobody answers prompts: what this node's own endpoint lacks, how one is set, and what works without one."""
+        trouble = self._rooms.cards.capacity.prompt_trouble
+        lacking = f"the AI endpoint here does not serve: {trouble}" if trouble else "no connected node serves prompts"
+        wider = "--ring member asks members too; " if task.spec["ring"] == "own" else ""
+        own = "clawnet doctor tells more" if trouble else SET_ENDPOINT
+        return f"{lacking}; {wider}{own}; or run a command with --type shell"
+
     def _widen(self, task: Task, refusals: dict[str, int]) -> str:
         """What the requester could change so that somebody may take it."""
         why = f"clawnet market why {task.task_id.hex()[:8]} explains"
-        if task.kind == "prompt":
-            return f"no connected node serves prompts; run a command with --type shell; {why}"
+        if task.kind == "prompt" and not set(refusals) - {"no_capability"} and not task.spec["peer"]:
+            return f"{self._no_endpoint(task)}; {why}"
+        if "no_model" in refusals or task.spec["requirements"]["model"]:
+            return f"--model names one model; leave it out to widen the choice; {why}"
         if "price" in refusals:
             return f"a higher --budget may help; {why}"
         if task.spec["peer"]:

@@ -35,6 +35,8 @@ RUNNING = ("awarded", "locked", "accepted")
 WAIVABLE = (*RUNNING, "unpaid")
 TRANSIENT = frozenset(("full", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
 """Words of a REJECT after which the same executor may be asked again: its state of the moment stood in the way."""
+GONE = frozenset(("restarted", "draining"))
+"""Words of a WAIVER that say nothing of the task, only that its executor could not go on."""
 
 
 def about(task_id: bytes, n: int) -> bytes:
@@ -244,7 +246,8 @@ class Awards:
             return
         task, attempt = found
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
-        attempt.state, attempt.reason = "waived", message.reason
+        attempt.state, attempt.reason = "waived", attempt.reason or message.reason
+        attempt.lost = attempt.lost or message.reason in GONE
         self._give_back(task, attempt, message.waiver)
         if task.state in FINAL_STATES or not attempt.paying:
             return
@@ -276,14 +279,16 @@ class Awards:
     def close(self, task: Task, attempt: Attempt, state: str, reason: str = "") -> None:
         """Nothing is owed any longer in either direction."""
         attempt.state, attempt.closed = state, True
+        if attempt.accepted_ms:
+            self._rooms.auctions.attempt_ended(task)
+        attempt.ended_ms = attempt.ended_ms or self._ctx.now
         self._by_line.pop((attempt.lock_seq, attempt.line), None)
         self._rooms.results.forget(task, attempt)
         if task.inputs:
             self._ctx.let_go(job_id(self._ctx.me, task.task_id, attempt.n))
         for kind in (Kind.MARKET_WINNER, Kind.MARKET_ESCROW_LOCK, Kind.TASK_CANCEL):
             self._rooms.outbox.settle(kind, attempt.peer, about(task.task_id, attempt.n))
-        if reason:
-            attempt.reason = reason
+        attempt.reason = attempt.reason or reason
 
     def refunded(self, task: Task, attempt: Attempt) -> None:
         """The line is closed in the own chain."""
@@ -293,7 +298,8 @@ class Awards:
         if attempt.state in ("released", "claimed", "done"):
             return
         attempt.escrow = "refunded"
-        self.close(task, attempt, attempt.state if attempt.state in ("rejected", "waived") else "refunded")
+        state = attempt.state if attempt.state in ("rejected", "waived") else "refunded"
+        self.close(task, attempt, state, "delivered nothing in time")
         if attempt.paying and task.state in ("awarded", "executing"):
             error = ExecutorLostError(f"{attempt.peer[-8:]} delivered nothing in time")
             self._rooms.tasks.finish(task, "failed", error)
@@ -320,6 +326,7 @@ class Awards:
         `free`: it costs no retry. `later`: the executor may take it yet, so it is asked again after a pause.
         """
         attempt.paying = False
+        attempt.ended_ms, attempt.reason = attempt.ended_ms or self._ctx.now, attempt.reason or why
         if not later:
             task.refused.append(attempt.peer)
         self._rooms.tasks.touch(task)
@@ -341,7 +348,7 @@ class Awards:
             return
         self._rooms.tasks.move(task, "reassigned", why)
         if later:
-            self._rooms.auctions.pause(task)
+            self._rooms.auctions.later(task)
         else:
             self._rooms.auctions.queue(task)
 

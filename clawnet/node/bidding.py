@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from clawnet.market.pricing import Durations, Rates, Workload, quote, rates_from
+from clawnet.ledger import taskdoc
+from clawnet.market.pricing import Durations, Rates, Workload, is_prompt, metered, quote, rates_from
 from clawnet.market.reasons import Reason
+from clawnet.market.records import Job
 from clawnet.node.context import Context
-from clawnet.wire.events import MessageIn
+from clawnet.wire.events import MessageIn, TaskExited
 from clawnet.wire.messages import Bid, Decline, Offer
 
 if TYPE_CHECKING:
@@ -37,14 +39,29 @@ class Bidding:
         self.rates = rates_from(self._ctx.config)
         self._enabled = self._ctx.config.flag("market.enabled")
 
-    def workload(self) -> Workload:
-        """What stands before one more task."""
+    def workload(self, kind: str) -> Workload:
+        """What stands before one more task of this kind: prompts have slots of their own."""
         jobs = self._rooms.jobs
+        if is_prompt(kind):
+            names = (*jobs.prompting, *jobs.prompts)
+            ahead_s = sum(job.estimated_s for name in names if (job := jobs.jobs.get(name)))
+            return Workload(self._ctx.config.integer("execution.prompt_slots"), len(names), ahead_s, self._queue_max)
         committed = (
-            len(jobs.running) + len(jobs.queue) + sum(1 for job in jobs.jobs.values() if job.state == "fetching")
+            len(jobs.running)
+            - len(jobs.prompting)
+            + len(jobs.queue)
+            + sum(1 for job in jobs.jobs.values() if job.state == "fetching")
         )
-        ahead_s = sum(job.estimated_s for name in (*jobs.running, *jobs.queue) if (job := jobs.jobs.get(name)))
+        names = tuple(name for name in (*jobs.running, *jobs.queue) if name not in jobs.prompting)
+        ahead_s = sum(job.estimated_s for name in names if (job := jobs.jobs.get(name)))
         return Workload(jobs.slots, committed, ahead_s, self._queue_max)
+
+    def metered(self, job: Job, document: taskdoc.TaskDocument | None, event: TaskExited) -> int:
+        """What a finished job asks: its price, and of a prompt the part of it that was used."""
+        if job.kind != "prompt" or document is None or not job.price_ucr:
+            return job.price_ucr
+        size = len(taskdoc.encode(document))
+        return metered(self.rates, job.price_ucr, size, event.tokens_in, event.tokens_out)
 
     def offer(self, event: MessageIn, offer: Offer) -> None:
         """A fixed price for the whole task, or the reason why not."""
@@ -55,9 +72,9 @@ class Bidding:
             refusal = self._refusal(event.peer) if self._enabled else Reason.POLICY
         terms = refusal or quote(
             offer,
-            card=rooms.members.card,
+            card=rooms.cards.own,
             ring=ring,
-            workload=self.workload(),
+            workload=self.workload(offer.kind),
             durations=self.durations,
             rates=self.rates,
             now_ms=ctx.now,
@@ -77,7 +94,7 @@ class Bidding:
             estimated_s=terms.estimated_s,
             queue_wait_s=terms.queue_wait_s,
             confidence=terms.confidence,
-            capability_hash=rooms.members.card_hash,
+            capability_hash=rooms.cards.own_hash,
             load=terms.load,
             energy_cost=terms.energy_cost,
             nonce=ctx.entropy(16),

@@ -14,6 +14,7 @@ from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
 from clawnet.node.context import Context
+from clawnet.node.exporting import Export
 from clawnet.node.output import Start
 from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
@@ -55,6 +56,7 @@ class Calls:
             "wallet.history": self._history,
             "wallet.send": self._send,
             "wallet.resume": self._resume,
+            "wallet.export": lambda call, params: Export(ctx, rooms, call, params).start(),
             "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
         }
 
@@ -72,7 +74,8 @@ class Calls:
             self._ctx.fail(event.call, error)
 
     def gone(self, event: CallGone) -> None:
-        """A client left; its tasks go on."""
+        """A client left; its tasks go on, and what it wanted written and is not written yet is dropped."""
+        self._rooms.writes.drop(("call", event.call))
         self._rooms.tasks.followers.gone(event.call)
 
     # --- tasks
@@ -268,6 +271,7 @@ class Calls:
         if event.call == 0:
             if event.reason:
                 self._rooms.books.chains.checked(event.peer)
+                self._rooms.auctions.met(event.peer, connected=False)
             return
         if event.reason:
             error = UnreachableError(
@@ -310,11 +314,24 @@ class Calls:
         if amount_ucr <= 0:
             raise DataError("an amount to send is more than 0")
         memo = str(params.get("memo") or "")
-        self._rooms.spending.check_payment(self._ctx.credential, amount_ucr)
+        credential = self._ctx.credential
+        self._rooms.writes.once_checked(
+            ("call", call), lambda: self._try(call, lambda: self._pay(call, credential, peer, amount_ucr, memo))
+        )
+
+    def _try(self, call: int, then: Callable[[], None]) -> None:
+        """Does what had to wait; what goes wrong is the answer."""
+        try:
+            then()
+        except ClawnetError as error:
+            self._ctx.fail(call, error)
+
+    def _pay(self, call: int, credential: str, peer: str, amount_ucr: int, memo: str) -> None:
+        self._rooms.spending.check_payment(credential, amount_ucr)
         entry = self._rooms.books.send(
             self._rooms.members.account_of(peer), amount_ucr, self._rooms.books.memo_hash(memo)
         )
-        self._rooms.spending.payment(self._ctx.credential, amount_ucr)
+        self._rooms.spending.payment(credential, amount_ucr)
         self._ctx.reply(
             call,
             {
@@ -339,14 +356,14 @@ class Calls:
             loads.ask("balances_page", (before, limit + 1), lambda found: done(rows, dict(found)), call=call)
 
         def done(rows: tuple[Any, ...], balances: dict[int, int]) -> None:
-            items = [self._entry(parse(row[-1]), balances) for row in rows]
+            items = [self.entry(parse(row[-1]), balances) for row in rows]
             following = str(rows[-1][1]) if len(rows) == limit and rows[-1][1] else None
             self._ctx.reply(call, {"items": items, "next": following})
 
         loads = self._rooms.loads
         loads.ask("entries_page", (account, before, limit), entries, call=call)
 
-    def _entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
+    def entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
         """One entry of the own chain: what it did to the available amount, and with whom."""
         body, other, task = entry.body, None, None
         after_ucr = balances.get(entry.seq, 0)

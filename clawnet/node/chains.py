@@ -119,7 +119,7 @@ class Chains:
         """Own machines first, then the inviter, then members known longest: three in all."""
         members = self._rooms.members
         inviter = members.facts.inviter
-        known = [record for record in members.records.values() if not record.banned]
+        known = [record for record in members.records.values() if record.last_ms and not record.banned]
         known.sort(key=lambda r: (r.ring != "own", r.peer != inviter, r.first_ms, r.peer))
         return [record.peer for record in known[: limits.KEEPERS]]
 

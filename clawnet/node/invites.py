@@ -71,14 +71,15 @@ class Invites:
         self._check_credits(ring, credits_ucr, uses)
         self._forget_expired()
         expires_ms = ctx.now + int(number(params, "expires_s", 3_600.0, 1, EXPIRES_S_MAX) * 1000)
-        if not members.addresses:
+        if not self._rooms.cards.addresses:
             raise NotPermittedError("this node listens nowhere, so nobody could redeem an invite")
         secret = ctx.entropy(16)
         record = InviteRecord(ctx.entropy(16), secret_hash(secret), ring, expires_ms, uses, credits_ucr, ctx.now)
         record.credential = ctx.credential
         self._records[record.secret_hash] = record
         self._save(record)
-        token = tokens.Invite(facts.mesh, ctx.me, tuple(members.addresses[:8]), secret, ring, expires_ms).encode()
+        listening = tuple(self._rooms.cards.addresses[:8])
+        token = tokens.Invite(facts.mesh, ctx.me, listening, secret, ring, expires_ms).encode()
         given = self._gift_ucr(record)
         ctx.reply(
             call,
@@ -131,6 +132,12 @@ class Invites:
     def asked(self, event: JoinAsked) -> None:
         """Somebody redeems a token of ours: certificates, first credits and addresses, or the reason why not."""
         try:
+            self._rooms.writes.once_checked(("join", event.call), lambda: self._answer(event))
+        except ClawnetError as error:
+            self._ctx.out.append(JoinReply(event.call, JoinAnswer(refusal=error.message)))
+
+    def _answer(self, event: JoinAsked) -> None:
+        try:
             answer = self._redeem(event.ask)
         except ClawnetError as error:
             self._ctx.log("security", "join.refused", peer=event.peer, address=event.address, reason=error.message)
@@ -178,7 +185,7 @@ class Invites:
             for other in members.records.values()
             if other.peer in ctx.links and other.addresses
         ]
-        peers = [JoinPeer(ctx.me, members.name, members.addresses[:16]), *others[:63]]
+        peers = [JoinPeer(ctx.me, members.name, self._rooms.cards.addresses[:16]), *others[:63]]
         return JoinAnswer("", record.ring, facts.charter_bytes, chain, facts.mesh_key, ctx.me, peers)
 
     def _first_credits(self, record: InviteRecord, ask: JoinAsk) -> None:

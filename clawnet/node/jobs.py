@@ -36,6 +36,8 @@ class Jobs:
         self.running: dict[bytes, None] = {}
         self._short: set[bytes] = set()
         self.queue: deque[bytes] = deque()
+        self.prompting: set[bytes] = set()
+        self.prompts: deque[bytes] = deque()
         self.documents: dict[bytes, taskdoc.TaskDocument] = {}
         self._unfetched: dict[bytes, None] = {}
         self._dirty: dict[bytes, Job] = {}
@@ -56,7 +58,7 @@ class Jobs:
         self.touch(job)
         self._arm_progress()
         if not document.inputs:
-            self.queue.append(job.job)
+            self._queue_of(job).append(job.job)
             return
         for item in document.inputs:
             self._ctx.hold(held_as(job.job, "inputs"), item.blob)
@@ -80,8 +82,11 @@ class Jobs:
                 self._ctx.wake(("job", job.job), min(job.deadline_ms, job.deliver_by_ms))
             return
         job.state = "queued"
-        self.queue.append(job.job)
+        self._queue_of(job).append(job.job)
         self.touch(job)
+
+    def _queue_of(self, job: Job) -> deque[bytes]:
+        return self.prompts if job.kind == "prompt" else self.queue
 
     def peer_up(self, peer: str) -> None:
         """A requester is back: the inputs that could not be had from it are asked for again."""
@@ -105,21 +110,31 @@ class Jobs:
         """At the end of a turn: starts queued jobs while a slot is free, in the order they came.
 
         Short built-in operations share a slot: the worker process does them one after the other, and handed over one
-        by one each would cost it a wake-up and this node a turn.
+        by one each would cost it a wake-up and this node a turn. Prompts use another machine's processor, or a GPU:
+        they have slots of their own.
         """
+        self._pump_prompts()
         while self.queue:
             job = self.jobs.get(self.queue[0])
             if job is None or job.state != "queued":
                 self.queue.popleft()
                 continue
             short = job.kind == "compute" and job.estimated_s <= limits.SHORT_RUN_S
-            taken = len(self.running) - max(0, len(self._short) - 1)
+            taken = len(self.running) - len(self.prompting) - max(0, len(self._short) - 1)
             if taken >= self.slots and not (short and 0 < len(self._short) < limits.SHORT_RUNS_MAX):
                 return
             self.queue.popleft()
             self._run(job)
             if short and job.job in self.running:
                 self._short.add(job.job)
+
+    def _pump_prompts(self) -> None:
+        while self.prompts and len(self.prompting) < self._ctx.config.integer("execution.prompt_slots"):
+            job = self.jobs.get(self.prompts.popleft())
+            if job is not None and job.state == "queued":
+                self._run(job)
+                if job.job in self.running:
+                    self.prompting.add(job.job)
 
     def _run(self, job: Job) -> None:
         ctx = self._ctx
@@ -146,6 +161,7 @@ class Jobs:
                     "env": payload.get("env") or {},
                     "inputs": [InputRef(i.name, i.kind, i.blob, i.bytes, i.mode) for i in document.inputs],
                     "stdin": payload.get("stdin"),
+                    "prompt": payload.get("prompt") or "",
                     "cwd_input": payload.get("cwd") or "",
                     "seal_key": key,
                     "wall_s": min(left_s, ctx.config.seconds("execution.wall_max")),
@@ -188,6 +204,7 @@ class Jobs:
         self.running.pop(event.job, None)
         self._rooms.streaming.over(event.job)
         self._short.discard(event.job)
+        self.prompting.discard(event.job)
         if job is None or job.state != "running":
             return
         job.ended_ms, job.duration_s, job.cpu_s = self._ctx.now, event.duration_s, event.cpu_s
@@ -199,7 +216,8 @@ class Jobs:
                 self._ctx.put("durations", name, body)
             for name in dropped:
                 self._ctx.delete("durations", name)
-            self._rooms.pay.deliver(job, event, job.price_ucr)
+            amount_ucr = self._rooms.bidding.metered(job, self.documents.get(job.job), event)
+            self._rooms.pay.deliver(job, event, amount_ucr)
         elif job.cancelled and has_bundle and job.lock_seq >= 0:
             metered_ucr = price(self._rooms.bidding.rates, event.cpu_s, Workload(1))
             self._rooms.pay.deliver(job, event, max(1, min(job.price_ucr, metered_ucr)))
@@ -246,8 +264,8 @@ class Jobs:
         document = self.documents.pop(job.job, None)
         if document is not None and document.inputs:
             self._ctx.let_go(held_as(job.job, "inputs"))
-        if job.state == "queued" and job.job in self.queue:
-            self.queue.remove(job.job)
+        if job.state == "queued" and job.job in self._queue_of(job):
+            self._queue_of(job).remove(job.job)
 
     def stop_for(self, account: bytes) -> None:
         """A fork is proven against this requester: nothing more runs for it."""

@@ -15,18 +15,21 @@ from clawnet.node.awards import Awards
 from clawnet.node.bidding import Bidding
 from clawnet.node.books import Books
 from clawnet.node.calls import Calls
+from clawnet.node.cards import Cards
 from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.pay import Pay
+from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.results import Results
 from clawnet.node.spending import ROW, Spending
 from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.views import Views
+from clawnet.node.writes import Writes
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
 from clawnet.wire.messages import Kind
@@ -65,7 +68,9 @@ class Rooms:
 
     outbox: Outbox
     loads: Loads
+    relay: Relay
     members: Members
+    cards: Cards
     books: Books
     spending: Spending
     tasks: Tasks
@@ -79,6 +84,7 @@ class Rooms:
     streaming: Streaming
     pay: Pay
     invites: Invites
+    writes: Writes
     views: Views
     calls: Calls
 
@@ -108,7 +114,9 @@ class Node:
         rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.taking = Taking(self.ctx, rooms)
+        rooms.relay = Relay(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
+        rooms.cards = Cards(self.ctx, rooms)
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
@@ -118,6 +126,7 @@ class Node:
         rooms.leases = Leases(self.ctx, rooms)
         rooms.results = Results(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
+        rooms.writes = Writes(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
         self._messages = self._message_table()
         self._stimuli = self._stimulus_table()
@@ -134,6 +143,7 @@ class Node:
         stored_host = ""
         for peer, since_ms in read("table:awaited", ()):
             rooms.books.chains.restore.load_awaited(peer, since_ms)
+        floor_ms = 0
         for key, body in read("table:meta", ()):
             if key == "checkpoint":
                 rooms.books.countersigns.load(body)
@@ -143,6 +153,9 @@ class Node:
                 rooms.spending.load(key, body)
             elif key == "host":
                 stored_host = body.decode()
+            elif key == FLOOR_KEY:
+                floor_ms = int(body)
+        rooms.relay.load([(time_ms, author, name) for author, name, time_ms in read("table:relayed", ())], floor_ms)
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)
         for key, body in read("table:durations", ()):
@@ -165,6 +178,7 @@ class Node:
             rooms.books.chains.start_check(rooms.books.chains.keepers())
         rooms.jobs.resume()
         rooms.members.start()
+        rooms.auctions.expect([effect.peer for effect in ctx.out if isinstance(effect, e.Dial)])
         rooms.outbox.peer_up(ctx.me)
         ctx.wake(("heads",), now_ms + limits.HEADS_EVERY_MS)
         return self._close_turn()
@@ -234,6 +248,7 @@ class Node:
         rooms = self.rooms
         rooms.auctions.pump()
         rooms.jobs.pump()
+        rooms.writes.flush()
         rooms.books.flush()
         rooms.tasks.flush()
         rooms.jobs.flush()
@@ -266,8 +281,8 @@ class Node:
             e.JoinAsked: rooms.invites.asked,
             e.JoinAnswered: rooms.invites.answered,
             e.DialEnded: rooms.calls.dial_ended,
-            e.CapacityChanged: rooms.members.capacity_changed,
-            e.Listening: rooms.members.listening,
+            e.CapacityChanged: rooms.cards.capacity_changed,
+            e.Listening: rooms.cards.listening,
             e.MeetPeers: rooms.members.meet,
             e.Reloaded: rooms.members.reloaded,
             e.Drain: self._drain,
@@ -292,7 +307,7 @@ class Node:
             m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
             m.LedgerPush: lambda event: r.books.chains.pushed(event.peer, event.message),  # type: ignore[arg-type]
             m.Countersign: lambda event: r.books.countersigns.message(event.peer, event.message),  # type: ignore[arg-type]
-            m.PeerInfo: lambda event: r.members.card_in(event.peer, event.message),  # type: ignore[arg-type]
+            m.PeerInfo: lambda event: r.cards.heard(event, event.message),  # type: ignore[arg-type]
             m.Ack: self._ack,
         }
 

@@ -114,7 +114,11 @@ class Leases:
         if task.paying is not None:
             self._rooms.members.receipt(task.paying, Outcome.LATE, task)
         seconds = (task.deadline_ms - task.created_ms) / 1000
-        error = TimedOutError(f"no result within the deadline of {seconds:g} s", hint="allow more with --deadline")
+        text = f"no result within the deadline of {seconds:g} s"
+        ended = [attempt for attempt in task.attempts if attempt.reason]
+        if ended:
+            text += f"; attempt {ended[-1].n + 1} had ended before: {ended[-1].reason}"
+        error = TimedOutError(text, hint="allow more with --deadline")
         self._rooms.tasks.finish(task, "timed_out", error)
 
     def _silence(self, task: Task, attempt: Attempt) -> None:
@@ -125,6 +129,7 @@ class Leases:
             return
         name = self._rooms.members.name_of(attempt.peer)
         self._rooms.members.receipt(attempt, Outcome.LOST, task)
+        attempt.lost = True
         if task.spec["retries"] > 0 and task.retries_left > 0:
             self._rooms.awards.cancel(task, "lease ended")
             self._rooms.awards.move_slot(task, attempt, f"no word from {name} for {limit_ms // 1000} s")

@@ -6,28 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from clawnet import __version__, limits
+from clawnet import limits
 from clawnet.errors import DataError, NotPermittedError, RemoteError
 from clawnet.identity import multiaddr
-from clawnet.identity.certificates import Charter, verify_chain
-from clawnet.identity.keys import public_of, verify
-from clawnet.market.capability import CapabilityIndex, capability_hash
+from clawnet.identity.certificates import Charter, Membership, verify_chain
+from clawnet.identity.keys import public_of
+from clawnet.market.capability import CapabilityIndex
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Attempt, Task
 from clawnet.mesh.roster import PeerRecord, pin_name, resolve
 from clawnet.node.context import Context, Link
 from clawnet.reputation.receipts import Outcome, Receipt
 from clawnet.reputation.standing import Reputation
-from clawnet.wire.codec import decode_struct, encode
-from clawnet.wire.events import CapacityChanged, Dial, Hangup, Listening, MeetPeers, PeerDown, PeerUp, Reloaded
-from clawnet.wire.messages import Hello, PeerCard, PeerInfo
+from clawnet.wire.events import Dial, Hangup, MeetPeers, PeerDown, PeerUp, Reloaded
+from clawnet.wire.messages import Hello
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-CARD_TAG = b"clawnet/peer-info/1"
 RECORDS_MAX = 10_000
-CARD_EVERY_MS = 10_000
 
 
 class MeshFacts(msgspec.Struct, frozen=True):
@@ -54,16 +51,9 @@ class Members:
         self.name = name
         self.records: dict[str, PeerRecord] = {}
         self._accounts: dict[bytes, str] = {ctx.account: ctx.me}
+        self._shown: set[str] = set()
         self.index = CapabilityIndex()
         self.reputation = Reputation(ctx.config.number("market.reputation_decay_rate"))
-        self.addresses: list[str] = []
-        self.capacity = CapacityChanged((), (), 0, 0, 0)
-        self._serial = 0
-        self.card = self._make_card()
-        self.card_hash = capability_hash(self.card)
-        self._card_bytes = b""
-        self._card_signature = b""
-        self._told_ms = 0
 
     # --- loading
 
@@ -72,8 +62,8 @@ class Members:
         record = msgspec.msgpack.decode(body, type=PeerRecord)
         self.records[record.peer] = record
         self._accounts[record.account] = record.peer
-        if record.card and not record.banned:
-            self.index.put(decode_struct(PeerCard, record.card), record.ring)
+        self._shown.add(record.shown)
+        self._rooms.cards.load(record)
 
     def save(self, record: PeerRecord) -> None:
         """Writes a peer's row."""
@@ -85,19 +75,26 @@ class Members:
             address = multiaddr.parse(text)
             if address.peer is not None and address.peer != self._ctx.me:
                 self._ctx.out.append(Dial(0, address.peer, (text,)))
-        for record in self.records.values():
-            self.redial(record)
+        self._redial_all()
 
     def keep_up(self) -> None:
-        """Every minute: with fewer connections than `node.min_peers` all known members are dialled again."""
+        """Every minute: cards go round; with fewer connections than `node.min_peers` others are dialled again."""
+        self._rooms.cards.keep_up()
         if len(self._ctx.links) < self._ctx.config.integer("node.min_peers"):
-            for record in self.records.values():
-                self.redial(record)
+            self._redial_all()
+
+    def _redial_all(self) -> None:
+        """As many as may be connected at all: those seen last first, those known by their cards alone last."""
+        newest = sorted(self.records.values(), key=lambda record: -record.last_ms)
+        for record in newest[: self._ctx.config.integer("node.max_peers")]:
+            self.redial(record)
 
     def redial(self, record: PeerRecord) -> None:
         """Keeps trying to be connected to a member that is neither banned nor disconnected by hand."""
+        room = record.last_ms or len(self._ctx.links) < self._ctx.config.integer("node.max_peers")
         if (
             record.addresses
+            and room
             and not self.banned(record.peer)
             and not record.muted
             and record.peer not in self._ctx.links
@@ -121,7 +118,9 @@ class Members:
     def up(self, event: PeerUp) -> None:
         """A member is connected: it is remembered, told our card and heads, and what we owe it goes out."""
         ctx = self._ctx
-        record = self._remember(event.peer, event.hello)
+        hello = event.hello
+        proven = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(event.peer))
+        record = self.remember(event.peer, hello.name, hello.certificates, proven)
         if event.address and not event.inbound and event.address not in record.addresses:
             record.addresses = [event.address, *record.addresses][:16]
         record.last_ms = ctx.now
@@ -138,28 +137,27 @@ class Members:
             ctx.now,
         )
         ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
-        self.tell_card(event.peer)
-        self._introduce(event.peer)
+        self._rooms.cards.tell(event.peer)
+        self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
-        self._rooms.auctions.peer_up()
+        self._rooms.auctions.met(event.peer, connected=True)
         self._rooms.jobs.peer_up(event.peer)
         self._rooms.tasks.followers.peer_up(event.peer)
 
-    def _remember(self, peer: str, hello: Hello) -> PeerRecord:
-        membership = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
+    def remember(self, peer: str, name: str, certificates: list[bytes], membership: Membership) -> PeerRecord:
+        """The record of a proven member, made when it is new. The caller saves it."""
         ring = "own" if membership.owner == self.facts.owner else "member"
         record = self.records.get(peer)
         if record is None:
             account = public_of(peer)
-            taken = (self.name, *(other.shown for other in self.records.values()))
             record = PeerRecord(
                 peer,
                 account,
                 ring,
-                hello.name,
-                pin_name(hello.name, taken),
+                name,
+                pin_name(name, lambda text: text == self.name or text in self._shown),
                 membership.owner,
                 membership.inviter,
                 [],
@@ -167,9 +165,10 @@ class Members:
             )
             self.records[peer] = record
             self._accounts[account] = peer
+            self._shown.add(record.shown)
             self._make_room()
         record.ring, record.owner, record.inviter = ring, membership.owner, membership.inviter
-        record.certificates = list(hello.certificates)
+        record.certificates = list(certificates)
         return record
 
     def _make_room(self) -> None:
@@ -180,6 +179,7 @@ class Members:
         if oldest is not None:
             del self.records[oldest.peer]
             self._accounts.pop(oldest.account, None)
+            self._shown.discard(oldest.shown)
             self.index.remove(oldest.peer)
             self._ctx.delete("peers", oldest.peer)
 
@@ -196,104 +196,6 @@ class Members:
         self._rooms.books.peer_down(event.peer)
         self._rooms.tasks.followers.peer_down(event.peer)
 
-    # --- cards
-
-    def _make_card(self) -> PeerCard:
-        config, capacity = self._ctx.config, self.capacity
-        declared = set(config.words("node.capabilities"))
-        offered = [word for word in capacity.capabilities if word.startswith("op:") or word in declared]
-        if "compute" not in offered:
-            offered = [word for word in offered if not word.startswith("op:")]
-        shell = list(capacity.shell_rings) if "shell-execution" in offered else []
-        jobs = getattr(self._rooms, "jobs", None)
-        return PeerCard(
-            peer=self._ctx.me,
-            serial=self._serial,
-            name=self.name,
-            version=f"clawnet/{__version__}",
-            addresses=self.addresses[:16],
-            capabilities=sorted(offered),
-            labels=list(config.words("node.labels")),
-            os=getattr(jobs, "os_family", ""),
-            cpu=capacity.cpu,
-            memory_bytes=capacity.memory_bytes,
-            gpu=capacity.gpu,
-            models=list(capacity.models),
-            slots=getattr(jobs, "slots", 0),
-            running=len(jobs.running) if jobs is not None else 0,
-            queued=0,
-            shell_rings=shell,
-        )
-
-    def refresh_card(self) -> None:
-        """What this node can do, or where it listens, has changed: a new card, signed, to all that are connected."""
-        self._serial = max(self._serial + 1, self._ctx.now)
-        self.card = self._make_card()
-        self.card_hash = capability_hash(self.card)
-        self._card_bytes = encode(self.card)
-        self._card_signature = self._ctx.ports.sign(CARD_TAG + self._card_bytes)
-        for peer in self._ctx.links:
-            self.tell_card(peer)
-
-    def tell_card(self, peer: str) -> None:
-        """Our own card to one peer."""
-        if not self._card_bytes:
-            self.refresh_card()
-        self._ctx.send(peer, PeerInfo(self._card_bytes, self._card_signature))
-
-    def _introduce(self, newcomer: str) -> None:
-        """Members need not all know each other's inviter: cards travel on, each under its author's signature."""
-        fresh = self.records[newcomer]
-        for record in list(self.records.values())[:64]:
-            if record.peer != newcomer and record.card and not record.banned:
-                self._ctx.send(newcomer, PeerInfo(record.card, record.signature))
-        if fresh.card:
-            for peer in self._ctx.links:
-                if peer != newcomer:
-                    self._ctx.send(peer, PeerInfo(fresh.card, fresh.signature))
-
-    def card_in(self, sender: str, message: PeerInfo) -> None:
-        """A card, by its author or passed on: kept when its signature is good and it is newer."""
-        card = decode_struct(PeerCard, message.body)
-        if card.peer == self._ctx.me:
-            return
-        if not verify(public_of(card.peer), CARD_TAG + message.body, message.signature):
-            self._ctx.log("security", "card.bad_signature", peer=sender, about=card.peer)
-            self._ctx.count("messages_refused_total", "invalid_signature")
-            return
-        known = self.index.card(card.peer)
-        record = self.records.get(card.peer)
-        if known is not None and known.serial >= card.serial:
-            return
-        if record is None:
-            self._meet(card)
-            return
-        self.index.put(card, record.ring)
-        record.card, record.signature, record.addresses = message.body, message.signature, _merge(card, record)
-        self.save(record)
-        if sender == card.peer and known is None:
-            for peer in self._ctx.links:
-                if peer not in (sender, card.peer):
-                    self._ctx.send(peer, message)
-        self.redial(record)
-
-    def _meet(self, card: PeerCard) -> None:
-        """A member we only heard of: connect; its certificate is checked at the handshake."""
-        if card.addresses and len(self._ctx.links) < self._ctx.config.integer("node.max_peers"):
-            self._ctx.out.append(Dial(0, card.peer, tuple(card.addresses)))
-
-    def capacity_changed(self, event: CapacityChanged) -> None:
-        """The execution adapters have probed what they can do."""
-        self.capacity = event
-        configured = self._ctx.config.integer("execution.slots")
-        self._rooms.jobs.slots = configured or max(2, event.cpu)
-        self.refresh_card()
-
-    def listening(self, event: Listening) -> None:
-        """The switch listens at these multiaddrs."""
-        self.addresses = list(event.addresses)
-        self.refresh_card()
-
     def meet(self, event: MeetPeers) -> None:
         """Members the inviter named: they are dialled; their certificates are checked at the handshake."""
         for peer in event.peers:
@@ -306,13 +208,7 @@ class Members:
         self.reputation.fade(self._ctx.config.number("market.reputation_decay_rate"))
         self._rooms.bidding.reloaded()
         self._rooms.auctions.reloaded()
-        self.refresh_card()
-
-    def take_over(self, previous: Members) -> None:
-        """A node built again while the process lives: capacity and addresses are still what they were."""
-        self.addresses, self.capacity = previous.addresses, previous.capacity
-        self._rooms.jobs.slots = previous._rooms.jobs.slots
-        self.refresh_card()
+        self._rooms.cards.refresh()
 
     # --- who is who
 
@@ -437,7 +333,3 @@ class Members:
         """How far this clock is off, and what follows."""
         seconds = abs(self.skew_ms() or 0) / 1000
         return f"this machine's clock is {seconds:.0f} s off its peers'; nothing is written to the ledger"
-
-
-def _merge(card: PeerCard, record: PeerRecord) -> list[str]:
-    return [*card.addresses, *(a for a in record.addresses if a not in card.addresses)][: limits.DIAL_ADDRESSES_MAX]

@@ -13,6 +13,7 @@ from clawnet.errors import RemoteError, WireError
 from clawnet.ledger import taskdoc
 from clawnet.ledger.lockcheck import Expected, LockName, check_lock
 from clawnet.market import taskspec
+from clawnet.market.capability import AI
 from clawnet.market.pricing import duration_keys
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job
@@ -226,13 +227,17 @@ class Taking:
 
     def _objection(self, award: Award) -> str:
         """Why an award with a good lock is still not taken; "" when it is."""
-        job, ctx, card = award.job, self._ctx, self._rooms.members.card
+        job, ctx, card = award.job, self._ctx, self._rooms.cards.own
         if job.job in self._cancelled:
             return "cancelled"
         if ctx.draining:
             return Reason.DRAINING.value
-        if job.kind not in ("shell", "compute"):
+        if job.kind not in ("shell", "compute", "prompt"):
             return Reason.NO_CAPABILITY.value
+        if job.kind == "prompt" and AI not in card.capabilities:
+            return Reason.NO_CAPABILITY.value
+        if job.kind == "prompt" and job.ring not in card.prompt_rings:
+            return Reason.POLICY.value
         if job.kind == "compute" and f"op:{award.payload.get('op')}" not in card.capabilities:
             return Reason.NO_CAPABILITY.value
         if job.kind == "shell" and job.ring not in card.shell_rings:
@@ -243,7 +248,7 @@ class Taking:
             promised_ucr = self._rooms.bidding.promised.get((job.peer, job.task_id))
             if promised_ucr is None or job.price_ucr < promised_ucr:
                 return "no_bid"
-        workload = self._rooms.bidding.workload()
+        workload = self._rooms.bidding.workload(job.kind)
         if workload.committed >= workload.slots + workload.queue_max:
             return Reason.FULL.value
         if ctx.now >= min(job.deadline_ms, job.deliver_by_ms):

@@ -28,7 +28,7 @@ from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
 from clawnet.node.context import Context, held_as
 from clawnet.node.output import Followers, Start
-from clawnet.wire.events import InputsReady, PackInputs
+from clawnet.wire.events import GrantBlob, InputsReady, PackInputs
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -38,12 +38,14 @@ MOVES_KEPT_MAX = 16
 
 
 class _Draft(Struct):
-    """A submission whose inputs are being read."""
+    """A submission on its way: its inputs are being read, or the task of its key is looked for."""
 
     call: int
-    task: Task
-    again: list[int] = field(default_factory=list)
-    """Calls that came with the same idempotency key meanwhile."""
+    task_id: bytes
+    spec: dict[str, Any]
+    retry_before_ms: int
+    credential: str
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Tasks:
@@ -69,14 +71,15 @@ class Tasks:
         self._rooms.spending.load_task(task)
         if task.state in FINAL_STATES:
             self._unsettled[task.task_id] = None
-        if task.spec["idempotency_key"] and (task.state == "settled" or task.state not in FINAL_STATES):
+        over = task.state in FINAL_STATES and not (task.state == "settled" and task.result is not None)
+        if task.spec["idempotency_key"] and not over:
             self.keys[task.spec["idempotency_key"]] = task.task_id
         return task
 
     def resume(self, task: Task) -> None:
         """Goes on with a loaded task: before an award the auction is held again, after it the attempt's timers run."""
         if task.state in ("draft", "announced", "bidding", "reassigned"):
-            self._rooms.auctions.after_start(task)
+            self._rooms.auctions.queue(task)
         self._rooms.awards.resume(task)
 
     def touch(self, task: Task) -> None:
@@ -157,7 +160,7 @@ class Tasks:
         self.move(task, state, reason or task.error_code)
         self._ctx.count("tasks_total", state)
         self._rooms.auctions.drop(task)
-        if state != "settled":
+        if state != "settled" or task.result is None:
             self._forget_key(task)
         self.answer(task)
         self._rooms.awards.task_final(task)
@@ -195,46 +198,98 @@ class Tasks:
             raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise StorageFullError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="wait until some have ended")
-        normal = self.normal(spec)
-        key = normal["idempotency_key"]
-        if not key:
-            self._begin(call, normal)
-        elif not self._known(call, normal, retry_before_ms):
-            # Of the finished tasks only the newest are held in memory; the database knows the others.
-            self._rooms.loads.ask(
-                "task_by_key", (key,), lambda rows: self._looked_up(call, normal, retry_before_ms, rows), call=call
-            )
-
-    def _known(self, call: int, spec: dict[str, Any], retry_before_ms: int) -> bool:
-        """Whether a task of this key is at hand; it is the answer then, at once or when its inputs are read."""
-        known = self.keys.get(spec["idempotency_key"])
-        if known is None:
-            return self._drafted_key(call, spec)
-        task = self.get(known)
-        return task is not None and self._stands(call, spec, retry_before_ms, task)
-
-    def _looked_up(self, call: int, spec: dict[str, Any], retry_before_ms: int, rows: tuple[Any, ...]) -> None:
-        """The tasks of this key, newest first; meanwhile another call may have brought one."""
-        if self._known(call, spec, retry_before_ms):
+        draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential)
+        if not draft.spec["inputs"]:
+            self._look_up(draft)
             return
-        settled = next((decode_task(row[-1]) for row in rows if row[1] == "settled"), None)
-        if settled is None or not self._stands(call, spec, retry_before_ms, settled):
-            self._begin(call, spec)
+        if not draft.spec["idempotency_key"]:
+            self._budget(draft.spec)  # no file is copied for what cannot be paid
+        request = b"inputs:" + draft.task_id
+        self._drafts[request] = draft
+        ctx.out.append(PackInputs(request, tuple((item["name"], item["path"]) for item in draft.spec["inputs"])))
 
-    def _stands(self, call: int, spec: dict[str, Any], retry_before_ms: int, task: Task) -> bool:
+    def inputs_ready(self, event: InputsReady) -> None:
+        """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
+        draft = self._drafts.pop(event.request, None)
+        if draft is None:
+            return
+        if event.error is not None:
+            raise from_dict(event.error)
+        ctx = self._ctx
+        ctx.credential = draft.credential
+        draft.inputs = list(event.inputs)
+        for item in draft.inputs:
+            ctx.out.append(GrantBlob(held_as(draft.task_id, "inputs"), ctx.me, item["blob"]))
+        size = sum(int(item["bytes"]) for item in draft.inputs)
+        if size > limits.INPUT_BYTES_MAX:
+            self._drop(draft)
+            raise DataError(
+                f"the inputs are {size} bytes, above the limit of {limits.INPUT_BYTES_MAX}",
+                hint="send less; larger inputs come with a later version",
+            )
+        self._look_up(draft)
+
+    def _drop(self, draft: _Draft) -> None:
+        """Its inputs are of no use: it became no task."""
+        if draft.inputs:
+            self._ctx.let_go(held_as(draft.task_id, "inputs"))
+
+    def _look_up(self, draft: _Draft) -> None:
+        """The task that has this key already, else a new one."""
+        key = draft.spec["idempotency_key"]
+        try:
+            if not key:
+                self._begin(draft)
+            elif not self._known(draft):
+                # Of the finished tasks only the newest are held in memory; the database knows the others.
+                self._rooms.loads.ask("task_by_key", (key,), lambda rows: self._looked_up(draft, rows), draft.call)
+        except ClawnetError:
+            self._drop(draft)
+            raise
+
+    def _known(self, draft: _Draft) -> bool:
+        """Whether the task of this key is at hand; then it is the answer."""
+        known = self.keys.get(draft.spec["idempotency_key"])
+        task = self.get(known) if known is not None else None
+        return task is not None and self._stands(draft, task)
+
+    def _looked_up(self, draft: _Draft, rows: tuple[Any, ...]) -> None:
+        """The tasks of this key, newest first; meanwhile another call may have brought one."""
+        try:
+            if self._known(draft):
+                return
+            settled = (decode_task(row[-1]) for row in rows if row[1] == "settled")
+            task = next((task for task in settled if task.result is not None), None)
+            if task is None or not self._stands(draft, task):
+                self._begin(draft)
+        except ClawnetError:
+            self._drop(draft)
+            raise
+
+    def _stands(self, draft: _Draft, task: Task) -> bool:
         """Answers with the task that has this key already; False when it failed and is to be tried again."""
         result = task.result or {}
         failed = task.error_code or result.get("exit_code") or result.get("signal")
-        if task.state in FINAL_STATES and failed and task.created_ms < retry_before_ms:
+        if task.state in FINAL_STATES and failed and task.created_ms < draft.retry_before_ms:
             return False
-        self._check_content(spec, task)
-        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": False})
+        key = draft.spec["idempotency_key"]
+        if task.content != self.content_hash(draft.spec, draft.inputs):
+            raise DataError(
+                f"the idempotency key {key!r} belongs to another task ({task.task_id.hex()[:8]})",
+                hint="use a new key for new content",
+                task_id=task.task_id.hex(),
+            )
+        self._drop(draft)
+        self._submitted(draft.call, task, created=False)
         return True
 
-    def _begin(self, call: int, normal: dict[str, Any]) -> None:
-        """A new task: its inputs are read, then it is accepted."""
-        ctx = self._ctx
-        stages = taskspec.stages(normal, ctx.config)
+    def _submitted(self, call: int, task: Task, *, created: bool) -> None:
+        deadline = self._rooms.views.time(task.deadline_ms)
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": created, "deadline": deadline})
+
+    def _budget(self, normal: dict[str, Any]) -> tuple[list[str], int]:
+        """The rings to ask, and the most that may be paid; raises what the balance or a spend limit forbids."""
+        stages = taskspec.stages(normal, self._ctx.config)
         available = self._rooms.books.available()
         if normal["budget_given"] and "member" in stages and normal["budget_ucr"] > available:
             raise FundsError(
@@ -245,8 +300,14 @@ class Tasks:
         budget_ucr = normal["budget_ucr"]
         if "member" in stages:
             budget_ucr = self._rooms.spending.check_submission(budget_ucr, normal["budget_given"])
+        return stages, budget_ucr
+
+    def _begin(self, draft: _Draft) -> None:
+        """A new task."""
+        ctx, normal = self._ctx, draft.spec
+        stages, budget_ucr = self._budget(normal)
         task = Task(
-            task_id=ctx.entropy(16),
+            task_id=draft.task_id,
             created_ms=ctx.now,
             kind=normal["type"],
             description=normal["description"] or self._describe(normal),
@@ -255,16 +316,13 @@ class Tasks:
             deadline_ms=ctx.now + taskspec.seconds_to_ms(normal["deadline_s"]),
             max_budget_ucr=budget_ucr,
             stages=stages,
-            credential=ctx.credential,
+            credential=draft.credential,
             retries_left=normal["retries"],
-            content=self.content_hash(normal) if normal["idempotency_key"] else "",
+            content=self.content_hash(normal, draft.inputs) if normal["idempotency_key"] else "",
+            inputs=draft.inputs,
+            input_bytes=sum(int(item["bytes"]) for item in draft.inputs),
         )
-        if normal["inputs"]:
-            request = b"inputs:" + task.task_id
-            self._drafts[request] = _Draft(call, task)
-            ctx.out.append(PackInputs(request, tuple((item["name"], item["path"]) for item in normal["inputs"])))
-        else:
-            self._accept(call, task)
+        self._accept(draft.call, task)
 
     @staticmethod
     def _describe(spec: dict[str, Any]) -> str:
@@ -274,50 +332,16 @@ class Tasks:
         return text if len(text) <= 200 else text[:197] + "..."
 
     @staticmethod
-    def content_hash(spec: dict[str, Any]) -> str:
-        """What "same content" means for an idempotency key: everything but the key and the paths' contents."""
+    def content_hash(spec: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
+        """What "same content" means for an idempotency key: everything but the key; of inputs their bytes, no paths."""
         stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream")}
+        stable["inputs"] = [[item["name"], item["kind"], item["blob"].hex(), item.get("mode", 0)] for item in inputs]
         return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
-
-    def _drafted_key(self, call: int, spec: dict[str, Any]) -> bool:
-        """The task of this key is about to be accepted: the call waits for that."""
-        for draft in self._drafts.values():
-            if draft.task.spec["idempotency_key"] == spec["idempotency_key"]:
-                self._check_content(spec, draft.task)
-                draft.again.append(call)
-                return True
-        return False
-
-    def _check_content(self, spec: dict[str, Any], task: Task) -> None:
-        if task.content != self.content_hash(spec):
-            raise DataError(
-                f"the idempotency key {spec['idempotency_key']!r} belongs to another task ({task.task_id.hex()[:8]})",
-                hint="use a new key for new content",
-                task_id=task.task_id.hex(),
-            )
-
-    def inputs_ready(self, event: InputsReady) -> None:
-        """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
-        draft = self._drafts.pop(event.request, None)
-        if draft is None:
-            return
-        if event.error is not None:
-            raise from_dict(event.error)
-        draft.task.inputs = list(event.inputs)
-        draft.task.input_bytes = sum(int(item["bytes"]) for item in event.inputs)
-        if draft.task.input_bytes > limits.INPUT_BYTES_MAX:
-            raise DataError(
-                f"the inputs are {draft.task.input_bytes} bytes, above the limit of {limits.INPUT_BYTES_MAX}",
-                hint="send less; larger inputs come with a later version",
-            )
-        self._accept(draft.call, draft.task)
-        for call in draft.again:
-            self._ctx.reply(call, {"task_id": draft.task.task_id.hex(), "created": False})
 
     def draft_calls(self, request: bytes) -> list[int]:
         """Whose submission a pack request belongs to (for error answers)."""
         draft = self._drafts.get(request)
-        return [draft.call, *draft.again] if draft else []
+        return [draft.call] if draft else []
 
     def _accept(self, call: int, task: Task) -> None:
         ctx = self._ctx

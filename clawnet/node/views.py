@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STREAMS_KEPT_MAX = 16
 SMALL_STREAMS_BYTES = 16 * 1024
+UNDER_WAY = ("awarded", "locked", "accepted")
 OUTCOME_STATES = ("delivering", "released", "claimed", "done")
 
 
@@ -30,6 +31,16 @@ def _stream(data: bytes | None, name: str) -> dict[str, Any]:
         return {name: data.decode()}
     except UnicodeDecodeError:
         return {name: None, name + "_b64": base64.b64encode(data).decode()}
+
+
+def _usage(kind: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The cost record; tokens and model are a prompt's alone."""
+    usage = dict(result["usage"])
+    if kind != "prompt":
+        for name in ("tokens_in", "tokens_out", "model", "finish_reason"):
+            usage.pop(name, None)
+    text = len((result["text"] or "").encode())
+    return {**usage, "output_bytes": result["stdout_bytes"] + result["stderr_bytes"] + text}
 
 
 class Views:
@@ -108,11 +119,12 @@ class Views:
         }
 
     def _attempt(self, attempt: Attempt) -> dict[str, Any]:
-        ended = attempt.delivered_ms or (self._ctx.now if attempt.closed else 0)
+        lost = not attempt.paying and not attempt.closed and attempt.state in UNDER_WAY
+        ended = attempt.delivered_ms or attempt.ended_ms
         return {
             "attempt": attempt.n,
             "executor": self._rooms.members.party(attempt.peer),
-            "state": attempt.state,
+            "state": "lost" if lost else attempt.state,
             "price": format_credits(attempt.price_ucr),
             "started_at": time_text(attempt.awarded_ms),
             "ended_at": time_text(ended) if ended else None,
@@ -137,7 +149,7 @@ class Views:
             "outputs": result["outputs"],
             "sha256": result["sha256"].hex(),
             "duration_s": usage["duration_s"],
-            "usage": {**usage, "output_bytes": result["stdout_bytes"] + result["stderr_bytes"]},
+            "usage": _usage(task.kind, result),
             "stdout_bytes": result["stdout_bytes"],
             "stderr_bytes": result["stderr_bytes"],
         }
@@ -210,6 +222,7 @@ class Views:
             "summary": summary,
             "hint": task.error_hint,
             "rounds": rounds,
+            "attempts": [self._attempt(attempt) for attempt in task.attempts],
             "transitions": self.transitions(transitions, newest),
         }
 
@@ -343,14 +356,14 @@ class Views:
             "mesh": rooms.books.mesh.hex(),
             "account": ctx.account.hex(),
             "draining": ctx.draining,
-            "listen": rooms.members.addresses,
+            "listen": rooms.cards.addresses,
             "peers_connected": len(ctx.links),
             "peers_known": len(rooms.members.records),
             "tasks": tasks,
             "runs": len(rooms.jobs.running),
             "slots": rooms.jobs.slots,
-            "capabilities": list(rooms.members.card.capabilities),
-            "shell": dict.fromkeys(rooms.members.card.shell_rings, "yes"),
+            "capabilities": list(rooms.cards.own.capabilities),
+            "shell": dict.fromkeys(rooms.cards.own.shell_rings, "yes"),
             "balance": format_credits(rooms.books.purse.available_ucr),
             "activity": {
                 "tasks_open": len(rooms.tasks.open),

@@ -32,6 +32,13 @@ STEPS: Final[tuple[Step, ...]] = (
         "a restored chain remembers whose answers it still waits for",
         ("CREATE TABLE awaited (peer TEXT NOT NULL, since_ms INTEGER NOT NULL, PRIMARY KEY (peer)) WITHOUT ROWID",),
     ),
+    Step(
+        "statements that members pass on are taken once, also over restarts",
+        (
+            "CREATE TABLE relayed (author TEXT NOT NULL, id BLOB NOT NULL, time_ms INTEGER NOT NULL, "
+            "PRIMARY KEY (author, id)) WITHOUT ROWID",
+        ),
+    ),
 )
 """Step n brings schema n + 1 to n + 2. New steps go to the end; those that were released never change."""
 

@@ -71,6 +71,8 @@ TABLES: Final[dict[str, Table]] = {
             ("obligation BLOB", "peer TEXT", "created_ms INTEGER", "about BLOB", "kind INTEGER", "payload BLOB"),
             wide=True,
         ),
+        # The replay window of statements that members pass on (wire/replay.py).
+        Table("relayed", 2, ("author TEXT", "id BLOB", "time_ms INTEGER")),
         Table("peers", 1, ("peer TEXT", "body BLOB"), wide=True),
         Table("awaited", 1, ("peer TEXT", "since_ms INTEGER")),
         # Peers that a read-only chain still waits for (LEDGER.md section 9).

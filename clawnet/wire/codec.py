@@ -8,7 +8,7 @@ import msgspec
 
 from clawnet import limits
 from clawnet.errors import InternalError, WireError
-from clawnet.wire.messages import KIND_OF, PAYLOADS, JoinAnswer, JoinAsk, Kind, Message, PeerCard
+from clawnet.wire.messages import KIND_OF, PAYLOADS, JoinAnswer, JoinAsk, Kind, Message, PeerCard, Relayed
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -22,7 +22,7 @@ encode: Final = _encoder.encode
 _PAYLOAD_DECODERS: Final[dict[int, msgspec.msgpack.Decoder[Message]]] = {
     kind.value: msgspec.msgpack.Decoder(payload) for kind, payload in PAYLOADS.items()
 }
-_STRUCTS: Final[tuple[type[Any], ...]] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, PeerCard)
+_STRUCTS: Final[tuple[type[Any], ...]] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, PeerCard, Relayed)
 _STRUCT_DECODERS: Final[dict[type[Any], msgspec.msgpack.Decoder[Any]]] = {
     struct: msgspec.msgpack.Decoder(struct) for struct in _STRUCTS
 }

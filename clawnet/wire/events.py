@@ -106,6 +106,8 @@ class TaskExited(Stimulus, frozen=True, gc=False):
     duration_s: float
     cpu_s: float
     memory_bytes_max: int
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 class InputsReady(Stimulus, frozen=True, gc=False):
@@ -166,7 +168,10 @@ class DialEnded(Stimulus, frozen=True, gc=False):
 
 
 class CapacityChanged(Stimulus, frozen=True, gc=False):
-    """What the execution adapters can do now: capability words, shell policy by ring, slots, hardware."""
+    """What the execution adapters can do now: capability words, shell policy by ring, slots, hardware.
+
+    `models` and `prompt_rings` are of the AI endpoint; `prompt_trouble` says why one that is configured does not serve.
+    """
 
     capabilities: tuple[str, ...]
     shell_rings: tuple[str, ...]
@@ -174,6 +179,8 @@ class CapacityChanged(Stimulus, frozen=True, gc=False):
     memory_bytes: int
     gpu: int
     models: tuple[str, ...] = ()
+    prompt_rings: tuple[str, ...] = ()
+    prompt_trouble: str = ""
 
 
 class Listening(Stimulus, frozen=True, gc=False):

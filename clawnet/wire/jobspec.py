@@ -32,10 +32,10 @@ class JobSpec(Struct, frozen=True, gc=False):
     """One run.
 
     Shell: `argv`, or `script` for `sh -c`. Compute: `op` with `op_args`, over the inputs in their order, else over
-    `stdin`. File inputs lie in the working directory under their names; the tree input named `cwd_input` becomes the
-    working directory itself, other trees are directories in it. `sandbox` is "" (the machine's policy for `ring`
-    decides), "sandboxed" (insist) or "host" (ring own only, and only where the policy allows it). With `seal_key`
-    the result leaves the executor sealed only.
+    `stdin`. Prompt: `prompt`, and after it the text on `stdin`. File inputs lie in the working directory under their
+    names; the tree input named `cwd_input` becomes the working directory itself, other trees are directories in it.
+    `sandbox` is "" (the machine's policy for `ring` decides), "sandboxed" (insist) or "host" (ring own only, and only
+    where the policy allows it). With `seal_key` the result leaves the executor sealed only.
     """
 
     job: bytes
@@ -47,6 +47,7 @@ class JobSpec(Struct, frozen=True, gc=False):
     env: dict[str, str] = {}
     inputs: list[InputRef] = []
     stdin: bytes | None = None
+    prompt: str = ""
     cwd_input: str = ""
     ring: str = "own"
     sandbox: str = ""

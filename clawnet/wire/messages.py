@@ -29,6 +29,7 @@ Statement = Annotated[bytes, Meta(max_length=4 * limits.KIB)]
 EntryBytes = Annotated[bytes, Meta(min_length=64, max_length=limits.ENTRY_BYTES_MAX + 64)]
 Entries = Annotated[list[EntryBytes], Meta(max_length=4_096)]
 Words = Annotated[list[Word], Meta(max_length=limits.LIST_ITEMS_MAX)]
+RELAYED_BYTES_MAX: Final = limits.CARD_BYTES_MAX + limits.KIB
 
 
 class Kind(IntEnum):
@@ -96,15 +97,36 @@ class Pong(Message, frozen=True):
     time_ms: U64
 
 
-class PeerInfo(Message, frozen=True):
-    """What a node says of itself: `body` is an encoded PeerCard, signed by the node key (tag clawnet/peer-info/1)."""
+class Relayed(Message, frozen=True):
+    """A statement that travels on under its author's own signature (over "clawnet/relayed/1" and these bytes).
 
-    body: Annotated[bytes, Meta(max_length=32 * limits.KIB)]
+    `id` is the statement's own: each node takes (author, id) once, within the time window around `time_ms`. `kind` is
+    that of the message that carries it, `body` what that kind says.
+    """
+
+    author: Address
+    id: Bytes16
+    time_ms: U64
+    kind: U32
+    body: Annotated[bytes, Meta(max_length=limits.CARD_BYTES_MAX)]
+
+
+class PeerInfo(Message, frozen=True):
+    """What a node says of itself: `statement` is an encoded Relayed, its body a PeerCard.
+
+    `hops` is not signed: each carrier adds one, and passes nothing on that has reached RELAY_HOPS_MAX.
+    """
+
+    statement: Annotated[bytes, Meta(max_length=RELAYED_BYTES_MAX)]
     signature: Bytes64
+    hops: Annotated[int, Meta(ge=0, le=limits.RELAY_HOPS_MAX)]
 
 
 class PeerCard(Message, frozen=True):
-    """The signed content of PeerInfo. Of two cards of one peer the higher `serial` wins."""
+    """What a node can do and where it listens. Of two cards of one peer the higher `serial` (Unix ms) wins.
+
+    `certificates` is the chain from the mesh's founder to its node key, as in Hello.
+    """
 
     peer: Address
     serial: U64
@@ -122,6 +144,8 @@ class PeerCard(Message, frozen=True):
     running: U32
     queued: U32
     shell_rings: Words
+    certificates: Annotated[list[Statement], Meta(max_length=4)] = []
+    prompt_rings: Words = []
 
 
 class Disconnect(Message, frozen=True):

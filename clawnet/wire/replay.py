@@ -6,7 +6,7 @@ own id and time, so it is refused when seen before, older than MESSAGE_AGE_MS, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
 from clawnet import limits
@@ -26,9 +26,15 @@ class ReplayWindow:
         self._known: set[tuple[str, bytes]] = set()
         self._per_author: dict[str, int] = {}
         self.floor_ms = 0
+        self.forgotten: Callable[[Seen], None] = lambda row: None
+        """Told of every row that leaves the window, so that whoever stores it can delete it."""
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def seen(self, author: str, statement: bytes) -> bool:
+        """Whether this statement was taken and is still within the window."""
+        return (author, statement) in self._known
 
     def admit(self, author: str, statement: bytes, time_ms: int, now_ms: int) -> bool:
         """True the first time, False for a repetition (normal in gossip).
@@ -73,7 +79,7 @@ class ReplayWindow:
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        time_ms, author, statement = heappop(self._heap)
+        row = time_ms, author, statement = heappop(self._heap)
         self._known.discard((author, statement))
         self.floor_ms = max(self.floor_ms, time_ms)
         left = self._per_author[author] - 1
@@ -81,3 +87,4 @@ class ReplayWindow:
             self._per_author[author] = left
         else:
             del self._per_author[author]
+        self.forgotten(row)

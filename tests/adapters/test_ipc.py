@@ -22,7 +22,9 @@ from clawnet.errors import (
     ConfigError,
     DataError,
     FundsError,
+    NoDaemonError,
     NotFoundError,
+    StoppedError,
     TimedOutError,
     UnreachableError,
 )
@@ -325,7 +327,8 @@ def test_waiting_ends_when_the_time_is_up_or_the_daemon_goes(home: Home) -> None
         client.call("hold", timeout_s=0.01)
     held = client.send("hold")
     serving.stop()
-    with pytest.raises(UnreachableError, match="went away"):
+    assert isinstance(client.receive(held).error, StoppedError)
+    with pytest.raises(NoDaemonError, match="went away"):
         client.receive(held)
 
 

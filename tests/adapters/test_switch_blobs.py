@@ -11,13 +11,15 @@ import pytest
 from clawnet import limits
 from clawnet.errors import LinkError
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobAnswer, BlobRequest
+from clawnet.net.fake import FakeNetwork
 from clawnet.net.joining import read_frame
+from clawnet.net.switch import PROTOCOLS
 from clawnet.storage.blobs import BlobStore
 from clawnet.wire.batch import frame
 from clawnet.wire.blobid import BlobHasher, blob_id
 from clawnet.wire.codec import decode_struct, encode
 from clawnet.wire.events import BlobReady
-from tests.adapters.switch_world import SwitchNode, switch_world
+from tests.adapters.switch_world import KEYS, SwitchNode, switch_world
 
 KINDS = ("fake", "tcp")
 TASK = b"t" * 16
@@ -136,6 +138,15 @@ def test_nobody_to_ask_is_a_reason_and_own_blobs_need_nobody() -> None:
         assert (await asker.find(BlobReady, request=b"2")).reason == ""
 
     run("fake", body)
+
+
+def test_a_fetch_before_the_start_is_answered_too() -> None:
+    async def main() -> None:
+        node = SwitchNode(KEYS[0], FakeNetwork().transport(KEYS[0].peer_id, PROTOCOLS, "clawnet/test"))
+        node.switch.fetch(b"1", KEYS[1].peer_id, TASK, ((bytes(32), 5),))
+        assert "not connected" in (await node.find(BlobReady, request=b"1")).reason
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("lie", ["leaves", "chunk", "short", "leaf count", "garbage"])

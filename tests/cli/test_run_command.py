@@ -23,7 +23,8 @@ def out(stream: str, offset: int, data: str) -> tuple[str, dict[str, Any]]:
 @pytest.fixture
 def accepting(node: Script) -> Script:
     """A node that accepts every task and settles it."""
-    node.answers["task.submit"] = {"task_id": TASK_ID, "created": True}
+    node.answers["task.submit"] = {"task_id": TASK_ID, "created": True, "deadline": "2026-01-02T04:04:05.000Z"}
+    node.answers["task.get"] = lambda params: task(task_id=params["task"])
     node.answers["task.follow"] = task()
     node.answers["task.cancel"] = {"task_id": TASK_ID, "state": "cancelled"}
     return node
@@ -213,7 +214,7 @@ def test_a_timeout_of_run_cancels_and_one_of_wait_does_not(clawnet: Program, acc
     assert (error["code"], error["task_id"]) == ("timed_out", TASK_ID)
     before = len(accepting.calls)
     assert clawnet("market", "wait", TASK_ID, "--timeout", "200ms").returncode == 124
-    assert [name for name, _ in accepting.calls[before:]] == ["task.follow"]
+    assert [name for name, _ in accepting.calls[before:]] == ["task.get", "task.follow"]
 
 
 def test_waiting_for_several_is_0_when_all_succeed(clawnet: Program, accepting: Script) -> None:

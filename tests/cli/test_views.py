@@ -173,9 +173,11 @@ def test_people_get_labels_and_columns(clawnet: Program, node: Script) -> None:
 
 def test_logs_print_what_there_is_and_end(clawnet: Program, node: Script) -> None:
     node.answers["task.get"] = task(state="executing", result=None, final=False)
-    node.notes["task.follow"] = [("task.output", {"stream": "stdout", "offset": 0, "data": "so far\n"})]
+    node.notes["task.follow"] = [("task.output", {"stream": "stdout", "offset": 0, "attempt": 0, "data": "so far\n"})]
+    node.answers["task.follow"] = task(state="executing", result=None, final=False)
     done = clawnet("market", "logs", TASK_ID)
     assert (done.returncode, done.stdout) == (0, "so far\n")
+    assert node.params("task.follow")["so_far"] is True
     node.answers["task.follow"] = task(result={"stdout": "so far\nand on\n"})
     assert clawnet("market", "logs", "-f", TASK_ID).stdout == "so far\nand on\n"
 

@@ -14,7 +14,7 @@ from clawnet.errors import MessageTooOld, SignatureRefused, WireError
 from clawnet.wire.batch import Frames, decode_batch, verify_evidence
 from clawnet.wire.codec import decode_payload, decode_struct
 from clawnet.wire.envelope import decode_envelope
-from clawnet.wire.messages import PAYLOADS, Hello, JoinAnswer, JoinAsk, PeerCard
+from clawnet.wire.messages import PAYLOADS, Hello, JoinAnswer, JoinAsk, PeerCard, Relayed
 from clawnet.wire.session import Handshake, HelloFacts, SignedHello
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "wire").glob("*.bin"))
@@ -57,7 +57,7 @@ def _hello(raw: bytes) -> None:
 
 
 def _structs(raw: bytes) -> None:
-    for struct in (Hello, JoinAsk, JoinAnswer, PeerCard, SignedHello):
+    for struct in (Hello, JoinAsk, JoinAnswer, PeerCard, Relayed, SignedHello):
         try:
             decode_struct(struct, raw, limits.HELLO_BYTES_MAX)
         except WireError:

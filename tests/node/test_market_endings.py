@@ -111,6 +111,31 @@ def test_retries_move_a_silent_attempt_on_and_its_late_result_is_not_paid(mesh: 
     assert claims(silent) == 0 and claims(other) == 1
 
 
+def test_the_only_executor_that_was_lost_is_asked_again_when_it_is_back(mesh: Mesh) -> None:
+    alice, bob = pair(mesh)
+    bob.runner = never
+    call = compute(alice, deadline_s=600)
+    mesh.run(1)
+    mesh.cut(alice, bob)
+    mesh.run(100)
+    view = alice.task(call)
+    assert view["state"] == "reassigned"
+    lost = view["attempts"][0]
+    assert lost["state"] == "lost" and lost["reason"] == "no word from bob for 30 s"
+    assert lost["started_at"] < lost["ended_at"] < view["deadline"] and lost["escrow"]["state"] == "locked"
+    bob.runner = echo
+    mesh.link(alice, bob)
+    mesh.run(20)
+    view = alice.task(call)
+    assert view["state"] == "settled"
+    assert [a["state"] for a in view["attempts"]] == ["waived", "done"]
+    assert view["attempts"][0] == {
+        **lost,
+        "state": "waived",
+        "escrow": {**lost["escrow"], "state": "refunded"},
+    }
+
+
 def test_a_hand_back_of_an_attempt_that_lost_its_slot_moves_nothing(mesh: Mesh) -> None:
     alice, bob, carol = three(mesh)
     bob.runner = carol.runner = never
@@ -371,5 +396,5 @@ def test_bytes_other_than_those_of_the_note_are_never_paid(mesh: Mesh) -> None:
     mesh.run(5)
     assert attempt(alice).released_seq == -1 and not paid(mesh)
     mesh.run(600)
-    assert attempt(alice).refunded and only(alice).state == "no_bids"
+    assert attempt(alice).refunded and only(alice).state == "timed_out"
     assert "attempt" in only(alice).error_text

@@ -76,6 +76,13 @@ def test_revoked_grants_leave_the_database_too(world: World) -> None:
     assert [entry[0] for entry in world.journal[-3:]] == ["commit", "revoke", "reply"]
 
 
+def test_no_power_loss_brings_back_the_row_of_a_deleted_file(world: World) -> None:
+    world.store.commit([e.Put("blob_grants", (TASK, BOB, BLOB))], durable=True)
+    world.feed(effects(1, e.RevokeBlobs(TASK)))
+    world.store.cut_power()
+    assert list(world.store.load_all("blob_grants")) == []
+
+
 def test_rows_asked_for_come_as_a_stimulus(world: World) -> None:
     world.store.commit([e.Put("documents", (TASK, b"doc")), e.Put("tasks", (TASK, "draft", 1, 1, "", b""))])
     world.feed(effects(1, e.Load((1,), "document", (TASK,)), e.Load((2,), "tasks_open", ()), e.Load((3,), "none", ())))

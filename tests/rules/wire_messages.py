@@ -8,9 +8,9 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from clawnet.wire.messages import PAYLOADS, JoinAnswer, JoinAsk, Message, PeerCard
+from clawnet.wire.messages import PAYLOADS, JoinAnswer, JoinAsk, Message, PeerCard, Relayed
 
-STRUCTS: tuple[type[Message], ...] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, PeerCard)
+STRUCTS: tuple[type[Message], ...] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, PeerCard, Relayed)
 _SHORT = 40
 
 

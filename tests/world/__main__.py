@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
-    steps = broken_total = 0
+    steps = broken_total = tasks = 0
     began, spent = time.perf_counter(), time.process_time()
     for seed in seeds:
         world = None
@@ -62,6 +62,7 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
                 print("\n".join(list(world.clock.story)[-args.story :]))
             return 1
         steps += world.steps_total
+        tasks += len(world.client.accepted)
         if args.verbose or len(seeds) == 1:
             took = time.perf_counter() - start
             r = world.referee
@@ -70,11 +71,14 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
                 f"{r.refunds_total} refunded, {world.steps_total} steps, {world.clock.elapsed_s:.0f} simulated s, "
                 f"faults {sum(world.faults.done.values())}, {took:.2f} s"
             )
+            print("  trouble: " + ", ".join(f"{what} {count}" for what, count in sorted(world.seen.items())))
     took = time.perf_counter() - began
     held = f"laws broken in {broken_total}" if broken_total else "every law held"
     print(f"{len(seeds)} seeds, {held}; {steps} steps in {took:.1f} s: {steps / took:.0f} steps/s")
     busy = time.process_time() - spent
     print(f"CPU {busy:.1f} s: {steps / busy:.0f} steps a CPU second")
+    minutes = args.seconds / 60 * args.nodes * (len(seeds) - broken_total)
+    print(f"tasks: {tasks} accepted, {tasks / max(minutes, 1e-9):.2f} a node and simulated minute of traffic")
     print(f"signatures: {getattr(oracle, 'signed_total', 0)} made, {getattr(oracle, 'verified_total', 0)} verified")
     return 1 if broken_total else 0
 

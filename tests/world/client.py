@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 
+SPARE = 0.05
+"""So many people more ask for a task more: some calls come to nothing."""
+LAST_CALL_US = 3_000_000
+
+
 class Wish(Struct):
     """One task that somebody wants done."""
 
@@ -22,6 +28,8 @@ class Wish(Struct):
     spec: dict[str, Any]
     cancel_after_us: int
     task_id: str = ""
+    accepted_us: int = 0
+    asked: bool = False
     refused: str = ""
 
     @property
@@ -41,20 +49,23 @@ class Client:
         self._calls: dict[int, Wish] = {}
         self._of: dict[str, set[int]] = {}
         self._next = 0
+        self._until_us = 0
         self.again = True
 
     def plan(self, machines: list[Machine], seconds: float, each: int) -> None:
-        """`each` tasks a machine and simulated minute, at least one, at seeded times."""
+        """`each` tasks a machine and simulated minute, at least one, and a few more, at seeded times."""
+        self._until_us = self.world.clock.now_us + round(seconds * 1e6)
         for machine in machines:
-            for _ in range(max(1, round(each * seconds / 60))):
-                wish = self._wish(machine)
-                self.wishes[wish.mark] = wish
-                at_us = round(self.rng.uniform(2.0, max(3.0, seconds - 1)) * 1e6)
-                self.world.clock.after(at_us, self._submit, wish)
+            for _ in range(max(1, math.ceil(each * seconds / 60)) + (self.rng.random() < SPARE)):
+                self._plan(self._wish(machine), round(self.rng.uniform(2.0, max(3.0, seconds - 1)) * 1e6))
             if self.world.sends and self.rng.random() < 0.3:
                 other = self.rng.choice(machines)
                 at_us = round(self.rng.uniform(3.0, max(4.0, seconds - 1)) * 1e6)
                 self.world.clock.after(at_us, self._pay, machine, other, self.rng.randrange(1, 2_000_000))
+
+    def _plan(self, wish: Wish, after_us: int) -> None:
+        self.wishes[wish.mark] = wish
+        self.world.clock.after(after_us, self._submit, wish)
 
     def _wish(self, machine: Machine) -> Wish:
         rng = self.rng
@@ -87,9 +98,19 @@ class Client:
         if wish.task_id or wish.refused:
             return
         if wish.machine.up and not wish.machine.draining:
+            wish.asked = True
             self._call(wish.machine, "task.submit", {"spec": wish.spec}, wish)
-        elif self.again:
-            self.world.clock.after(2_000_000, self._submit, wish)
+        elif self.again and self.world.clock.now_us < self._until_us - LAST_CALL_US:
+            self.world.clock.after(1_000_000, self._submit, wish)
+        elif self.again and not wish.asked:
+            self._elsewhere(wish)
+
+    def _elsewhere(self, wish: Wish) -> None:
+        """Its daemon has been away all the while, and never heard of it: it is asked of another."""
+        others = [machine for machine in self.world.machines if machine.up and not machine.draining]
+        if others:
+            wish.machine = self.rng.choice(others)
+            self._submit(wish)
 
     def _pay(self, machine: Machine, other: Machine, amount_ucr: int) -> None:
         if machine.up and other is not machine:
@@ -103,9 +124,14 @@ class Client:
         self._of[machine.peer].discard(call)
         if error is not None:
             self.world.clock.tell(machine.name, f"refuses task {wish.mark}: {error.get('message', error)}")
-            wish.refused = str(error.get("message", error))
+            if self.again:
+                wish.asked = False
+                self.world.clock.after(1_000_000, self._submit, wish)
+            else:
+                wish.refused = str(error.get("message", error))
             return
         wish.task_id = value["task_id"]
+        wish.accepted_us = self.world.clock.now_us
         self.accepted[machine.peer, wish.task_id] = wish
         self.world.clock.tell(machine.name, f"accepts task {wish.mark} as {wish.task_id[:8]}")
         if wish.cancel_after_us:
@@ -116,10 +142,12 @@ class Client:
             self._call(wish.machine, "task.cancel", {"task": wish.task_id}, None)
 
     def machine_down(self, machine: Machine) -> None:
-        """Who waited for an answer of it asks again, if an idempotency key makes that safe."""
+        """Who waited for an answer of it asks again, where no idempotency key makes that safe for another task."""
         for call in sorted(self._of.pop(machine.peer, ())):
             wish = self._calls.pop(call)
             if wish.spec.get("idempotency_key") and self.again:
                 self.world.clock.after(2_000_000, self._submit, wish)
             else:
                 wish.refused = "the daemon went away"
+                if self.again:
+                    self._plan(self._wish(machine), 1_000_000)

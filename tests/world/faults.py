@@ -19,7 +19,7 @@ class Faults:
         self.world = world
         self.rng = rng
         self.enabled = enabled
-        self.power = enabled and rng.random() < 0.15
+        self.power = enabled and rng.random() < 0.25
         self.done: dict[str, int] = {}
         self.skewed = rng.choice((0, 0, 2_000, 28_000, SKEW_MS_MAX)) if enabled else 0
         self.clock_stop = rng.random() < 0.5
@@ -75,7 +75,6 @@ class Faults:
         machine.dies_how = "kill"
         if self.power and self.rng.random() < 0.5:
             machine.dies_how = "power"
-            self.world.losing = True
         machine.dies_at = self.rng.randrange(30)
 
     def _cut(self, machine: Machine) -> None:
@@ -84,6 +83,7 @@ class Faults:
         share = self.rng.choice((0.3, 1.0))
         ways = self.rng.choice(((0,), (1,), (0, 1)))
         self.world.clock.tell(machine.name, f"is cut off ({share:g}, {len(ways)})")
+        self.world.seen["cut both ways" if len(ways) == 2 else "cut one way"] += 1
         for edge in self.world.network.of.get(machine.peer, ()):
             if self.rng.random() <= share:
                 mine = edge.ends.index(machine)
@@ -107,6 +107,7 @@ class Faults:
 
     def _slow(self, machine: Machine) -> None:
         """Every turn takes its time."""
+        self.world.seen["slow machine"] += 1
         machine.pace_us = machine.loop.pace_us = self.rng.choice((20_000, 300_000))
         self.world.clock.after(round(self.rng.uniform(1.0, 20.0) * 1e6), self._fast, machine)
 

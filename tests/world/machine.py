@@ -9,6 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from clawnet.config import Config
+from clawnet.errors import StorageFullError
 from clawnet.execution import bundle
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
@@ -42,7 +43,14 @@ class Disk(MemoryStore):
             return
         machine = self._machine
         machine.point("before a commit")
-        super().commit(rows, durable)
+        try:
+            super().commit(rows, durable)
+        except StorageFullError:
+            machine.world.seen["disk full"] += 1
+            raise
+        machine.sent = 0
+        if durable:
+            machine.synced_us = machine.world.clock.now_us
         machine.world.committed(machine, rows, durable)
         machine.point("after a commit")
 
@@ -149,12 +157,12 @@ class Executor:
         digest = hashlib.sha256(plain).digest()
         machine.world.clock.tell(machine.name, f"run {job.hex()[:8]} ended: {ended}")
         code = 0 if ended == "exit" else None
-        machine.runtime.feed(
-            e.TaskExited(
-                job, ended, "" if ended == "exit" else ended, code, None, inline, blob if not inline else b"", size,
-                digest, len(plain), took_us / 1e6, took_us / 2e6, 4096,
-            )
+        exited = e.TaskExited(
+            job, ended, "" if ended == "exit" else ended, code, None, inline, blob if not inline else b"", size,
+            digest, len(plain), took_us / 1e6, took_us / 2e6, 4096,
         )  # fmt: skip
+        # A later run of the job may have waited for this end and begin here, which is a place to die.
+        machine.guard(machine.runtime.feed, (exited,))
 
     def read_output(self, effect: e.ReadOutput) -> None:
         """The port's: all that a run ever writes before its end is one line."""
@@ -237,6 +245,13 @@ class Machine:
         self.points = 0
         self.dies_at = -1
         self.dies_how = "kill"
+        self.dies_with: tuple[Machine, ...] = ()
+        """Others that stop at the same moment."""
+        self.sent = 0
+        """Batches that have left since the last commit."""
+        self.synced_us = 0
+        self.forgotten: list[tuple[int, int]] = []
+        """From when to when the disk forgot by a power cut what had been committed: nothing was synced in between."""
         self.ups: dict[str, e.PeerUp] = {}
         self.node: Node
         self.runtime: Runtime
@@ -333,7 +348,7 @@ class Machine:
         previous = self.node
         self.world.clock.tell(self.name, "is made again from its disk")
         node, effects = self._build()
-        node.rooms.members.take_over(previous.rooms.members)
+        node.rooms.cards.take_over(previous.rooms.cards)
         for up in self.ups.values():
             self.runtime.feed(up)
         return Watched(node, self), effects
@@ -344,6 +359,8 @@ class Machine:
             work(*args)
         except Killed:
             self.down(self.dies_how)
+            for other in self.dies_with:
+                other.down(self.dies_how)
 
     def point(self, what: str) -> None:
         """A place where the machine may die: `dies_at` counts them down."""
@@ -352,6 +369,7 @@ class Machine:
             self.dies_at -= 1
         elif self.dies_at == 0:
             self.dies_at = -1
+            self.world.seen[f"died {what}"] += 1
             self.world.clock.tell(self.name, f"dies {what}")
             raise Killed
 
@@ -367,19 +385,27 @@ class Machine:
         self.ups = {}
         if how == "power":
             self.disk.cut_power()
+            self.forgotten.append((self.synced_us, self.world.clock.now_us))
+            self.world.seen["power cut"] += 1
         noticed_us = self.luck.randrange(1_000_000, 15_000_000) if how == "power" else 0
         self.world.network.machine_down(self, noticed_us=noticed_us)
         self.world.client.machine_down(self)
         away_us = self.luck.randrange(20_000, 20_000_000)
         if how != "drain" and self.luck.random() < 0.12:
             away_us = self.luck.randrange(60_000_000, 1_200_000_000)
+            self.world.seen["away for minutes"] += 1
         self.back_us = self.world.clock.now_us + away_us
         self.world.clock.after(away_us, self.world.restart, self)
+
+    def may_have_lost(self, at_us: int) -> bool:
+        """Whether a power cut took what was committed then without a sync, which no promise covers."""
+        return any(synced_us < at_us <= cut_us for synced_us, cut_us in self.forgotten)
 
     def drain(self) -> None:
         """SIGTERM."""
         if self.up and not self.draining:
             self.draining = True
+            self.world.seen["drained"] += 1
             self.runtime.feed(e.Drain())
 
     def _drained(self) -> None:
@@ -392,7 +418,8 @@ class Machine:
 
     def send(self, peer: str, items: list[Any]) -> bool:
         """Switch: one batch."""
-        self.point("before a send")
+        self.point("between sends" if self.sent else "after a commit, before a send")
+        self.sent += 1
         return self.world.network.send(self, peer, items)
 
     def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,12 @@ Encoded = tuple[int, bytes, bytes | None, bytes | None]
 
 
 class Link:
-    """One connection: per end whether its node was told of it and still has it; per direction its last arrival."""
+    """One connection: per end whether its node was told of it and still has it; per direction its last arrival.
 
-    __slots__ = ("ends", "flying", "gone", "last_us", "starts", "told")
+    Batches are numbered, and as in wire/session.py one that does not come after the last one taken is refused.
+    """
+
+    __slots__ = ("ends", "flying", "gone", "last_us", "late", "sent", "starts", "taken", "told")
 
     def __init__(self, ends: tuple[Machine, Machine]) -> None:
         self.ends = ends
@@ -32,6 +36,9 @@ class Link:
         self.gone = [False, False]
         self.last_us = [0, 0]
         self.flying = [0, 0]
+        self.sent = [0, 0]
+        self.taken = [0, 0]
+        self.late: tuple[set[int], set[int]] = (set(), set())
 
 
 class Edge:
@@ -45,6 +52,7 @@ class Edge:
         self.latency_us[1] = self.latency_us[0] if rng.random() < 0.7 else rng.randrange(200, 60_000)
         self.jitter_us = rng.choice((100, 2_000, 20_000))
         self.loss = loss
+        """How often a batch does not arrive, arrives twice, or is overtaken: each so often."""
         self.blocked_us = [0, 0]
         self.dead = [False, False]
         """Directions whose bytes no longer arrive on the present connection."""
@@ -66,6 +74,7 @@ class Network:
         self.bytes_total = 0
         self.lost_total = 0
         self.calm = False
+        self.seen: Counter[str] = Counter()
 
     def join(self, a: Machine, b: Machine, loss: float) -> None:
         """From now on these two try to be connected."""
@@ -223,36 +232,65 @@ class Network:
         if edge.dead[side]:
             self.lost_total += len(batch)
             return True
-        if not self.calm and edge.loss and self.rng.random() < edge.loss:
-            self.lost_total += len(batch)
-            clock.tell(machine.name, f"lost on the way to {link.ends[1 - side].name}")
-            self.break_link(edge, "timed out")
-            edge.dead[1 - side] = self.rng.random() < 0.5
+        link.sent[side] += 1
+        extra_us = self._trouble(edge, link, side, batch, size) if edge.loss and not self.calm else 0
+        if extra_us < 0:
             return True
         now = clock.now_us
         arrives = max(link.last_us[side], now + edge.latency_us[side] + self.rng.randrange(edge.jitter_us))
         if edge.blocked_us[side] > now:
             if edge.blocked_us[side] > now + STALL_US:
+                self.seen["link given up by its sender"] += 1
                 edge.dead[side] = True
                 self.lost_total += len(batch)
                 for end in (0, 1):
                     delay_us = STALL_US if end == side else STALL_US + self.rng.randrange(STALL_US)
                     clock.after(delay_us, self._lose, link, end, "timed out")
                 return True
+            self.seen["held up" if edge.blocked_us[1 - side] > now else "held up one way"] += 1
             arrives = max(arrives, edge.blocked_us[side] + edge.latency_us[side])
         link.last_us[side] = arrives + 1
+        arrives += extra_us
         link.flying[side] += size
         if link.flying[side] > limits.SEND_QUEUE_BYTES_MAX:
             raise LawBroken(f"{machine.name} has {link.flying[side]} bytes under way to {link.ends[1 - side].name}")
-        clock.after(arrives - now, self._arrive, edge, link, side, batch, size)
+        clock.after(arrives - now, self._arrive, edge, link, side, batch, size, link.sent[side])
         return True
 
-    def _arrive(self, edge: Edge, link: Link, side: int, batch: list[Encoded], size: int) -> None:
+    def _trouble(self, edge: Edge, link: Link, side: int, batch: list[Encoded], size: int) -> int:
+        """What may befall a batch: lost (-1), on its way twice, or so much later that those after it overtake it."""
+        lot, clock, name = self.rng.random() / edge.loss, self.clock, link.ends[side].name
+        if lot >= 3:
+            return 0
+        if lot < 1:
+            self.seen["batch lost"] += 1
+            self.lost_total += len(batch)
+            clock.tell(name, f"lost on the way to {link.ends[1 - side].name}")
+            self.break_link(edge, "timed out")
+            edge.dead[1 - side] = self.rng.random() < 0.5
+            return -1
+        if lot < 2:
+            link.flying[side] += size
+            late_us = STALL_US + self.rng.randrange(STALL_US)
+            clock.after(late_us, self._arrive, edge, link, side, batch, size, link.sent[side])
+            return 0
+        # A carrier that mixes up its bytes does not live long; until it breaks, later batches are taken.
+        link.late[side].add(link.sent[side])
+        delays = self.rng.randrange(100_000, 4_000_000), self.rng.randrange(100_000, 4_000_000)
+        for end in (0, 1):
+            clock.after(delays[end], self._lose, link, end, "broken")
+        return self.rng.randrange(1_000, 1_000_000)
+
+    def _arrive(self, edge: Edge, link: Link, side: int, batch: list[Encoded], size: int, number: int) -> None:
         link.flying[side] -= size
         end = link.ends[1 - side]
         if edge.link is not link or edge.dead[side] or link.gone[1 - side] or not end.up:
             self.lost_total += len(batch)
             return
+        if number <= link.taken[side]:
+            self.seen["batch refused, overtaken" if number in link.late[side] else "batch refused, a duplicate"] += 1
+            return
+        link.taken[side] = number
         sender = link.ends[side].peer
         for kind, payload, reply_to, obligation in batch:
             self._ids += 1

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -15,6 +16,26 @@ from tests.world.signer import signer
 from tests.world.world import World
 
 SEEDS = 200
+COMMITS = ("before a commit", "after a commit", "after a commit, before a send")
+POINTS = (*COMMITS, "between sends", "before a reply", "before a run")
+TROUBLES = (
+    *(f"died {where}" for where in POINTS),
+    "away for minutes",
+    "batch lost",
+    "batch refused, a duplicate",
+    "batch refused, overtaken",
+    "clocks minutes off, stop off",
+    "clocks minutes off, stop on",
+    "cut both ways",
+    "cut one way",
+    "disk full",
+    "drained",
+    "held up",
+    "held up one way",
+    "link given up by its sender",
+    "power cut",
+    "slow machine",
+)
 SHORT = ("send_before_append", "retry_of_started_shell", "claim_twice", "release_before_disk", "key_before_release")
 """Planted bugs of the default run; all of them are in the long form."""
 
@@ -40,6 +61,20 @@ def test_every_law_holds(first: int) -> None:
 
 
 @pytest.mark.slow
+def test_every_kind_of_trouble_occurs() -> None:
+    seen: Counter[str] = Counter()
+    one_way = clock_stops_off = 0
+    for seed in range(40, 90):
+        world = live(seed)
+        seen += world.seen
+        one_way += sum(edge.latency_us[0] != edge.latency_us[1] for edge in world.network.edges.values())
+        clock_stops_off += not world.faults.clock_stop
+    assert {what for what in TROUBLES if not seen[what]} == set(), seen
+    assert one_way > 0, "some links are slower in one direction"
+    assert 15 <= clock_stops_off <= 35, "in half of the seeds nothing but the margin stands against a clock"
+
+
+@pytest.mark.slow
 def test_every_law_holds_under_real_signatures() -> None:
     for seed in (1, 2):
         live(seed, 4, 15, ed25519=True)
@@ -61,15 +96,19 @@ def test_one_seed_is_one_trace_whatever_the_hash_seed() -> None:
 # --- one machine, killed at every point of its tasks' lives
 
 
-def killed_at(victims: dict[int, int], how: str) -> World:
-    """Three nodes, a task each, no other trouble; each victim dies at its n-th commit, send, reply or run."""
+def killed_at(victims: dict[int, int], how: str, together: int | None = None) -> World:
+    """Three nodes, two tasks each, no other trouble; each victim dies at its n-th commit, send, reply or run.
+
+    With `together` that machine dies at the very moment when the victim does.
+    """
     with signer():
-        world = World(5, 3, 12.0, faults=False)
+        world = World(18, 3, 12.0, faults=False, tasks_per_minute=10)
 
         def doom() -> None:
             for number, point in victims.items():
-                world.machines[number].dies_at, world.machines[number].dies_how = point, how
-                world.losing = world.losing or how == "power"
+                machine = world.machines[number]
+                machine.dies_at, machine.dies_how = point, how
+                machine.dies_with = () if together is None else (world.machines[together],)
 
         world.clock.after(1_900_000, doom)
         try:
@@ -81,15 +120,17 @@ def killed_at(victims: dict[int, int], how: str) -> World:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", range(3))
-def test_a_machine_may_die_at_any_point(victim: int) -> None:
+@pytest.mark.parametrize("how", ["kill", "power"])
+@pytest.mark.parametrize(("victim", "together"), [(0, None), (1, None), (2, None), (0, 1), (1, 2), (2, 0)])
+def test_a_machine_may_die_at_any_point_alone_or_with_another(victim: int, together: int | None, how: str) -> None:
+    seen: Counter[str] = Counter()
     points = 0
-    while True:
-        world = killed_at({victim: points}, "kill")
-        if world.machines[victim].starts == 1:
-            break
+    while (world := killed_at({victim: points}, how, together)).machines[victim].starts > 1:
         points += 1
+        seen += world.seen
     assert points > 10, "the tasks' lives have that many points"
+    assert all(seen[f"died {where}"] >= 10 for where in COMMITS), seen
+    assert seen["died before a reply"] and bool(seen["died before a run"]) == (victim != 2), "m2 only asks"
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from clawnet import limits
 from clawnet.config import Config
 from clawnet.identity.certificates import certify_node, certify_owner, read_charter
 from clawnet.identity.keys import KeyPair
@@ -73,11 +74,13 @@ class World:
         """Keys by executor and requester: none may travel in a result."""
         self.issuers: frozenset[bytes] = frozenset()
         self.peace_us = 0
-        self.losing = False
-        """Some machine has lost its power: what was not synced is gone, which only the ledger's laws survive."""
         self.warnings: dict[str, int] = {}
-        self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.0005, 0.005)))
+        self.seen = self.network.seen
+        """What trouble truly happened, each kind counted where it did."""
+        self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.001, 0.01, 0.03)))
         self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults)
+        if self.faults.skewed > limits.CLOCK_STOP_MS:
+            self.seen[f"clocks minutes off, stop {'on' if self.faults.clock_stop else 'off'}"] += 1
         self.client.plan(self.machines, seconds, tasks_per_minute)
 
     # --- making

@@ -1,0 +1,64 @@
+"""How the end of a run is told to the node: with a packed result, or with the reason why there is none."""
+
+from __future__ import annotations
+
+import os
+
+from clawnet.execution import bundle
+from clawnet.wire.events import TaskExited
+
+
+def physical_memory() -> int:
+    """Bytes of memory this machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**62  # not told: the configured bound is what counts
+
+
+def with_result(job: bytes, head: bundle.Head, packed: bundle.Packed) -> TaskExited:
+    """The command ran, whatever its code; its bundle is packed."""
+    return TaskExited(
+        job=job,
+        ended="exit",
+        reason="",
+        exit_code=head.exit_code,
+        signal=head.signal,
+        inline=packed.inline,
+        blob=packed.blob,
+        blob_bytes=packed.blob_bytes,
+        plain_hash=packed.plain_hash,
+        output_bytes=head.stdout_bytes + head.stderr_bytes + len(head.text.encode()),
+        duration_s=head.usage.duration_s,
+        cpu_s=head.usage.cpu_s,
+        memory_bytes_max=head.usage.memory_bytes_max,
+        tokens_in=head.usage.tokens_in,
+        tokens_out=head.usage.tokens_out,
+    )
+
+
+def without_result(
+    job: bytes,
+    how: str,
+    reason: str,
+    duration_s: float = 0.0,
+    cpu_s: float = 0.0,
+    memory_bytes_max: int = 0,
+    output_bytes: int = 0,
+) -> TaskExited:
+    """There is no result: `how` is the word for it, `reason` the sentence."""
+    return TaskExited(
+        job=job,
+        ended=how,
+        reason=reason,
+        exit_code=None,
+        signal=None,
+        inline=b"",
+        blob=b"",
+        blob_bytes=0,
+        plain_hash=b"",
+        output_bytes=output_bytes,
+        duration_s=duration_s,
+        cpu_s=cpu_s,
+        memory_bytes_max=memory_bytes_max,
+    )

@@ -1,0 +1,189 @@
+"""Cards: what this node says of itself, what others said of themselves, and how a card gets round the mesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawnet import __version__, limits
+from clawnet.errors import ClawnetError, WireError
+from clawnet.identity.certificates import verify_chain
+from clawnet.identity.keys import public_of
+from clawnet.market.capability import AI, capability_hash
+from clawnet.mesh.roster import PeerRecord
+from clawnet.node.context import Context
+from clawnet.wire.codec import decode_struct, encode
+from clawnet.wire.events import CapacityChanged, Listening, MessageIn
+from clawnet.wire.messages import RELAYED_BYTES_MAX, Kind, PeerCard, PeerInfo, Relayed
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+FIRST_HOP = limits.RELAY_HOPS_MAX - limits.CARD_HOPS
+"""A card's first `hops`: it is passed on CARD_HOPS times, so one change costs a hundred messages at most.
+
+Who is farther off hears of it by introductions.
+"""
+
+
+class Cards:
+    """The own card, signed, and everybody's newest; the capability index is fed from here."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.addresses: list[str] = []
+        self.capacity = CapacityChanged((), (), 0, 0, 0)
+        self._serial = 0
+        self._made_ms = 0
+        self._statement = b""
+        self._signature = b""
+        self.own = self._make()
+        self.own_hash = capability_hash(self.own)
+
+    # --- the own card
+
+    def _make(self) -> PeerCard:
+        config, capacity = self._ctx.config, self.capacity
+        declared = set(config.words("node.capabilities"))
+        offered = [word for word in capacity.capabilities if word.startswith("op:") or word in declared]
+        if "compute" not in offered:
+            offered = [word for word in offered if not word.startswith("op:")]
+        shell = list(capacity.shell_rings) if "shell-execution" in offered else []
+        prompts = list(capacity.prompt_rings) if AI in offered else []
+        jobs = getattr(self._rooms, "jobs", None)
+        members = self._rooms.members
+        return PeerCard(
+            peer=self._ctx.me,
+            serial=self._serial,
+            name=members.name,
+            version=f"clawnet/{__version__}",
+            addresses=self.addresses[:16],
+            capabilities=sorted(offered),
+            labels=list(config.words("node.labels")),
+            os=getattr(jobs, "os_family", ""),
+            cpu=capacity.cpu,
+            memory_bytes=capacity.memory_bytes,
+            gpu=capacity.gpu,
+            models=list(capacity.models) if prompts else [],
+            slots=getattr(jobs, "slots", 0),
+            running=len(jobs.running) if jobs is not None else 0,
+            queued=0,
+            shell_rings=shell,
+            certificates=members.facts.certificates,
+            prompt_rings=prompts,
+        )
+
+    def refresh(self) -> None:
+        """What this node can do, or where it listens, has changed: a new card, signed, to all that are connected."""
+        ctx = self._ctx
+        self._serial = max(self._serial + 1, ctx.now)
+        self._made_ms = ctx.now
+        self.own = self._make()
+        self.own_hash = capability_hash(self.own)
+        self._statement, self._signature = self._rooms.relay.state(Kind.PEER_INFO, encode(self.own))
+        for peer in ctx.links:
+            self.tell(peer)
+
+    def tell(self, peer: str) -> None:
+        """Our own card to one peer."""
+        if not self._statement:
+            self.refresh()
+        self._ctx.send(peer, PeerInfo(self._statement, self._signature, FIRST_HOP))
+
+    def capacity_changed(self, event: CapacityChanged) -> None:
+        """The execution adapters have probed what they can do."""
+        if event.prompt_trouble != self.capacity.prompt_trouble or event.prompt_rings != self.capacity.prompt_rings:
+            rings, reason = " ".join(event.prompt_rings), event.prompt_trouble
+            self._ctx.log("warn" if reason else "info", "endpoint.changed", rings=rings, reason=reason)
+        self.capacity = event
+        configured = self._ctx.config.integer("execution.slots")
+        self._rooms.jobs.slots = configured or max(2, event.cpu)
+        self.refresh()
+
+    def listening(self, event: Listening) -> None:
+        """The switch listens at these multiaddrs."""
+        self.addresses = list(event.addresses)
+        self.refresh()
+
+    def take_over(self, previous: Cards) -> None:
+        """A node built again while the process lives: capacity and addresses are still what they were."""
+        self.addresses, self.capacity = previous.addresses, previous.capacity
+        self._rooms.jobs.slots = previous._rooms.jobs.slots
+        self.refresh()
+
+    # --- others' cards
+
+    def load(self, record: PeerRecord) -> None:
+        """The card of a stored peer; one that this version cannot read is told again when its author is connected."""
+        if not record.card or record.banned:
+            return
+        try:
+            relayed = decode_struct(Relayed, record.card, RELAYED_BYTES_MAX)
+            self._rooms.members.index.put(decode_struct(PeerCard, relayed.body), record.ring)
+        except WireError:
+            record.card = record.signature = b""
+
+    def introduce(self, newcomer: str, count: int) -> None:
+        """Some of the cards known here, picked at random, as they are: whoever hears them passes them on no further."""
+        members, ctx = self._rooms.members, self._ctx
+        since_ms = ctx.now - limits.CARD_AGE_MS
+        known = [peer for peer in members.index.newest(4 * limits.CARDS_PER_MINUTE, since_ms) if peer != newcomer]
+        for _ in range(min(count, len(known))):
+            at = members.pick(len(known))
+            known[at], known[-1] = known[-1], known[at]
+            record = members.records.get(known.pop())
+            if record is not None and record.card and not members.banned(record.peer):
+                ctx.send(newcomer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
+
+    def keep_up(self) -> None:
+        """Every minute: some cards to one random peer; the own card made anew before others think it old."""
+        ctx = self._ctx
+        links = list(ctx.links)
+        if links:
+            self.introduce(links[self._rooms.members.pick(len(links))], limits.CARDS_PER_MINUTE)
+        if self._statement and ctx.now - self._made_ms >= limits.CARD_REFRESH_MS:
+            self.refresh()
+
+    def heard(self, event: MessageIn, message: PeerInfo) -> None:
+        """A card, from its author or passed on: kept when it is newer, passed on when it is fresh and not older.
+
+        Raises WireError or SignatureRefused for what no member may send.
+        """
+        relay, members = self._rooms.relay, self._rooms.members
+        read = relay.read(Kind.PEER_INFO, message)
+        if read is None:
+            return
+        card = decode_struct(PeerCard, read.body)
+        if card.peer != read.author:
+            raise WireError(f"a card of {card.peer[-8:]} stated by {read.author[-8:]}")
+        known = members.index.card(card.peer)
+        travels = message.hops < limits.RELAY_HOPS_MAX
+        if known is not None and (known.serial > card.serial or (known.serial == card.serial and not travels)):
+            return
+        if card.serial > self._ctx.now + limits.MESSAGE_AGE_MS or card.serial < self._ctx.now - limits.CARD_AGE_MS:
+            self._ctx.count("relayed_refused_total", "card_age")
+            return
+        relay.check(message, read)
+        record = members.records.get(card.peer) or self._meet(card)
+        if record is None or record.banned:
+            return
+        if travels and relay.fresh(read):
+            relay.pass_on(message, card.peer, event.peer)
+        if members.index.put(card, record.ring) or not record.card:
+            record.card, record.signature, record.addresses = message.statement, message.signature, _merge(card, record)
+            members.save(record)
+            members.redial(record)
+
+    def _meet(self, card: PeerCard) -> PeerRecord | None:
+        """A member we only heard of: its certificates are in its card, so it is known before it is ever connected."""
+        members = self._rooms.members
+        try:
+            proven = verify_chain(members.facts.charter, members.facts.mesh, card.certificates, public_of(card.peer))
+        except ClawnetError as error:
+            self._ctx.count("relayed_refused_total", error.code)
+            return None
+        return members.remember(card.peer, card.name, card.certificates, proven)
+
+
+def _merge(card: PeerCard, record: PeerRecord) -> list[str]:
+    return [*card.addresses, *(a for a in record.addresses if a not in card.addresses)][: limits.DIAL_ADDRESSES_MAX]

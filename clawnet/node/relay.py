@@ -1,0 +1,91 @@
+"""What members pass on for each other: signed statements, each taken once over restarts too, degree and hops bounded.
+
+A message class that carries one has the fields of PeerInfo (statement, signature, hops). Its handler asks `fresh`
+whether the statement is new here, and calls `pass_on` when it is worth a hop more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from clawnet import limits
+from clawnet.errors import RemoteError
+from clawnet.node.context import Context
+from clawnet.wire.messages import Kind, PeerInfo, Relayed
+from clawnet.wire.relayed import check_relayed, make_relayed, read_relayed
+from clawnet.wire.replay import ReplayWindow, Seen
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+FLOOR_KEY = "relay_floor"
+Carrier = TypeVar("Carrier", bound=PeerInfo)
+
+
+class Relay:
+    """The replay window of relayed statements (table `relayed`), and the choice of those who hear them next."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+        self.window = ReplayWindow()
+        self.window.forgotten = self._forgotten
+
+    def load(self, rows: list[Seen], floor_ms: int) -> None:
+        """The window as the database holds it."""
+        self.window.restore(rows, floor_ms)
+
+    def _forgotten(self, row: Seen) -> None:
+        self._ctx.delete("relayed", row[1], row[2])
+
+    def state(self, kind: Kind, body: bytes) -> tuple[bytes, bytes]:
+        """A statement of this node's own: (statement, signature)."""
+        ctx = self._ctx
+        return make_relayed(ctx.me, kind, body, identifier=ctx.entropy(16), time_ms=ctx.now, sign=ctx.ports.sign)
+
+    def read(self, kind: Kind, message: PeerInfo) -> Relayed | None:
+        """What a message says, still unverified; None for this node's own statements and those known already.
+
+        Raises WireError.
+        """
+        read = read_relayed(kind, message.statement)
+        if read.author == self._ctx.me or self.window.seen(read.author, read.id):
+            self._ctx.count("relayed_repeated_total", kind.name)
+            return None
+        return read
+
+    @staticmethod
+    def check(message: PeerInfo, read: Relayed) -> None:
+        """Raises SignatureRefused unless its author signed it. Before anything is believed or admitted."""
+        check_relayed(read, message.statement, message.signature)
+
+    def fresh(self, read: Relayed) -> bool:
+        """True the first time, and never again for this statement, whatever happens to the process in between.
+
+        False for one from outside the window of time, and when its author has filled its share of the window.
+        """
+        ctx, floor_ms = self._ctx, self.window.floor_ms
+        try:
+            taken = self.window.admit(read.author, read.id, read.time_ms, ctx.now)
+        except RemoteError as error:
+            ctx.count("relayed_refused_total", error.code)
+            return False
+        if taken:
+            ctx.put("relayed", read.author, read.id, read.time_ms)
+        if self.window.floor_ms != floor_ms:
+            ctx.put("meta", FLOOR_KEY, str(self.window.floor_ms).encode())
+        return taken
+
+    def pass_on(self, message: Carrier, author: str, sender: str) -> None:
+        """One hop more, to RELAY_DEGREE connected peers at random that are neither author nor sender."""
+        if message.hops >= limits.RELAY_HOPS_MAX:
+            return
+        ctx, pick = self._ctx, self._rooms.members.pick
+        peers = [peer for peer in ctx.links if peer not in (author, sender)]
+        onward = msgspec.structs.replace(message, hops=message.hops + 1)
+        for _ in range(min(limits.RELAY_DEGREE, len(peers))):
+            at = pick(len(peers))
+            peers[at], peers[-1] = peers[-1], peers[at]
+            ctx.send(peers.pop(), onward)
