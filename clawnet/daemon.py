@@ -183,6 +183,7 @@ class Daemon:
             deliver=self._deliver,
             blobs=self.blobs,
             log=self.observer.log,
+            addresses_of=lambda peer: self._node.rooms.members.addresses(peer),
         )
 
     def _build(self) -> tuple[Node, list[e.Effect]]:

@@ -150,6 +150,9 @@ BLOB_STREAMS_PER_PEER_MAX: Final = 8
 BLOB_BYTES_MAX: Final = 65 * MIB
 BLOB_FRAME_BYTES_MAX: Final = 64 * KIB
 BLOB_STALL_S: Final = 60.0
+BULK_BYTES_MIN: Final = 1 * MIB
+BULK_DIAL_S: Final = 3.0
+BULK_IDLE_S: Final = 20.0
 BLOB_LEAVES_CACHED: Final = 256
 
 # --- local socket

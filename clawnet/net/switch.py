@@ -17,7 +17,9 @@ from typing import Any
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, LinkError
 from clawnet.identity.keys import KeyPair, public_of, verify
+from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
+from clawnet.net.bulk import BulkRoutes
 from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
@@ -36,13 +38,14 @@ PROTOCOLS = (CONTROL_PROTOCOL, BLOB_PROTOCOL, JOIN_PROTOCOL)
 
 
 class Visit:
-    """One connection and what goes over it; without a link it is a stranger's and ends after CONNECTION_IDLE_S."""
+    """One connection and what goes over it; without a link, or blobs of a peer linked elsewhere, it ends soon."""
 
-    __slots__ = ("connection", "link", "timer")
+    __slots__ = ("blobs", "connection", "link", "timer")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.link: Link | None = None
+        self.blobs = 0
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -62,6 +65,7 @@ class Switch:
         deliver: Callable[[Stimulus], None],
         blobs: BlobStore,
         log: Callable[[str, str, dict[str, Any]], None],
+        addresses_of: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
         self.peer_id = identity.peer_id
         self.settings = settings
@@ -79,6 +83,7 @@ class Switch:
         self._joins = JoinDesk(deliver, self.note)
         self._blobs = BlobDesk(blobs, self.note, self.count)
         self._store = blobs
+        self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
         self._visits: dict[Connection, Visit] = {}
@@ -300,6 +305,8 @@ class Switch:
         if self._links.get(peer) is not link:
             return
         del self._links[peer]
+        self._bulk.link_down(peer)
+        self._drop_unlinked(peer)
         self.note("info", "link.down", peer=peer, reason=reason)
         self.count("links_down")
         self._deliver(PeerDown(peer, reason))
@@ -376,8 +383,16 @@ class Switch:
         return visit
 
     def _visit_over(self, visit: Visit) -> None:
-        if visit.link is None or visit.link.state is not LinkState.UP:
+        if visit.blobs:
+            visit.timer = self._loop.call_later(limits.CONNECTION_IDLE_S, self._visit_over, visit)
+        elif visit.link is None or visit.link.state is not LinkState.UP:
             visit.connection.close(f"no membership shown within {limits.CONNECTION_IDLE_S:g} s")
+
+    def _drop_unlinked(self, peer: str) -> None:
+        """Connections for bulk data alone go with the link that vouched for them."""
+        for visit in list(self._visits.values()):
+            if visit.connection.peer == peer and visit.link is None and visit.blobs:
+                visit.connection.close("its link is gone")
 
     def _visit_ended(self, visit: Visit) -> None:
         self._visits.pop(visit.connection, None)
@@ -395,13 +410,28 @@ class Switch:
                 self._greet(visit, stream)
             except LinkError as problem:
                 connection.close(problem.message)
-        elif stream.protocol == BLOB_PROTOCOL and link is not None and link is visit.link:
-            self._spawn(self._blobs.serve(stream))
+        elif stream.protocol == BLOB_PROTOCOL and link is not None and visit.link in (link, None):
+            self._spawn(self._serve_blobs(visit, stream))
         elif stream.protocol == JOIN_PROTOCOL and connection.inbound:
             self._spawn(self._joins.serve(stream))
         else:
             self.count("streams_refused")
             stream.reset()
+
+    async def _serve_blobs(self, visit: Visit, stream: Stream) -> None:
+        visit.blobs += 1
+        try:
+            await self._blobs.serve(stream)
+        finally:
+            visit.blobs -= 1
+
+    async def _dial_bulk(self, peer: str, addresses: Sequence[Multiaddr]) -> Connection:
+        transport = self._transports.get("tcp")
+        if transport is None:
+            raise LinkError("this node does not speak TCP")
+        connection = await race(lambda where: transport.dial(where, peer, limits.BULK_DIAL_S), addresses)
+        connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
+        return connection
 
     def _greet(self, visit: Visit, stream: Stream) -> Link:
         peer = visit.connection.peer
@@ -434,7 +464,8 @@ class Switch:
             elif (link := self._links.get(peer)) is None:
                 reason = f"{peer} is not connected"
             else:
-                inline = await self._blobs.fetch(link.connection, task_id, blobs, inline_max)
+                async with self._bulk.route(link.connection, sum(size for _, size in blobs)) as way:
+                    inline = await self._blobs.fetch(way, task_id, blobs, inline_max)
         except ClawnetError as problem:
             reason = problem.message
         except OSError as problem:

@@ -93,7 +93,7 @@ class MemoryWriter:
 class SwitchNode:
     """One switch and what it delivered; checks at every stimulus that ups and downs of a peer alternate."""
 
-    def __init__(self, key: KeyPair, transport: Transport, settings: SwitchSettings = SETTINGS, seed: int = 0) -> None:
+    def __init__(self, key: KeyPair, transports: dict[str, Transport], settings: SwitchSettings = SETTINGS, seed: int = 0) -> None:
         self.key = key
         self.peer = key.peer_id
         self.told: list[Stimulus] = []
@@ -103,6 +103,7 @@ class SwitchNode:
         self.blobs = MemoryBlobs()
         self.clock_off_ms = 0
         self.addresses: list[str] = []
+        self.known: dict[str, list[str]] = {}
         self._changed = asyncio.Event()
         chance = random.Random(f"{seed} {key.peer_id}")
         self.switch = Switch(
@@ -110,12 +111,13 @@ class SwitchNode:
             settings,
             clock=lambda: time.time_ns() // 1_000_000 + self.clock_off_ms,
             entropy=chance.randbytes if seed else os.urandom,
-            transports={"quic-v1" if isinstance(transport, QuicTransport) else "tcp": transport},
+            transports=transports,
             local_hello=lambda: HelloFacts(MESH, f"node-{key.peer_id[-4:]}", []),
             admit=self._admit,
             deliver=self._deliver,
             blobs=self.blobs,
             log=lambda level, event, fields: self.log.append((level, event, fields)),
+            addresses_of=lambda peer: self.known.get(peer, []),
         )
 
     def _admit(self, peer: str, hello: Hello) -> str:
@@ -177,20 +179,25 @@ class SwitchWorld:
         self.nodes: list[SwitchNode] = []
         self.transports: list[Transport] = []
 
-    def transport(self, key: KeyPair) -> Transport:
+    def transport(self, key: KeyPair, kind: str = "") -> Transport:
         """A transport for the holder of the key; closed with the world."""
+        kind = kind or self.kind
         made: Transport
-        if self.kind == "fake":
+        if kind == "fake":
             made = self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
         else:
-            make = QuicTransport if self.kind == "quic-v1" else TcpTransport
+            make = QuicTransport if kind == "quic-v1" else TcpTransport
             made = make(key, PROTOCOLS, "clawnet/test")
         self.transports.append(made)
         return made
 
+    def _carriers(self, key: KeyPair) -> dict[str, Transport]:
+        kinds = ("quic-v1", "tcp") if self.kind == "both" else (self.kind,)
+        return {kind.replace("fake", "tcp"): self.transport(key, kind) for kind in kinds}
+
     async def node(self, index: int, settings: SwitchSettings = SETTINGS, seed: int = 0) -> SwitchNode:
         """A started node with the key KEYS[index]."""
-        node = SwitchNode(KEYS[index], self.transport(KEYS[index]), settings, seed)
+        node = SwitchNode(KEYS[index], self._carriers(KEYS[index]), settings, seed)
         self.nodes.append(node)
         node.addresses = await node.switch.start()
         return node
