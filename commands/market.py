@@ -122,7 +122,7 @@ def _follow_one(invocation: Invocation, client: Any, accepted: dict[str, Any], *
     try:
         task = following.follow(client, accepted["task_id"], printer=printer if stream else None, patience=patience)
     except KeyboardInterrupt:
-        invocation.say(f"task {short(task_id)} goes on; `clawnet market wait {short(task_id)}` waits for it")
+        invocation.say(f"task {name} goes on; `clawnet market wait {name}` waits for it")
         raise
     if stream or not invocation.json:
         printer.rest(task, patience)

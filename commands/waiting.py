@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clawnet import errors, rpc
-from clawnet.api import Client
-from clawnet.errors import ClawnetError, DataError, TimedOutError
+from clawnet import errors
+from clawnet.errors import ClawnetError, DataError
 
 from .invocation import Invocation
-from .render import clean, json_line, seconds, short, who, write, write_bytes
+from .render import clean, json_line, seconds, short, who, write
 
 STREAMS = ("stdout", "stderr")
 READ_BYTES = 512 * 1024

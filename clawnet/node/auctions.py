@@ -386,6 +386,8 @@ class Auctions:
         trouble = self._rooms.cards.capacity.prompt_trouble
         lacking = f"the AI endpoint here does not serve: {trouble}" if trouble else "no connected node serves prompts"
         wider = "--ring member asks members too; " if task.spec["ring"] == "own" else ""
+        if task.spec["requirements"]["model"]:
+            wider += "--model asks for one model alone, without it any will do; "
         own = "clawnet doctor tells more" if trouble else SET_ENDPOINT
         return f"{lacking}; {wider}{own}; or run a command with --type shell"
 
@@ -394,7 +396,7 @@ class Auctions:
         why = f"clawnet market why {task.task_id.hex()[:8]} explains"
         if task.kind == "prompt" and not set(refusals) - {"no_capability"} and not task.spec["peer"]:
             return f"{self._no_endpoint(task)}; {why}"
-        if "no_model" in refusals or task.spec["requirements"]["model"]:
+        if "no_model" in refusals:
             return f"--model names one model; leave it out to widen the choice; {why}"
         if "price" in refusals:
             return f"a higher --budget may help; {why}"

@@ -195,7 +195,6 @@ class Awards:
             return
         task, attempt = found
         attempt.state, attempt.accepted_ms, attempt.heard_ms = "accepted", self._ctx.now, self._ctx.now
-        self.documents.pop(task.task_id, None) if task.retries_left == 0 else None
         if attempt.paying and task.state == "awarded":
             self._rooms.tasks.move(task, "executing", "accepted")
         self._rooms.tasks.touch(task)
@@ -208,7 +207,7 @@ class Awards:
         self._rooms.outbox.settle(Kind.MARKET_WINNER, event.peer, about(message.task_id, message.attempt))
         self._rooms.outbox.settle(Kind.MARKET_ESCROW_LOCK, event.peer, about(message.task_id, message.attempt))
         found = self.find(event, message.task_id, message.attempt)
-        if found is None or found[1].state not in ("awarded", "locked"):
+        if found is None or found[1].state not in RUNNING:
             return
         task, attempt = found
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))

@@ -17,7 +17,7 @@ from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
 from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited
 from clawnet.wire.jobspec import InputRef, JobSpec
-from clawnet.wire.messages import Ack, Cancel, Waiver
+from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -129,6 +129,8 @@ class Jobs:
                 self._short.add(job.job)
 
     def _pump_prompts(self) -> None:
+        if not self.slots:
+            return  # the executor has not said yet what it can do
         while self.prompts and len(self.prompting) < self._ctx.config.integer("execution.prompt_slots"):
             job = self.jobs.get(self.prompts.popleft())
             if job is not None and job.state == "queued":
@@ -313,11 +315,23 @@ class Jobs:
             elif job.state == "delivered" and job.lock_seq >= 0:
                 self._ctx.wake(("job", job.job), self._ctx.now + PULLS_MS[0])
 
-    def drain(self) -> bool:
-        """Hands back what has not started; True when nothing runs any longer."""
+    def drain(self) -> None:
+        """Hands back what has not started: by a REJECT where it never did, so that the slot may move at once."""
         for job in [job for job in self.jobs.values() if job.state in ("fetching", "queued")]:
-            self._give_up(job, "draining", "the executor is stopping")
-        return not self.running
+            if job.starts:
+                self._give_up(job, "draining", "the executor is stopping")
+            else:
+                self._hand_back(job, "draining", "the executor is stopping")
+
+    def _hand_back(self, job: Job, reason: str, text: str) -> None:
+        """Durably not started, and never to be."""
+        self.leave(job)
+        job.state, job.reason = "rejected", reason
+        self._rooms.taking.over(job.job)
+        waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
+        self._rooms.outbox.oblige(job.peer, Reject(job.task_id, job.attempt, reason, text, waiver), job.job)
+        self.touch(job)
+        self._ctx.count("jobs_total", "rejected")
 
     def drain_now(self) -> None:
         """The drain timeout is over: what still runs is stopped and handed back."""

@@ -17,6 +17,7 @@ from clawnet.node.books import Books
 from clawnet.node.calls import Calls
 from clawnet.node.cards import Cards
 from clawnet.node.context import Context, Outbox, Ports
+from clawnet.node.draining import Draining
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
@@ -87,6 +88,7 @@ class Rooms:
     writes: Writes
     views: Views
     calls: Calls
+    draining: Draining
 
 
 class Node:
@@ -128,6 +130,7 @@ class Node:
         rooms.invites = Invites(self.ctx, rooms)
         rooms.writes = Writes(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
+        rooms.draining = Draining(self.ctx, rooms)
         self._messages = self._message_table()
         self._stimuli = self._stimulus_table()
 
@@ -253,14 +256,11 @@ class Node:
         rooms.tasks.flush()
         rooms.jobs.flush()
         rooms.books.snapshot()
-        if self.ctx.draining and not rooms.jobs.running and not self._drained:
-            self._drained = True
+        if rooms.draining.ended():
             rooms.books.snapshot(force=True)
             self.ctx.out.append(e.Drained())
         out, self.ctx.out = self.ctx.out, []
         return out
-
-    _drained = False
 
     def _stimulus_table(self) -> dict[type[e.Stimulus], Callable[[Any], None]]:
         rooms = self.rooms
@@ -285,7 +285,7 @@ class Node:
             e.Listening: rooms.cards.listening,
             e.MeetPeers: rooms.members.meet,
             e.Reloaded: rooms.members.reloaded,
-            e.Drain: self._drain,
+            e.Drain: lambda event: rooms.draining.begin(),
         }
 
     def _message_table(self) -> dict[type[m.Message], Callable[[e.MessageIn], None]]:
@@ -379,7 +379,9 @@ class Node:
         elif what == "drain":
             rooms.books.drain("")
         elif what == "drain_timeout":
-            rooms.jobs.drain_now()
+            rooms.draining.timed_out()
+        elif what == "drain_settle":
+            rooms.draining.settled()
 
     def _inputs_ready(self, event: e.InputsReady) -> None:
         calls = self.rooms.tasks.draft_calls(event.request)
@@ -394,13 +396,6 @@ class Node:
             self.rooms.jobs.inputs_fetched(event)
         else:
             self.rooms.results.blob_ready(event)
-
-    def _drain(self, event: e.Drain) -> None:
-        """No new bids or tasks; what has not started is handed back; what runs may finish within the drain timeout."""
-        if not self.ctx.draining:
-            self.ctx.draining = True
-            self.rooms.jobs.drain()
-            self.ctx.wake(("drain_timeout",), self.ctx.now + self.ctx.config.millis("daemon.drain_timeout"))
 
     # --- what the adapters read between steps
 

@@ -362,7 +362,7 @@ class Tasks:
         self._rooms.awards.documents[task.task_id] = document
         task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
         self.move(task, "announced", "accepted")
-        ctx.reply(call, {"task_id": task.task_id.hex(), "created": True})
+        self._submitted(call, task, created=True)
         self._rooms.auctions.queue(task)
         self._rooms.leases.arm(task)
 

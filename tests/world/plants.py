@@ -12,7 +12,7 @@ import msgspec
 
 from clawnet.ledger import purse, rules, state
 from clawnet.ledger.entries import EntryKind
-from clawnet.node import books, context, jobs, leases, pay, results, taking
+from clawnet.node import context, jobs, leases, locks, pay, results, taking
 from clawnet.runtime import Runtime
 from clawnet.wire import events as e
 from clawnet.wire.messages import Result
@@ -270,22 +270,22 @@ def lock_reused() -> Iterator[None]:
     _replace(pay.Pay, "bound", lambda original: lambda self, lock_hash, line: False)
 
     def make(original: Any) -> Any:
-        def write(self: books.Books, deliver_by_ms: int, expiry_ms: int, members: list[Any]) -> None:
-            left = []
+        def write(self: locks.Locks, deliver_by_ms: int, expiry_ms: int, members: list[Any]) -> None:
+            left, books = [], self._rooms.books
             for task, attempt in members:
-                open_lines = self.book.open_lines(self._ctx.account)
+                open_lines = books.book.open_lines(self._ctx.account)
                 line = next((line for line in open_lines if line.payee == attempt.account), None)
                 if line is None:
                     left.append((task, attempt))
                     continue
                 attempt.lock_seq, attempt.lock_hash, attempt.line = line.lock_seq, line.lock_hash, line.line
-                self._rooms.awards.locked(task, attempt, self.chains.base(attempt.peer))
+                self._rooms.awards.locked(task, attempt, books.chains.base(attempt.peer))
             if left:
                 original(self, deliver_by_ms, expiry_ms, left)
 
         return write
 
-    yield _replace(books.Books, "_write_lock", make)
+    yield _replace(locks.Locks, "_write", make)
 
 
 @plant
