@@ -93,7 +93,9 @@ class MemoryWriter:
 class SwitchNode:
     """One switch and what it delivered; checks at every stimulus that ups and downs of a peer alternate."""
 
-    def __init__(self, key: KeyPair, transports: dict[str, Transport], settings: SwitchSettings = SETTINGS, seed: int = 0) -> None:
+    def __init__(
+        self, key: KeyPair, transports: dict[str, Transport], settings: SwitchSettings = SETTINGS, seed: int = 0
+    ) -> None:
         self.key = key
         self.peer = key.peer_id
         self.told: list[Stimulus] = []
@@ -191,13 +193,14 @@ class SwitchWorld:
         self.transports.append(made)
         return made
 
-    def _carriers(self, key: KeyPair) -> dict[str, Transport]:
+    def carriers(self, key: KeyPair) -> dict[str, Transport]:
+        """The transports of a node of this kind of network, as the switch takes them."""
         kinds = ("quic-v1", "tcp") if self.kind == "both" else (self.kind,)
         return {kind.replace("fake", "tcp"): self.transport(key, kind) for kind in kinds}
 
     async def node(self, index: int, settings: SwitchSettings = SETTINGS, seed: int = 0) -> SwitchNode:
         """A started node with the key KEYS[index]."""
-        node = SwitchNode(KEYS[index], self._carriers(KEYS[index]), settings, seed)
+        node = SwitchNode(KEYS[index], self.carriers(KEYS[index]), settings, seed)
         self.nodes.append(node)
         node.addresses = await node.switch.start()
         return node

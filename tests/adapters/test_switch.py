@@ -59,7 +59,7 @@ def test_messages_arrive_whole_and_in_order_both_ways(kind: str) -> None:
 def test_what_is_dialled_before_the_start_is_dialled_once_it_listens(kind: str) -> None:
     async def body(world: SwitchWorld) -> None:
         other, third = await world.node(1), await world.node(2)
-        one = SwitchNode(KEYS[0], world.transport(KEYS[0]))
+        one = SwitchNode(KEYS[0], world.carriers(KEYS[0]))
         world.nodes.append(one)
         for known in (other, third):
             one.switch.dial(0, known.peer, known.addresses, keep=True)

@@ -142,7 +142,7 @@ def test_nobody_to_ask_is_a_reason_and_own_blobs_need_nobody() -> None:
 
 def test_a_fetch_before_the_start_is_answered_too() -> None:
     async def main() -> None:
-        node = SwitchNode(KEYS[0], FakeNetwork().transport(KEYS[0].peer_id, PROTOCOLS, "clawnet/test"))
+        node = SwitchNode(KEYS[0], {"tcp": FakeNetwork().transport(KEYS[0].peer_id, PROTOCOLS, "clawnet/test")})
         node.switch.fetch(b"1", KEYS[1].peer_id, TASK, ((bytes(32), 5),))
         assert "not connected" in (await node.find(BlobReady, request=b"1")).reason
 
