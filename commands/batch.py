@@ -25,8 +25,8 @@ from clawnet.errors import (
     UnreachableError,
 )
 
+from . import following, submission
 from . import options as o
-from . import submission
 from .app import report
 from .batch_lines import Keys, Line, Reader, Source
 from .batch_view import View
@@ -191,6 +191,8 @@ class Batch:
                     self._fill()
                     self._hear()
                 except UnreachableError as error:
+                    if not following.is_loss(error):
+                        raise
                     self._reconnect(error)
         self._view.close()
         self._view.summary()
@@ -325,6 +327,10 @@ class Batch:
         if event.method or event.call not in self._calls:
             return
         flight = self._calls.pop(event.call)
+        if isinstance(event.error, UnreachableError) and not isinstance(event.error, BusyError):
+            # The daemon stops: what it had is asked for again from the next.
+            self._again.append(flight)
+            raise event.error
         if event.error is not None:
             self._failed(flight, event.error)
         elif flight.task_id:
@@ -341,16 +347,13 @@ class Batch:
 
     def _failed(self, flight: Flight, error: ClawnetError) -> None:
         """A call was answered with an error: the line waits, stands for a task already there, or is no good."""
-        if flight.task_id:
-            self._refused(flight.number, flight.key, error)
-            return
         full = isinstance(error, (BusyError, StorageFullError)) or (isinstance(error, FundsError) and self._calls)
         if full and (self._calls or time.monotonic() < self._moved + limits.BATCH_STUCK_S):
-            flight.sent = False
+            flight.sent = bool(flight.task_id)
             self._again.append(flight)
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, limits.BATCH_AGAIN_MAX_S)
-        elif flight.derived and isinstance(error, DataError) and error.details.get("task_id"):
+        elif flight.derived and not flight.task_id and isinstance(error, DataError) and error.details.get("task_id"):
             if flight.spec.get("inputs"):
                 hint = "its inputs (or the options) have changed since it was done; --name makes a new run of all lines"
                 self._refused(flight.number, flight.key, DataError(error.message, hint=hint))
@@ -372,25 +375,21 @@ class Batch:
 
     # --- interruptions
 
-    def _reconnect(self, error: ClawnetError) -> None:
+    def _reconnect(self, error: UnreachableError) -> None:
         """The daemon is gone: waits until one is back, then asks for everything that was in flight again."""
-        self._client.close()
         self._again.extend(self._calls.values())
         self._calls.clear()
-        self._invocation.say(f"{error.message}; waiting for it")
         until = time.monotonic() + limits.BATCH_STUCK_S
-        pause_s = limits.BATCH_AGAIN_MIN_S
-        while True:
-            try:
-                self._client.call("status")
-                return
-            except (UnreachableError, TimedOutError) as gone:
-                last = self._invocation.deadline()
-                if time.monotonic() > until or (last is not None and time.monotonic() >= last):
-                    raise type(gone)(f"{gone.message}; submitted tasks are kept", hint=RESUME) from gone
-            self._client.close()
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, limits.BATCH_AGAIN_MAX_S)
+        last = self._invocation.deadline()
+        until = until if last is None else min(until, last)
+        patience = following.Patience(self._client, deadline=until, ends_at=None, say=self._say)
+        try:
+            patience.again(error)
+        except UnreachableError as gone:
+            raise type(gone)(f"{gone.message}; submitted tasks are kept", hint=RESUME) from gone
+
+    def _say(self, text: str) -> None:
+        self._view.above(lambda: self._invocation.say(text))
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:

@@ -179,15 +179,18 @@ def test_a_killed_batch_goes_on_where_it_stopped(alice: Node, tmp_path: Path) ->
     each_once(alice, before, found)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_daemon_killed_meanwhile_costs_nothing(pair: list[Node], tmp_path: Path, who: int) -> None:
+@pytest.mark.parametrize(("who", "how"), [(0, "killed"), (1, "killed"), (0, "restarted")])
+def test_a_daemon_that_ends_meanwhile_costs_nothing(pair: list[Node], tmp_path: Path, who: int, how: str) -> None:
     alice, victim = pair[0], pair[who]
     before = spent(alice)
     file = texts(tmp_path / "tasks", 60)
-    command = ("market", "batch", file, *WORK, "--name", f"daemon{who}", "--in-flight", "4")
+    command = ("market", "batch", file, *WORK, "--name", f"daemon{who}{how}", "--in-flight", "4")
     with alice.popen(*command) as batch:
         out = read_until(batch.stdout, b"\n")
-        victim.kill()
+        if how == "restarted":
+            assert victim("daemon", "restart").code == 0
+        else:
+            victim.kill()
         if who:
             victim.start()
         assert batch.stdout
