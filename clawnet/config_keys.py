@@ -38,7 +38,6 @@ def _unbuilt(section: str, feature: str, names: str) -> tuple[Key, ...]:
     return tuple(Key(f"{section}.{name}", "text", "", feature, unbuilt=reason) for name in names.split())
 
 
-_QUIC = "QUIC is not built yet in this version (peers are reached over TCP); remove the key"
 _OWN_OR_MEMBER = ("own", "member")
 
 _TABLE: Final[tuple[Key, ...]] = (
@@ -77,8 +76,17 @@ _TABLE: Final[tuple[Key, ...]] = (
     ),
     Key("network.connection_timeout", "duration", "30s", "how long a dial may take", RELOAD, "100ms", "10m"),
     Key("network.ping_interval", "duration", "15s", "how often a silent connection is checked", RESTART, "1s", "60s"),
-    Key("network.enable_quic", "flag", "", "QUIC", unbuilt=_QUIC),
-    Key("network.quic_port", "integer", "", "UDP port of QUIC", unbuilt=_QUIC, short_variable="CLAWNET_QUIC_PORT"),
+    Key("network.enable_quic", "flag", "true", "reach peers over QUIC", RESTART),
+    Key(
+        "network.quic_port",
+        "integer",
+        "4001",
+        "UDP port of QUIC; taken, it gives way to a free one unless it is set here; 0: any free one",
+        RESTART,
+        "0",
+        "65535",
+        short_variable="CLAWNET_QUIC_PORT",
+    ),
     *_unbuilt("network", "discovery on the local network (mDNS) is", "enable_mdns"),
     *_unbuilt("network", "discovery through the DHT is", "enable_dht dht_mode"),
     *_unbuilt("network", "relaying is", "enable_relay"),

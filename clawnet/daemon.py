@@ -24,9 +24,10 @@ from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
 from clawnet.ipc.server import IpcServer
 from clawnet.ledger.terms import LedgerTerms
+from clawnet.net.carriers import carriers
 from clawnet.net.ping import measure
-from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
-from clawnet.net.tcp import TcpTransport
+from clawnet.net.settings import SwitchSettings
+from clawnet.net.switch import PROTOCOLS, Switch
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
@@ -170,18 +171,19 @@ class Daemon:
         self.runtime.perform(effects)
 
     def _make_switch(self) -> Switch:
-        agent = f"clawnet/{__version__}"
+        settings = SwitchSettings.of(self.config, f"clawnet/{__version__}")
         return Switch(
             self.key,
-            SwitchSettings.of(self.config, agent),
+            settings,
             clock=clock_ms,
             entropy=secrets.token_bytes,
-            transport=TcpTransport(self.key, PROTOCOLS, agent),
+            transports=carriers(self.key, PROTOCOLS, settings),
             local_hello=self._hello,
             admit=self._admit,
             deliver=self._deliver,
             blobs=self.blobs,
             log=self.observer.log,
+            addresses_of=lambda peer: self._node.rooms.members.addresses(peer),
         )
 
     def _build(self) -> tuple[Node, list[e.Effect]]:
@@ -254,11 +256,14 @@ class Daemon:
 
     def _check_port(self, addresses: list[str]) -> None:
         """A port that nobody asked for gives way when it is taken; whoever forwards it must hear of that."""
-        wanted = self.config.integer("network.tcp_port")
-        if wanted and addresses and not self.config.words("node.listen_addrs"):
-            got = multiaddr.parse(addresses[0]).port
-            if got != wanted:
-                self._warnings.append(f"port {wanted} is taken, so this node listens at {got}")
+        if self.config.words("node.listen_addrs"):
+            return
+        got = {where.transport: where.port for where in map(multiaddr.parse, addresses)}
+        for transport, port in got.items():
+            wanted, _, _ = self.switch.settings.port(transport)
+            if wanted and port != wanted:
+                kind = "UDP port" if transport == "quic-v1" else "port"
+                self._warnings.append(f"{kind} {wanted} is taken, so this node listens at {port}")
 
     def _log(self, level: str, event: str, **fields: Any) -> None:
         self.observer.log(level, event, fields)

@@ -138,19 +138,30 @@ def _daemon(invocation: Invocation) -> tuple[Finding, list[Finding]]:
 
 
 def _ports(settings: Config, *, running: bool) -> Iterator[Finding]:
-    """Whether the TCP port is free for a daemon that does not run yet."""
-    if running or not settings.flag("network.enable_tcp"):
+    """Whether the ports are free for a daemon that does not run yet, and whether QUIC can work here at all."""
+    from clawnet.net.carriers import NO_QUIC, NO_QUIC_REMEDY, has_quic
+
+    quic = settings.flag("network.enable_quic")
+    if quic and not has_quic():
+        yield _finding("quic", "warn", NO_QUIC, NO_QUIC_REMEDY)
+    if running:
         return
-    port = settings.integer("network.tcp_port")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if settings.flag("network.enable_tcp"):
+        yield _port("TCP", socket.SOCK_STREAM, settings.integer("network.tcp_port"), "network.tcp_port")
+    if quic and has_quic():
+        yield _port("UDP", socket.SOCK_DGRAM, settings.integer("network.quic_port"), "network.quic_port")
+
+
+def _port(kind: str, socket_kind: socket.SocketKind, port: int, key: str) -> Finding:
+    with socket.socket(socket.AF_INET, socket_kind) as probe:
+        if socket_kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            remedy = "clawnet config set network.tcp_port 0 takes any free port"
-            yield _finding("ports", "warn", f"TCP port {port} cannot be used: {error.strerror}", remedy)
-            return
-    yield _finding("ports", "ok", f"TCP port {port} is free" if port else "any free TCP port")
+            remedy = f"clawnet config set {key} 0 takes any free port"
+            return _finding("ports", "warn", f"{kind} port {port} cannot be used: {error.strerror}", remedy)
+    return _finding("ports", "ok", f"{kind} port {port} is free" if port else f"any free {kind} port")
 
 
 def _sandbox(settings: Config) -> Finding:

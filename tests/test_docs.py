@@ -131,6 +131,7 @@ class Node:
             "HOME": str(place),
             "CLAWNET_HOME": str(self.home),
             "CLAWNET_NETWORK_TCP_PORT": "0",
+            "CLAWNET_NETWORK_QUIC_PORT": "0",
             "LC_ALL": "C.UTF-8",
         }
 

@@ -20,17 +20,21 @@ DialOne = Callable[[Multiaddr], Awaitable[Connection]]
 
 
 async def race(dial: DialOne, addresses: Sequence[Multiaddr]) -> Connection:
-    """The first connection made to any of the addresses, tried in order and DIAL_STAGGER_S apart (RFC 8305, section 5).
+    """The first connection made to any of the addresses (RFC 8305, section 5).
 
-    Raises LinkError with every address's reason when all fail.
+    Hosts are tried in order and DIAL_STAGGER_S apart, the transports of one host at the same time. Raises LinkError
+    with every address's reason when all fail.
     """
-    waiting = list(addresses)
+    hosts: dict[str, list[Multiaddr]] = {}
+    for address in addresses:
+        hosts.setdefault(address.host, []).append(address)
+    waiting = list(hosts.values())
     running: set[asyncio.Task[Connection]] = set()
     problems: list[str] = []
     try:
         while waiting or running:
             if waiting:
-                running.add(asyncio.ensure_future(dial(waiting.pop(0))))
+                running |= {asyncio.ensure_future(dial(address)) for address in waiting.pop(0)}
             stagger_s = limits.DIAL_STAGGER_S if waiting else None
             done, running = await asyncio.wait(running, timeout=stagger_s, return_when=asyncio.FIRST_COMPLETED)
             made = [task for task in done if task.exception() is None]

@@ -17,7 +17,8 @@ from clawnet import limits
 from clawnet.errors import LinkError, WireError
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.multiaddr import of_socket
-from clawnet.net import identify, multistream, ping, yamux
+from clawnet.net import identify, ping, yamux
+from clawnet.net.negotiation import accept, propose
 from clawnet.net.noise import PLAIN_BYTES_MAX, Channel
 from clawnet.net.port import Bytes, StreamHandler
 from clawnet.net.streams import StreamDesk
@@ -91,18 +92,7 @@ class Link(asyncio.BufferedProtocol):
         if self.closed.done() or self._session is None:
             reason = self.closed.result() if self.closed.done() else "it is not set up"
             raise LinkError(f"the connection is closed: {reason}", peer=self.peer)
-        stream = self._session.open()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await _propose(stream, protocols)
-        except TimeoutError as error:
-            raise LinkError(f"no answer to a new stream within {timeout_s:g} s", peer=self.peer) from error
-        except WireError as error:
-            raise LinkError(error.message, peer=self.peer) from error
-        finally:
-            if not stream.protocol:
-                stream.reset()
-        return stream
+        return await propose(self._session.open(), protocols, timeout_s)
 
     def set_stream_handler(self, handler: StreamHandler) -> None:
         """See port.Connection.set_stream_handler."""
@@ -267,30 +257,8 @@ class Link(asyncio.BufferedProtocol):
         self._streams_opened += 1
         if self._streams_opened > limits.STREAMS_OPENED_PER_KEEPALIVE_MAX:
             raise WireError("it opens streams without end")
-        responder = multistream.Responder(self._desk.protocols)
-        timer = self._loop.call_later(limits.STREAM_NEGOTIATION_TIMEOUT_S, stream.reset)
-
-        def negotiate(data: bytes) -> None:
-            try:
-                answer = responder.receive(data)
-            except WireError:
-                data = b""
-            if not data:
-                timer.cancel()
-                stream.reset()
-                return
-            if answer:
-                stream.write_nowait(answer)
-            if responder.agreed:
-                timer.cancel()
-                stream.set_data_handler(None)
-                stream.unshift(responder.rest)
-                stream.protocol = responder.agreed
-                assert self._session is not None
-                self._session.negotiated(stream)
-                self._desk.deliver(stream)
-
-        stream.set_data_handler(negotiate)
+        assert self._session is not None
+        accept(stream, self._desk, self._session.negotiated)
 
     # --- sending
 
@@ -365,18 +333,3 @@ class Link(asyncio.BufferedProtocol):
             self._session.lost(reason)
         self._out.clear()
         self._out_bytes = 0
-
-
-async def _propose(stream: yamux.MuxedStream, protocols: Sequence[str]) -> None:
-    """Agrees on a protocol for an outbound stream and puts it into `stream.protocol`."""
-    proposer = multistream.Proposer(protocols)
-    stream.write_nowait(proposer.start())
-    while not proposer.agreed:
-        data = await stream.read()
-        if not data:
-            raise LinkError("the peer ended a new stream without an answer", peer=stream.connection.peer)
-        answer = proposer.receive(data)
-        if answer:
-            stream.write_nowait(answer)
-    stream.unshift(proposer.rest)
-    stream.protocol = proposer.agreed

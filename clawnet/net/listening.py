@@ -11,6 +11,7 @@ from clawnet.errors import ConfigError, LinkError
 from clawnet.identity import multiaddr
 from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.port import ConnectionHandler, Listener, Transport
+from clawnet.net.settings import SwitchSettings
 
 Note = Callable[..., None]
 
@@ -19,45 +20,38 @@ _NO_SUCH_FAMILY: Final = (EAFNOSUPPORT, EADDRNOTAVAIL)
 
 
 async def listen(
-    transport: Transport,
-    addresses: Sequence[str],
-    port: int,
-    port_is_set: bool,
-    on_connection: ConnectionHandler,
-    note: Note,
+    name: str, transport: Transport, settings: SwitchSettings, on_connection: ConnectionHandler, note: Note
 ) -> list[Listener]:
-    """Listens at the multiaddrs given, or on every interface at `port`.
+    """Listens at the multiaddrs set for this transport, or on every interface at its port.
 
     A port that nobody set gives way to a free one when it is taken, with a warning; else that is a ConfigError.
     """
-    if addresses:
-        listeners = []
-        for text in addresses:
-            where = multiaddr.parse(text)
-            listeners.append(await _bind(transport, where.host, where.port, on_connection))
-        return listeners
+    port, port_is_set, key = settings.port(name)
+    if settings.listen_addrs:
+        wanted = [where for where in map(multiaddr.parse, settings.listen_addrs) if where.transport == name]
+        return [await _bind(transport, where.host, where.port, key, on_connection) for where in wanted]
     try:
-        first = await _bind(transport, _ANYWHERE[0], port, on_connection)
+        first = await _bind(transport, _ANYWHERE[0], port, key, on_connection)
     except ConfigError as taken:
         if port_is_set or taken.details.get("errno") != EADDRINUSE:
             raise
-        first = await _bind(transport, _ANYWHERE[0], 0, on_connection)
-        note("warn", "listen.port_taken", port=port, instead=first.addresses[0].port)
+        first = await _bind(transport, _ANYWHERE[0], 0, key, on_connection)
+        note("warn", "listen.port_taken", transport=name, port=port, instead=first.addresses[0].port)
     try:
         return [first, await transport.listen(_ANYWHERE[1], first.addresses[0].port, on_connection)]
     except LinkError as problem:
         level = "debug" if problem.details.get("errno") in _NO_SUCH_FAMILY else "warn"
-        note(level, "listen.no_ipv6", problem=problem.message)
+        note(level, "listen.no_ipv6", transport=name, problem=problem.message)
         return [first]
 
 
-async def _bind(transport: Transport, host: str, port: int, on_connection: ConnectionHandler) -> Listener:
+async def _bind(transport: Transport, host: str, port: int, key: str, on_connection: ConnectionHandler) -> Listener:
     try:
         return await transport.listen(host, port, on_connection)
     except LinkError as problem:
         details: dict[str, Any] = {"errno": problem.details.get("errno")}
         raise ConfigError(
-            problem.message, hint="set network.tcp_port or node.listen_addrs to a free port", **details
+            problem.message, hint=f"set {key} or node.listen_addrs to a free port", **details
         ) from problem
 
 

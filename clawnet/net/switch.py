@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
-
-from msgspec import Struct
+from typing import Any
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, LinkError
 from clawnet.identity.keys import KeyPair, public_of, verify
+from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
+from clawnet.net.bulk import BulkRoutes
 from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
 from clawnet.net.port import Connection, Listener, Stream, Transport
 from clawnet.net.ratelimit import Bans
+from clawnet.net.settings import SwitchSettings
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.envelope import Envelope
 from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
@@ -36,51 +37,15 @@ PROTOCOLS = (CONTROL_PROTOCOL, BLOB_PROTOCOL, JOIN_PROTOCOL)
 """What inbound streams may speak, besides the transport's own ping and identify."""
 
 
-class SwitchSettings(Struct, frozen=True):
-    """The switch's part of the configuration."""
-
-    listen_addrs: tuple[str, ...] = ()
-    tcp_port: int = 4002
-    tcp_port_is_set: bool = False
-    enable_tcp: bool = True
-    max_peers: int = 100
-    connection_timeout_s: float = 30.0
-    ping_interval_s: float = 15.0
-    agent: str = "clawnet"
-
-    @classmethod
-    def of(cls, config: ConfigView, agent: str) -> SwitchSettings:
-        """Read from the configuration."""
-        return cls(
-            listen_addrs=tuple(config.words("node.listen_addrs")),
-            tcp_port=config.integer("network.tcp_port"),
-            tcp_port_is_set=config.is_set("network.tcp_port"),
-            enable_tcp=config.flag("network.enable_tcp"),
-            max_peers=config.integer("node.max_peers"),
-            connection_timeout_s=config.seconds("network.connection_timeout"),
-            ping_interval_s=config.seconds("network.ping_interval"),
-            agent=agent,
-        )
-
-
-class ConfigView(Protocol):
-    """What SwitchSettings.of needs of config.Config."""
-
-    def words(self, name: str) -> Sequence[str]: ...
-    def integer(self, name: str) -> int: ...
-    def seconds(self, name: str) -> float: ...
-    def flag(self, name: str) -> bool: ...
-    def is_set(self, name: str) -> bool: ...
-
-
 class Visit:
-    """One connection and what goes over it; without a link it is a stranger's and ends after CONNECTION_IDLE_S."""
+    """One connection and what goes over it; without a link, or blobs of a peer linked elsewhere, it ends soon."""
 
-    __slots__ = ("connection", "link", "timer")
+    __slots__ = ("blobs", "connection", "link", "timer")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.link: Link | None = None
+        self.blobs = 0
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -94,12 +59,13 @@ class Switch:
         *,
         clock: Callable[[], int],
         entropy: Callable[[int], bytes],
-        transport: Transport,
+        transports: Mapping[str, Transport],
         local_hello: Callable[[], HelloFacts],
         admit: Callable[[str, Hello], str],
         deliver: Callable[[Stimulus], None],
         blobs: BlobStore,
         log: Callable[[str, str, dict[str, Any]], None],
+        addresses_of: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
         self.peer_id = identity.peer_id
         self.settings = settings
@@ -109,7 +75,7 @@ class Switch:
         self.bans = Bans()
         self._identity = identity
         self._entropy = entropy
-        self._transport = transport
+        self._transports = transports
         self._local_hello = local_hello
         self._admit_peer = admit
         self._deliver = deliver
@@ -117,6 +83,7 @@ class Switch:
         self._joins = JoinDesk(deliver, self.note)
         self._blobs = BlobDesk(blobs, self.note, self.count)
         self._store = blobs
+        self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
         self._visits: dict[Connection, Visit] = {}
@@ -132,15 +99,8 @@ class Switch:
         """Listens; returns the multiaddrs under which this node can be dialled. ConfigError when a port is taken."""
         self._loop = asyncio.get_running_loop()
         settings = self.settings
-        if settings.enable_tcp:
-            self._listeners = await listen(
-                self._transport,
-                settings.listen_addrs,
-                settings.tcp_port,
-                settings.tcp_port_is_set,
-                self._on_connection,
-                self.note,
-            )
+        for name, transport in self._transports.items():
+            self._listeners += await listen(name, transport, settings, self._on_connection, self.note)
         early, self._early = self._early or [], None
         for asked in early:
             self.dial(*asked)
@@ -168,6 +128,7 @@ class Switch:
         for task in tasks:
             task.cancel()
         waiting: list[asyncio.Future[Any]] = [*tasks, *(visit.connection.closed for visit in visits)]
+        waiting += [asyncio.ensure_future(transport.close()) for transport in self._transports.values()]
         if waiting:
             await asyncio.wait(waiting, timeout=limits.GOODBYE_S)
 
@@ -344,6 +305,8 @@ class Switch:
         if self._links.get(peer) is not link:
             return
         del self._links[peer]
+        self._bulk.link_down(peer)
+        self._drop_unlinked(peer)
         self.note("info", "link.down", peer=peer, reason=reason)
         self.count("links_down")
         self._deliver(PeerDown(peer, reason))
@@ -370,8 +333,11 @@ class Switch:
     async def connect(self, peer: str, addresses: Sequence[str]) -> Connection:
         """See dialling.DialOwner."""
         timeout_s = self.settings.connection_timeout_s
-        targets = parsed(addresses)
-        return await race(lambda address: self._transport.dial(address, peer or None, timeout_s), targets)
+        targets = [where for where in parsed(addresses) if where.transport in self._transports]
+        if not targets:
+            spoken = " and ".join(self._transports) or "no transport"
+            raise LinkError(f"this node speaks {spoken}, and no address of that peer is for it")
+        return await race(lambda where: self._transports[where.transport].dial(where, peer or None, timeout_s), targets)
 
     async def open_link(self, connection: Connection) -> Link:
         """See dialling.DialOwner."""
@@ -417,8 +383,16 @@ class Switch:
         return visit
 
     def _visit_over(self, visit: Visit) -> None:
-        if visit.link is None or visit.link.state is not LinkState.UP:
+        if visit.blobs:
+            visit.timer = self._loop.call_later(limits.CONNECTION_IDLE_S, self._visit_over, visit)
+        elif visit.link is None or visit.link.state is not LinkState.UP:
             visit.connection.close(f"no membership shown within {limits.CONNECTION_IDLE_S:g} s")
+
+    def _drop_unlinked(self, peer: str) -> None:
+        """Connections for bulk data alone go with the link that vouched for them."""
+        for visit in list(self._visits.values()):
+            if visit.connection.peer == peer and visit.link is None and visit.blobs:
+                visit.connection.close("its link is gone")
 
     def _visit_ended(self, visit: Visit) -> None:
         self._visits.pop(visit.connection, None)
@@ -436,13 +410,28 @@ class Switch:
                 self._greet(visit, stream)
             except LinkError as problem:
                 connection.close(problem.message)
-        elif stream.protocol == BLOB_PROTOCOL and link is not None and link is visit.link:
-            self._spawn(self._blobs.serve(stream))
+        elif stream.protocol == BLOB_PROTOCOL and link is not None and visit.link in (link, None):
+            self._spawn(self._serve_blobs(visit, stream))
         elif stream.protocol == JOIN_PROTOCOL and connection.inbound:
             self._spawn(self._joins.serve(stream))
         else:
             self.count("streams_refused")
             stream.reset()
+
+    async def _serve_blobs(self, visit: Visit, stream: Stream) -> None:
+        visit.blobs += 1
+        try:
+            await self._blobs.serve(stream)
+        finally:
+            visit.blobs -= 1
+
+    async def _dial_bulk(self, peer: str, addresses: Sequence[Multiaddr]) -> Connection:
+        transport = self._transports.get("tcp")
+        if transport is None:
+            raise LinkError("this node does not speak TCP")
+        connection = await race(lambda where: transport.dial(where, peer, limits.BULK_DIAL_S), addresses)
+        connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
+        return connection
 
     def _greet(self, visit: Visit, stream: Stream) -> Link:
         peer = visit.connection.peer
@@ -475,7 +464,8 @@ class Switch:
             elif (link := self._links.get(peer)) is None:
                 reason = f"{peer} is not connected"
             else:
-                inline = await self._blobs.fetch(link.connection, task_id, blobs, inline_max)
+                async with self._bulk.route(link.connection, sum(size for _, size in blobs)) as way:
+                    inline = await self._blobs.fetch(way, task_id, blobs, inline_max)
         except ClawnetError as problem:
             reason = problem.message
         except OSError as problem:

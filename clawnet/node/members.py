@@ -217,6 +217,11 @@ class Members:
         """The record of a peer."""
         return self.records.get(peer)
 
+    def addresses(self, peer: str) -> list[str]:
+        """Where a peer says that it listens."""
+        record = self.records.get(peer)
+        return record.addresses if record is not None else []
+
     def account_of(self, peer: str) -> bytes:
         """The account a peer pays and is paid by."""
         if peer == self._ctx.me:

@@ -15,7 +15,9 @@ from clawnet import limits
 from clawnet.identity.keys import KeyPair
 from clawnet.net.fake import FakeNetwork
 from clawnet.net.port import Transport
-from clawnet.net.switch import PROTOCOLS, Switch, SwitchSettings
+from clawnet.net.quic import QuicTransport
+from clawnet.net.settings import SwitchSettings
+from clawnet.net.switch import PROTOCOLS, Switch
 from clawnet.net.tcp import TcpTransport
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
@@ -25,7 +27,11 @@ from clawnet.wire.session import HelloFacts
 KEYS = sorted((KeyPair.from_seed(sha256(bytes([n])).digest()) for n in range(8)), key=lambda key: key.peer_id)
 """Key pairs, the smallest peer id first."""
 
-SETTINGS = SwitchSettings(listen_addrs=("/ip4/127.0.0.1/tcp/0",), agent="clawnet/test", connection_timeout_s=10.0)
+SETTINGS = SwitchSettings(
+    listen_addrs=("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"),
+    agent="clawnet/test",
+    connection_timeout_s=10.0,
+)
 MESH = bytes(32)
 WAIT_S = 20.0
 
@@ -87,7 +93,9 @@ class MemoryWriter:
 class SwitchNode:
     """One switch and what it delivered; checks at every stimulus that ups and downs of a peer alternate."""
 
-    def __init__(self, key: KeyPair, transport: Transport, settings: SwitchSettings = SETTINGS, seed: int = 0) -> None:
+    def __init__(
+        self, key: KeyPair, transports: dict[str, Transport], settings: SwitchSettings = SETTINGS, seed: int = 0
+    ) -> None:
         self.key = key
         self.peer = key.peer_id
         self.told: list[Stimulus] = []
@@ -97,6 +105,7 @@ class SwitchNode:
         self.blobs = MemoryBlobs()
         self.clock_off_ms = 0
         self.addresses: list[str] = []
+        self.known: dict[str, list[str]] = {}
         self._changed = asyncio.Event()
         chance = random.Random(f"{seed} {key.peer_id}")
         self.switch = Switch(
@@ -104,12 +113,13 @@ class SwitchNode:
             settings,
             clock=lambda: time.time_ns() // 1_000_000 + self.clock_off_ms,
             entropy=chance.randbytes if seed else os.urandom,
-            transport=transport,
+            transports=transports,
             local_hello=lambda: HelloFacts(MESH, f"node-{key.peer_id[-4:]}", []),
             admit=self._admit,
             deliver=self._deliver,
             blobs=self.blobs,
             log=lambda level, event, fields: self.log.append((level, event, fields)),
+            addresses_of=lambda peer: self.known.get(peer, []),
         )
 
     def _admit(self, peer: str, hello: Hello) -> str:
@@ -169,15 +179,28 @@ class SwitchWorld:
         self.kind = kind
         self.network = FakeNetwork()
         self.nodes: list[SwitchNode] = []
+        self.transports: list[Transport] = []
 
-    def transport(self, key: KeyPair) -> Transport:
-        if self.kind == "fake":
-            return self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
-        return TcpTransport(key, PROTOCOLS, "clawnet/test")
+    def transport(self, key: KeyPair, kind: str = "") -> Transport:
+        """A transport for the holder of the key; closed with the world."""
+        kind = kind or self.kind
+        made: Transport
+        if kind == "fake":
+            made = self.network.transport(key.peer_id, PROTOCOLS, "clawnet/test")
+        else:
+            make = QuicTransport if kind == "quic-v1" else TcpTransport
+            made = make(key, PROTOCOLS, "clawnet/test")
+        self.transports.append(made)
+        return made
+
+    def carriers(self, key: KeyPair) -> dict[str, Transport]:
+        """The transports of a node of this kind of network, as the switch takes them."""
+        kinds = ("quic-v1", "tcp") if self.kind == "both" else (self.kind,)
+        return {kind.replace("fake", "tcp"): self.transport(key, kind) for kind in kinds}
 
     async def node(self, index: int, settings: SwitchSettings = SETTINGS, seed: int = 0) -> SwitchNode:
         """A started node with the key KEYS[index]."""
-        node = SwitchNode(KEYS[index], self.transport(KEYS[index]), settings, seed)
+        node = SwitchNode(KEYS[index], self.carriers(KEYS[index]), settings, seed)
         self.nodes.append(node)
         node.addresses = await node.switch.start()
         return node
@@ -201,5 +224,7 @@ async def switch_world(kind: str = "fake") -> AsyncIterator[SwitchWorld]:
     finally:
         for node in world.nodes:
             await node.switch.stop()
+        for transport in world.transports:
+            await transport.close()
         assert not defects, defects
         assert not [node.up for node in world.nodes if node.up]

@@ -13,7 +13,7 @@ from clawnet.config import Config
 from clawnet.errors import ConfigError, LinkError
 from clawnet.identity.multiaddr import parse
 from clawnet.net.control import CONTROL_PROTOCOL
-from clawnet.net.switch import SwitchSettings
+from clawnet.net.settings import SwitchSettings
 from clawnet.wire.batch import Frames, frame
 from clawnet.wire.codec import decode_struct, encode
 from clawnet.wire.envelope import decode_envelope
@@ -22,7 +22,7 @@ from clawnet.wire.messages import Ack, Disconnect, Error, Hello, Kind, LedgerPul
 from clawnet.wire.session import Handshake, HelloFacts, Session, SignedHello
 from tests.adapters.switch_world import KEYS, MESH, SETTINGS, SwitchNode, SwitchWorld, switch_world
 
-KINDS = ("fake", "tcp")
+KINDS = ("fake", "tcp", "quic-v1")
 PULL = LedgerPull(bytes(32), 1, 2)
 
 
@@ -59,7 +59,7 @@ def test_messages_arrive_whole_and_in_order_both_ways(kind: str) -> None:
 def test_what_is_dialled_before_the_start_is_dialled_once_it_listens(kind: str) -> None:
     async def body(world: SwitchWorld) -> None:
         other, third = await world.node(1), await world.node(2)
-        one = SwitchNode(KEYS[0], world.transport(KEYS[0]))
+        one = SwitchNode(KEYS[0], world.carriers(KEYS[0]))
         world.nodes.append(one)
         for known in (other, third):
             one.switch.dial(0, known.peer, known.addresses, keep=True)
@@ -129,8 +129,9 @@ def test_dials_that_cannot_succeed_say_why(kind: str) -> None:
         third = await world.node(2)
         one.switch.dial(2, third.peer, [other.addresses[0].replace(other.peer, third.peer)])
         assert other.peer in (await one.find(DialEnded, call=2)).reason
-        one.switch.dial(3, other.peer, ["/ip4/127.0.0.1/tcp/9", "nonsense"])
-        assert "/tcp/9" in (await one.find(DialEnded, call=3)).reason
+        dead = "/ip4/127.0.0.1/" + ("udp/9/quic-v1" if kind == "quic-v1" else "tcp/9")
+        one.switch.dial(3, other.peer, [dead, "nonsense"])
+        assert dead in (await one.find(DialEnded, call=3)).reason
         one.switch.dial(4, other.peer, [])
         assert "no address" in (await one.find(DialEnded, call=4)).reason
         one.switch.dial(5, one.peer, one.addresses)
@@ -480,4 +481,6 @@ def test_the_signed_hello_names_the_remote() -> None:
 def test_the_settings_come_from_the_configuration() -> None:
     changes = {"network.tcp_port": "0", "node.max_peers": "7", "node.listen_addrs": "/ip4/127.0.0.1/tcp/0"}
     settings = SwitchSettings.of(Config.defaults(changes), "clawnet/1")
-    assert settings == SwitchSettings(("/ip4/127.0.0.1/tcp/0",), 0, True, True, 7, 30.0, 15.0, "clawnet/1")
+    assert settings == SwitchSettings(
+        ("/ip4/127.0.0.1/tcp/0",), 0, True, True, 4001, False, True, 7, 30.0, 15.0, "clawnet/1"
+    )

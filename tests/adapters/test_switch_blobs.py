@@ -18,10 +18,10 @@ from clawnet.storage.blobs import BlobStore
 from clawnet.wire.batch import frame
 from clawnet.wire.blobid import BlobHasher, blob_id
 from clawnet.wire.codec import decode_struct, encode
-from clawnet.wire.events import BlobReady
+from clawnet.wire.events import BlobReady, PeerDown, PeerUp
 from tests.adapters.switch_world import KEYS, SwitchNode, switch_world
 
-KINDS = ("fake", "tcp")
+KINDS = ("fake", "tcp", "quic-v1")
 TASK = b"t" * 16
 CHUNK = limits.BLOB_CHUNK_BYTES
 REQUEST = b"request"
@@ -142,7 +142,7 @@ def test_nobody_to_ask_is_a_reason_and_own_blobs_need_nobody() -> None:
 
 def test_a_fetch_before_the_start_is_answered_too() -> None:
     async def main() -> None:
-        node = SwitchNode(KEYS[0], FakeNetwork().transport(KEYS[0].peer_id, PROTOCOLS, "clawnet/test"))
+        node = SwitchNode(KEYS[0], {"tcp": FakeNetwork().transport(KEYS[0].peer_id, PROTOCOLS, "clawnet/test")})
         node.switch.fetch(b"1", KEYS[1].peer_id, TASK, ((bytes(32), 5),))
         assert "not connected" in (await node.find(BlobReady, request=b"1")).reason
 
@@ -291,3 +291,44 @@ def test_the_real_store_serves_and_takes(tmp_path: Path) -> None:
         assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
 
     run("tcp", body)
+
+
+def test_bulk_data_takes_tcp_beside_a_quic_link() -> None:
+    async def body(asker: SwitchNode, holder: SwitchNode) -> None:
+        quic = [address for address in holder.addresses if "quic-v1" in address]
+        asker.switch.dial(1, holder.peer, quic)
+        await asker.find(PeerUp, peer=holder.peer)
+        await holder.find(PeerUp, peer=asker.peer)
+        link = asker.switch.connection(holder.peer)
+        assert link.transport == "quic-v1"
+        small, big, bigger = b"s" * 100, b"b" * limits.BULK_BYTES_MIN, b"c" * limits.BULK_BYTES_MIN
+        blobs = grant(holder, asker, small, big, bigger)
+        asker.known[holder.peer] = holder.addresses
+
+        def transports() -> list[str]:
+            return sorted(visit.connection.transport for visit in holder.switch._visits.values())
+
+        assert (await fetched(asker, holder, blobs[:1])).reason == ""
+        assert transports() == ["quic-v1"]
+        assert (await fetched(asker, holder, blobs[1:2])).reason == ""
+        assert transports() == ["quic-v1", "tcp"]
+        assert (await fetched(asker, holder, blobs[2:])).reason == ""
+        assert transports() == ["quic-v1", "tcp"], "the second goes where the first went"
+        asker.switch.hangup(holder.peer, "enough")
+        await holder.find(PeerDown, peer=asker.peer)
+        await holder.until(lambda: not transports())
+
+    async def main() -> None:
+        async with switch_world("both") as world:
+            await body(await world.node(0), await world.node(1))
+
+    asyncio.run(main())
+
+
+def test_where_tcp_is_closed_bulk_data_takes_the_quic_link() -> None:
+    async def body(asker: SwitchNode, holder: SwitchNode) -> None:
+        asker.known[holder.peer] = ["/ip4/127.0.0.1/tcp/9"]
+        blobs = grant(holder, asker, b"b" * limits.BULK_BYTES_MIN)
+        assert (await fetched(asker, holder, blobs)).reason == ""
+
+    run("quic-v1", body)

@@ -16,6 +16,7 @@ from clawnet.net import identify
 from clawnet.net.fake import FakeNetwork
 from clawnet.net.ping import Pinger
 from clawnet.net.port import Connection, Listener, Stream, Transport
+from clawnet.net.quic import QuicTransport
 from clawnet.net.tcp import TcpTransport
 
 ALICE = KeyPair.from_seed(b"a" * 32)
@@ -44,7 +45,8 @@ def transports(kind: str) -> tuple[Transport, Transport]:
     if kind == "fake":
         network = FakeNetwork()
         return network.transport(ALICE.peer_id, [ECHO], "a/1"), network.transport(BOB.peer_id, [ECHO, SINK], "b/1")
-    return TcpTransport(ALICE, [ECHO], "a/1"), TcpTransport(BOB, [ECHO, SINK], "b/1")
+    make = {"tcp": TcpTransport, "quic-v1": QuicTransport}[kind]
+    return make(ALICE, [ECHO], "a/1"), make(BOB, [ECHO, SINK], "b/1")
 
 
 @asynccontextmanager
@@ -64,7 +66,7 @@ async def connected(kind: str) -> AsyncIterator[Pair]:
         await acceptor.close()
 
 
-@pytest.fixture(params=["fake", "tcp"])
+@pytest.fixture(params=["fake", "tcp", "quic-v1"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -82,7 +84,7 @@ def test_both_ends_know_each_other(kind: str) -> None:
         assert (pair.near.peer, pair.far.peer) == (BOB.peer_id, ALICE.peer_id)
         assert (pair.near.inbound, pair.far.inbound) == (False, True)
         assert pair.near.address == str(pair.listener.addresses[0])
-        assert pair.far.address.startswith("/ip4/127.0.0.1/tcp/")
+        assert pair.far.address.startswith("/ip4/127.0.0.1/" + ("udp/" if kind == "quic-v1" else "tcp/"))
         assert pair.near.transport == pair.dialler.name == kind
 
     run(kind, body)
@@ -201,8 +203,10 @@ def test_a_data_handler_gets_every_chunk_and_one_end(kind: str) -> None:
         for _ in range(100):
             await near.write(b"x" * 10_000)
         near.close_write()
+        pinger = Pinger(pair.near)
         while not seen or seen[-1]:
-            await Pinger(pair.near).ping()
+            await pinger.ping()
+        pinger.close()
         assert b"".join(seen) == b"ly " + b"x" * 1_000_000
         assert seen.count(b"") == 1
 

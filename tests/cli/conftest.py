@@ -131,6 +131,7 @@ class Program:
             "HOME": str(home.dir.parent),
             "CLAWNET_HOME": str(home.dir),
             "CLAWNET_NETWORK_TCP_PORT": "0",
+            "CLAWNET_NETWORK_QUIC_PORT": "0",
             "CLAWNET_AUTOSTART": "0",
             "LC_ALL": "C.UTF-8",
         }

@@ -86,6 +86,7 @@ class Node:
         }
         if "CLAWNET_TCP_PORT" not in environ:
             self.environ.setdefault("CLAWNET_NODE_LISTEN_ADDRS", "/ip4/127.0.0.1/tcp/0")
+        self.environ.setdefault("CLAWNET_QUIC_PORT", "0")
         self.may_log_tracebacks = False
 
     # --- commands

@@ -1,4 +1,4 @@
-"""js-libp2p and clawnet over TCP: each dials, identifies and pings the other, and refuses a wrong peer id.
+"""js-libp2p and clawnet over TCP and QUIC: each dials, identifies and pings the other, and refuses a wrong peer id.
 
 npm installs js-libp2p, in the exact versions of js/package.json, into CLAWNET_INTEROP_DIR (default build/interop).
 """
@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from clawnet.identity import multiaddr
 from clawnet.identity.keys import KeyPair
 from clawnet.net import identify
 from clawnet.net.ping import Pinger
-from clawnet.net.port import Connection, Stream
+from clawnet.net.port import Connection, Stream, Transport
+from clawnet.net.quic import QuicTransport
 from clawnet.net.tcp import TcpTransport
 
 HERE = Path(__file__).parent
@@ -75,7 +77,7 @@ class JsNode:
 class Stage:
     """A clawnet node that listens, a js node, and the connections that came in."""
 
-    def __init__(self, ours: TcpTransport, address: str, node: JsNode, peer: str, address_js: str) -> None:
+    def __init__(self, ours: Transport, address: str, node: JsNode, peer: str, address_js: str) -> None:
         self.ours, self.address, self.node, self.peer, self.address_js = ours, address, node, peer, address_js
         self.arrived: asyncio.Queue[Connection] = asyncio.Queue()
 
@@ -87,15 +89,16 @@ async def echo(stream: Stream) -> None:
 
 
 @asynccontextmanager
-async def stage(js: Path) -> AsyncIterator[Stage]:
+async def stage(js: Path, kind: str) -> AsyncIterator[Stage]:
     process = await asyncio.create_subprocess_exec(
         str(js / "node_modules" / ".bin" / "node"),
         "node.mjs",
+        kind,
         cwd=js,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    ours = TcpTransport(OURS, [ECHO], "clawnet/interop")
+    ours = {"tcp": TcpTransport, "quic-v1": QuicTransport}[kind](OURS, [ECHO], "clawnet/interop")
     try:
         node = JsNode(process)
         info = await node.line()
@@ -121,28 +124,35 @@ async def stage(js: Path) -> AsyncIterator[Stage]:
         await asyncio.wait_for(process.wait(), 20)
 
 
-def run(js: Path, body: Callable[[Stage], Awaitable[None]]) -> None:
+@pytest.fixture(params=["tcp", "quic-v1"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run(js: Path, kind: str, body: Callable[[Stage], Awaitable[None]]) -> None:
     async def all_of_it() -> None:
-        async with stage(js) as there:
+        async with stage(js, kind) as there:
             await body(there)
 
     asyncio.run(asyncio.wait_for(all_of_it(), 60))
 
 
-def test_js_dials_identifies_and_pings_clawnet(js: Path) -> None:
+def test_js_dials_identifies_and_pings_clawnet(js: Path, kind: str) -> None:
     async def body(there: Stage) -> None:
         up = await there.node.do("dial", address=f"{there.address}/p2p/{OURS.peer_id}")
-        assert up == {"peer": OURS.peer_id, "encryption": "/noise", "multiplexer": "/yamux/1.0.0"}
+        secured, muxed = {"tcp": ("/noise", "/yamux/1.0.0"), "quic-v1": ("native", "quic")}[kind]
+        assert up == {"peer": OURS.peer_id, "encryption": secured, "multiplexer": muxed}
         assert (await there.arrived.get()).peer == there.peer
         said = await there.node.do("identify", peer=OURS.peer_id)
+        assert "error" not in said, said
         assert (said["peer"], said["agent"], said["addresses"]) == (OURS.peer_id, "clawnet/interop", [])
         assert {ECHO, "/ipfs/id/1.0.0", "/ipfs/ping/1.0.0"} == set(said["protocols"])
         assert await there.node.do("ping", peer=OURS.peer_id, count=PINGS) == {"done": PINGS}
 
-    run(js, body)
+    run(js, kind, body)
 
 
-def test_clawnet_dials_identifies_and_pings_js(js: Path) -> None:
+def test_clawnet_dials_identifies_and_pings_js(js: Path, kind: str) -> None:
     async def body(there: Stage) -> None:
         link = await there.ours.dial(multiaddr.parse(there.address_js), there.peer)
         said = await identify.ask(link)
@@ -157,11 +167,11 @@ def test_clawnet_dials_identifies_and_pings_js(js: Path) -> None:
         assert caught.value.details["refused"] is True
         link.close("done")
 
-    run(js, body)
+    run(js, kind, body)
 
 
 @pytest.mark.slow
-def test_bulk_data_passes_both_ways(js: Path) -> None:
+def test_bulk_data_passes_both_ways(js: Path, kind: str) -> None:
     async def body(there: Stage) -> None:
         link = await there.ours.dial(multiaddr.parse(there.address_js), there.peer)
         stream = await link.open_stream([ECHO])
@@ -176,10 +186,10 @@ def test_bulk_data_passes_both_ways(js: Path) -> None:
         await there.node.do("dial", address=f"{there.address}/p2p/{OURS.peer_id}")
         assert await there.node.do("echo", peer=OURS.peer_id, bytes=3_000_000) == {"received": 3_000_000, "same": True}
 
-    run(js, body)
+    run(js, kind, body)
 
 
-def test_a_wrong_peer_id_is_refused_both_ways(js: Path) -> None:
+def test_a_wrong_peer_id_is_refused_both_ways(js: Path, kind: str) -> None:
     async def body(there: Stage) -> None:
         refused = await there.node.do("dial", address=f"{there.address}/p2p/{OTHER.peer_id}")
         assert "error" in refused
@@ -190,10 +200,10 @@ def test_a_wrong_peer_id_is_refused_both_ways(js: Path) -> None:
         assert await Pinger(link).ping() > 0
         link.close("done")
 
-    run(js, body)
+    run(js, kind, body)
 
 
-def test_garbage_harms_nobody_who_comes_after(js: Path) -> None:
+def test_garbage_harms_nobody_who_comes_after(js: Path, kind: str) -> None:
     async def body(there: Stage) -> None:
         port = multiaddr.parse(there.address).port
         for first_flight in (
@@ -202,6 +212,11 @@ def test_garbage_harms_nobody_who_comes_after(js: Path) -> None:
             b"\x13/multistream/1.0.0\n\x03ls\n" * 40,
             os.urandom(4096),
         ):
+            if kind == "quic-v1":
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as raw:
+                    for first_byte in (b"", b"\xc0", b"\x40"):
+                        raw.sendto((first_byte + first_flight)[:1_400].ljust(1_200, b"x"), ("127.0.0.1", port))
+                continue
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(first_flight)
             try:
@@ -214,4 +229,4 @@ def test_garbage_harms_nobody_who_comes_after(js: Path) -> None:
         assert up["peer"] == OURS.peer_id
         assert await there.node.do("ping", peer=OURS.peer_id, count=1) == {"done": 1}
 
-    run(js, body)
+    run(js, kind, body)

@@ -128,7 +128,17 @@ def test_wallet_and_status(used: Used) -> None:
 
 
 METHODS = (
-    *("task.submit", "task.check", "task.get", "task.bids", "task.why", "task.follow", "task.read", "task.cancel", "task.list"),
+    *(
+        "task.submit",
+        "task.check",
+        "task.get",
+        "task.bids",
+        "task.why",
+        "task.follow",
+        "task.read",
+        "task.cancel",
+        "task.list",
+    ),
     *("peer.list", "peer.show", "peer.connect", "peer.disconnect", "peer.invite", "peer.join", "peer.ban"),
     *("peer.reputation", "wallet.history", "wallet.send", "wallet.audit", "no.such"),
 )

@@ -158,8 +158,8 @@ def test_a_mistyped_variable_is_an_error(home: Home) -> None:
     with pytest.raises(ConfigError, match="CLAWNET_MARKET_BID_TIMOUT names no configuration key") as caught:
         config.load(home, {"CLAWNET_MARKET_BID_TIMOUT": "7s"})
     assert caught.value.hint == "did you mean market.bid_timeout?"
-    with pytest.raises(ConfigError, match="CLAWNET_QUIC_PORT: QUIC is not built yet"):
-        config.load(home, {"CLAWNET_QUIC_PORT": "4001"})
+    with pytest.raises(ConfigError, match="CLAWNET_TUI_THEME: the live view is not built yet"):
+        config.load(home, {"CLAWNET_TUI_THEME": "dark"})
     config.load(home, {"CLAWNET_SOMETHING_ELSE": "1"})
 
 
@@ -371,7 +371,7 @@ def test_what_set_refuses_leaves_the_file_alone(home: Home) -> None:
     with pytest.raises(NotFoundError):
         config.set_in_file(home.config_file, {"market.bid": "1s"})
     with pytest.raises(ConfigError, match="not built yet"):
-        config.set_in_file(home.config_file, {"network.enable_quic": "true"})
+        config.set_in_file(home.config_file, {"tui.enabled": "true"})
     with pytest.raises(ConfigError, match="is not allowed"):
         config.set_in_file(home.config_file, {"market.bid_timeout": "soon"})
     assert home.config_file.read_text() == text

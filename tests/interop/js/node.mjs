@@ -1,6 +1,7 @@
 // A js-libp2p node under remote control: one JSON command a line on stdin, one JSON answer a line on stdout.
 import { createInterface } from 'node:readline'
 import { noise } from '@chainsafe/libp2p-noise'
+import { quic } from '@chainsafe/libp2p-quic'
 import { yamux } from '@chainsafe/libp2p-yamux'
 import { identify } from '@libp2p/identify'
 import { peerIdFromString } from '@libp2p/peer-id'
@@ -10,8 +11,8 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: [process.argv[2] === 'quic-v1' ? '/ip4/127.0.0.1/udp/0/quic-v1' : '/ip4/127.0.0.1/tcp/0'] },
+  transports: [tcp(), quic()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   services: { identify: identify(), ping: ping() },
@@ -38,7 +39,10 @@ const commands = {
     return { peer: node.peerId.toString(), addresses: node.getMultiaddrs().map(String), connections: node.getConnections().length }
   },
   async dial ({ address }) {
+    // js-libp2p identifies by itself, on the one stream it allows for that: what comes next shall not meet it.
+    const identified = new Promise((resolve) => node.addEventListener('peer:identify', resolve, { once: true }))
     const connection = await node.dial(multiaddr(address))
+    await identified
     return { peer: connection.remotePeer.toString(), encryption: connection.encryption, multiplexer: connection.multiplexer }
   },
   async identify ({ peer }) {
