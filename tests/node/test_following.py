@@ -108,6 +108,22 @@ def test_what_a_lost_link_took_is_sent_again(mesh: Mesh) -> None:
     assert told(alice, call) == b"1\n2\n3\n4\n"
 
 
+def test_what_a_requester_could_not_use_is_not_sent(mesh: Mesh) -> None:
+    alice, bob, run = running(mesh)
+    bob.write(run, b"1\n")
+    mesh.settle()
+    mesh.cut(alice, bob)
+    mesh.settle()
+    bob.write(run, b"lost\n")
+    mesh.link(alice, bob)
+    mesh.settle()
+    bob.sent.clear()
+    bob.write(run, b"after a gap, and nobody follows\n")
+    mesh.settle()
+    assert asks(bob) == 0
+    assert told(alice, follow(alice, mesh)) == b"1\nlost\nafter a gap, and nobody follows\n"
+
+
 def test_a_question_that_is_lost_is_asked_again(mesh: Mesh) -> None:
     alice, bob, run = running(mesh)
     call = follow(alice, mesh)
