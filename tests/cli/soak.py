@@ -34,7 +34,7 @@ from clawnet.execution.places import run_as
 from clawnet.execution.process import tree
 from clawnet.execution.workdirs import WorkDirs
 from tests.cli.auditor import Accepted, Disk, Verdict, judge, story
-from tests.cli.harness import TRACEBACK, Node, Nodes, alive, connected, free_port, join, until
+from tests.cli.harness import TRACEBACK, Node, Nodes, alive, connected, free_port, join, processes_with, until
 
 NAMES = ("alice", "bob", "carol", "alice-vps", "bob-vps")
 OWNERS = {"alice-vps": "alice", "bob-vps": "bob"}
@@ -96,6 +96,8 @@ class Soak:
         self._kill_every_s = kill_every_s
         self._rng = random.Random(seed)
         self._rate = rate
+        self._nap = f"60.{os.getpid()}{seed}"
+        """So long "endless" tasks sleep; it names their processes."""
         self._say = say
         self._names = [*NAMES, *(f"member-{number}" for number in range(5, nodes))][:nodes]
         self._made = Nodes()
@@ -175,6 +177,7 @@ class Soak:
             "marks": str(marks),
             "inputs": str(directory / "inputs"),
             "journals": str(directory / "journals"),
+            "nap": self._nap,
             "rate": self._rate,
             "commands": 0.2,
         }
@@ -317,6 +320,11 @@ class Soak:
         self.figures.rest_s = round(time.monotonic() - began, 1)
         for watcher in self._watchers:
             watcher.join()
+        with contextlib.suppress(AssertionError):
+            until("nothing runs", lambda: not processes_with(self._nap), ORPHAN_S)
+        for pid in processes_with(self._nap):
+            self.figures.orphans += 1
+            self.figures.broken.append(f"a process is left: {_words_of(pid)}")
 
     def _at_rest(self) -> bool:
         for node in self._nodes:

@@ -29,6 +29,8 @@ AGAIN_S = 20.0
 """So long a submission is repeated, under the same key, while its node does not answer."""
 PAUSE_S = 0.02
 FOLLOWED_MAX = 64
+SORTS = {"marked": 3, "shell": 2, "hash": 4, "primes": 4, "input": 2, "large": 2, "blob": 1, "endless": 0.6}
+"""What is asked for, and how often; "endless" is never done by its deadline."""
 
 
 class Journal:
@@ -81,7 +83,7 @@ class Load:
     def _wish(self, node: int, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """A task, and what must come of it: its output, and how often it may begin."""
         rng = self.rng
-        kind = rng.choices(("marked", "shell", "hash", "primes", "input", "large", "blob"), (3, 2, 4, 4, 2, 2, 1))[0]
+        kind = rng.choices(tuple(SORTS), tuple(SORTS.values()))[0]
         retries = rng.choice((0, 0, 2))
         market = rng.random() < 0.7
         spec: dict[str, Any] = {"ring": "member", "retries": retries, "idempotency_key": key, "deadline_s": 120.0}
@@ -99,6 +101,12 @@ class Load:
         elif kind == "shell":
             spec |= {"type": "shell", "script": f"echo {key}; {rest}"}
             told = f"{key}\n".encode()
+        elif kind == "endless":
+            ring = rng.choice(("own", "member"))
+            spec |= {"type": "shell", "argv": ["sleep", self.plan["nap"]], "ring": ring, "deadline_s": 3.0}
+            if ring == "own":
+                spec.pop("prefer", None)
+            told = b""
         elif kind == "hash":
             data = f"{key} ".encode() * rng.randrange(1, 200)
             spec |= {"type": "compute", "op": "sha256", "stdin_b64": base64.b64encode(data).decode()}
