@@ -9,7 +9,7 @@ import time
 from tests.world.clock import LawBroken
 from tests.world.plants import PLANTS, planted
 from tests.world.signer import signer
-from tests.world.world import ONE_ISSUER_MAX, World
+from tests.world.world import LARGE, ONE_ISSUER_MAX, World
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args.plant == "list" else 64
     if args.nodes > ONE_ISSUER_MAX:
         print(f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits, no chain is audited by all")
+    if args.nodes > LARGE:
+        print(f"over {LARGE} nodes: 3 links a node are its own choice (some 8 in all), a fault in five minutes a machine")
     print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
     with signer(args.ed25519) as oracle:
         if args.plant:

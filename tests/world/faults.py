@@ -39,6 +39,8 @@ class Faults:
             return
         rng, machines = self.rng, self.world.machines
         per_machine = rng.choice((1.0, 5.0, 15.0, 30.0)) * seconds / 60
+        if self.world.large:
+            per_machine = min(per_machine, 0.2)
         kinds = [
             self._die,
             self._die,

@@ -392,7 +392,7 @@ class Machine:
         self.world.client.machine_down(self)
         away_us = self.luck.randrange(20_000, 20_000_000)
         if how != "drain" and self.luck.random() < 0.12:
-            away_us = self.luck.randrange(60_000_000, 1_200_000_000)
+            away_us = self.luck.randrange(60_000_000, self.world.away_us_max)
             self.world.seen["away for minutes"] += 1
         self.back_us = self.world.clock.now_us + away_us
         self.world.clock.after(away_us, self.world.restart, self)

@@ -28,6 +28,8 @@ from tests.world.referee import Referee
 
 ONE_ISSUER_MAX = 100
 """In larger meshes every node issues its own first credits: else each audits one chain of a grant for every node."""
+LARGE = 200
+"""Larger meshes have fewer links a node and one fault in five minutes a machine; nobody is away for twenty minutes."""
 GRANTS_UCR = (200_000_000, 200_000_000, 4_000_000)
 
 
@@ -56,7 +58,9 @@ class World:
         self.clock = Clock(START_MS)
         rng = Random(f"{seed} world")
         self.rng = rng
-        self.sends = nodes <= 200
+        self.sends = nodes <= LARGE
+        self.large = nodes > LARGE
+        self.away_us_max = 1_200_000_000 if nodes <= LARGE else 200_000_000
         self.run_s = rng.choice((0.05, 1.0, 8.0)) if faults else 0.2
         self.success = rng.choice((1.0, 0.95, 0.8)) if faults else 1.0
         self.slots = rng.choice((2, 3, 4))
@@ -111,7 +115,7 @@ class World:
         for machine in self.machines[1:] if not self.issuers else ():
             founder.node.rooms.books.grant(machine.key.public, rng.choice(GRANTS_UCR), bytes(16))
         founder.runtime.perform(founder.node.end_turn(founder.now_ms()))
-        degree = min(count - 1, 7)
+        degree = min(count - 1, 7 if count <= LARGE else 3)
         for number, machine in enumerate(self.machines):
             if number:
                 self.network.join(machine, founder if count <= 60 else self.machines[number // 30], loss)
