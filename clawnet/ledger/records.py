@@ -57,6 +57,10 @@ class Records:
         """The fork proof against an account, if there is one."""
         return self._proofs.get(account)
 
+    def proofs(self) -> list[tuple[bytes, bytes]]:
+        """(account, proof) of every fork that is proven."""
+        return list(self._proofs.items())
+
     def head(self, account: bytes) -> tuple[int, bytes] | None:
         """(seq, hash) of the newest entry held, or None."""
         state = self._accounts.get(account)

@@ -161,7 +161,8 @@ class Books:
 
     def flush(self) -> None:
         """At the end of a turn: writes the entries that are due."""
-        if self.chains.waiting:
+        waiting = len(self._releases) + len(self._refunds) + len(self._claim_from)
+        if not (waiting or self.locks.waiting) or self.chains.waiting:
             return
         held = self.held_reason()
         if held:

@@ -134,10 +134,8 @@ class Chains:
             heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
         self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
         self.restore.peer_up(peer)
-        for account in list(self._books.book.accounts()):
-            proof = self._books.book.proof(account)
-            if proof is not None:
-                self._tell_proof(peer, account, proof)
+        for account, proof in self._books.book.proofs():
+            self._tell_proof(peer, account, proof)
 
     def peer_down(self, peer: str) -> None:
         """What was on its way may be lost."""

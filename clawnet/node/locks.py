@@ -32,6 +32,11 @@ class Locks:
         self._asked.append((task, attempt))
         self.asked_ucr += attempt.price_ucr
 
+    @property
+    def waiting(self) -> bool:
+        """Whether this turn has asked for a line."""
+        return bool(self._asked)
+
     def fail(self, error: ClawnetError) -> None:
         """No entry may be written now: the tasks end with the reason."""
         asked, self._asked, self.asked_ucr = self._asked, [], 0

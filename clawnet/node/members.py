@@ -123,6 +123,7 @@ class Members:
         record = self.remember(event.peer, hello.name, hello.certificates, proven)
         if event.address and not event.inbound and event.address not in record.addresses:
             record.addresses = [event.address, *record.addresses][:16]
+        missed_ms = ctx.now - record.last_ms
         record.last_ms = ctx.now
         record.muted = False
         self.save(record)
@@ -139,7 +140,8 @@ class Members:
         ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
         self._rooms.cards.tell(event.peer)
         self._rooms.cards.show_own(event.peer)
-        self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
+        if missed_ms > limits.CARDS_MISSED_MS:
+            self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
