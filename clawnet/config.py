@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 from collections.abc import Mapping
@@ -238,6 +239,11 @@ def restart_needed(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _defaults() -> dict[str, Setting]:
+    return dict(_read_defaults())
+
+
+@functools.cache
+def _read_defaults() -> dict[str, Setting]:
     return {key.name: _setting(key, key.default, "default") for key in KEYS.values() if not key.unbuilt}
 
 
