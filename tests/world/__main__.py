@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.nodes > ONE_ISSUER_MAX:
         print(f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits, no chain is audited by all")
     if args.nodes > LARGE:
-        print(f"over {LARGE} nodes: 3 links a node are its own choice (some 8 in all), a fault in five minutes a machine")
+        print(
+            f"over {LARGE} nodes: 3 links a node are its own choice (some 8 in all), a fault in five minutes a machine"
+        )
     print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
     with signer(args.ed25519) as oracle:
         if args.plant:
