@@ -214,7 +214,7 @@ def set_in_file(path: Path, changes: Mapping[str, str]) -> list[Key]:
         text = _edited(path, text, name, format_value(key, parsed))
         keys.append(key)
     settings = _defaults()
-    problems = _from_text(path, text, settings) or _cross_checks(settings)
+    problems = _from_text(path, text, settings) or [*_cross_checks(settings), *_endpoint_checks(settings, {})]
     if problems:
         raise ConfigError(problems[0].message, hint=problems[0].hint)
     for name, value in changes.items():

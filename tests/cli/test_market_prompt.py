@@ -215,15 +215,19 @@ def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(nodes: Nodes, tm
     token.write_text(TOKEN + "\n")
     token.chmod(0o644)
     settings = ("openclaw.api_endpoint", "https://example.org/v1", "openclaw.token_file", str(token))
-    assert alice("config", "set", *settings).code in (0, 78)
+    alice("config", "set", *settings).failed(78, f"chmod 600 {token}")
+    token.chmod(0o600)
+    assert alice("config", "set", *settings).code == 0
+    token.chmod(0o644)
     checked = alice("config", "check")
     assert checked.code == 78 and f"chmod 600 {token}" in checked.out and TOKEN not in checked.out
     alice("daemon", "start").failed(78, "chmod 600")
     token.chmod(0o600)
     assert alice("config", "check").code == 0
-    assert alice("config", "set", "openclaw.api_endpoint", "http://192.0.2.7:8080").code in (0, 78)
-    open_air = alice("config", "check")
-    assert open_air.code == 78 and "unencrypted" in open_air.out and "https://" in open_air.out
+    alice("config", "set", "openclaw.api_endpoint", "http://192.0.2.7:8080").failed(78, "unencrypted", "https://")
+    assert alice("config", "get", "openclaw.api_endpoint").line == "https://example.org/v1"
+    open_air = alice("config", "check", CLAWNET_OPENCLAW_API_ENDPOINT="http://192.0.2.7:8080")
+    assert open_air.code == 78 and "unencrypted" in open_air.out
     alice("config", "set", "openclaw.api_endpoint", "http://user:pw@example.org").failed(78, "openclaw.api_endpoint")
     alice("config", "set", "openclaw.enable_streaming", "true").failed(78, "come whole")
     refused = alice("config", "check", CLAWNET_OPENCLAW_TOKEN="two words")
