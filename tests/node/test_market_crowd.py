@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from clawnet import limits
 from clawnet.wire.events import Run
 from tests.node.meshkit import Member, Mesh, echo
 from tests.node.trades import CREDIT, SELFLESS, compute, laws, tasks
@@ -76,3 +77,35 @@ def test_a_cancelled_task_waits_no_longer(mesh: Mesh) -> None:
         alice.call("task.cancel", task=alice.replies[call]["task_id"])
     mesh.run(2)
     assert len(alice.node.rooms.auctions.waiting) == 0
+
+
+def test_above_the_bound_of_open_tasks_a_submission_is_told_to_come_again(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "OPEN_TASKS_MAX", 3)
+    alice, bob = crowd(mesh)
+    bob.runner = lambda member, run: None
+    calls = [compute(alice, deadline_s=60) for _ in range(5)]
+    mesh.run(1)
+    assert [alice.replies[call].get("code", "") for call in calls] == ["", "", "", "busy", "busy"]
+    assert alice.replies[calls[-1]]["exit_code"] == 69 and "try again" in alice.replies[calls[-1]]["hint"]
+
+
+def test_open_tasks_are_listed_page_by_page_newest_first(mesh: Mesh) -> None:
+    alice, bob = crowd(mesh)
+    bob.runner = lambda member, run: None
+    for n in range(7):
+        compute(alice, deadline_s=600)
+        mesh.run(0.01 * (n % 2))
+    mesh.settle()
+    found, after, pages = [], None, 0
+    while pages == 0 or after is not None:
+        number = alice.call("task.list", states=["open"], limit=3, after=after)
+        mesh.settle()
+        page = alice.replies[number]
+        found += [item["task_id"] for item in page["items"]]
+        after, pages = page["next"], pages + 1
+    newest = sorted(alice.node.rooms.tasks.open.values(), key=lambda task: (-task.created_ms, task.task_id))
+    assert pages == 3 and set(found) == {task.task_id.hex() for task in newest} and len(found) == 7
+    made = {task.task_id.hex(): task.created_ms for task in newest}
+    assert [made[one] for one in found] == sorted(made.values(), reverse=True)
