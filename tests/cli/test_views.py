@@ -64,6 +64,7 @@ WHY = {
             "peers": [{"peer": PARTY, "answer": "bid", "reason": "", "bid": BID}],
         }
     ],
+    "attempts": [],
     "transitions": [],
 }
 SUMMARY = {
