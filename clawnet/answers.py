@@ -16,12 +16,12 @@ from clawnet.answers_local import LOCAL_ANSWERS
 from clawnet.answers_market import *  # noqa: F403 - one vocabulary in two files
 from clawnet.answers_market import (
     Answer,
+    AttemptLine,
     BidList,
     CancelAnswer,
     EscrowState,
     Party,
     Ring,
-    AttemptLine,
     StreamLine,
     Submitted,
     Task,
@@ -175,7 +175,7 @@ class ReputationList(Answer):
 
 
 class SpendLimit(Answer):
-    """One limit of `market.spend`; `limit` and `left` are null when there is none. `used` is null for that of a task."""
+    """One limit of `market.spend`; `limit` and `left` are null when there is none, `used` is null for one of a task."""
 
     limit: str | None
     used: str | None
