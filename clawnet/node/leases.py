@@ -160,6 +160,7 @@ class Leases:
         waited = ctx.now - attempt.delivered_ms
         if waited >= HOUR_MS and attempt.reason != "key withheld":
             attempt.reason = "key withheld"
+            self._rooms.tasks.touch(task)
             self._rooms.members.receipt(attempt, Outcome.KEY_WITHHELD, task)
             if task.state not in FINAL_STATES:
                 name = self._rooms.members.name_of(attempt.peer)
