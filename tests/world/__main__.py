@@ -7,7 +7,8 @@ import sys
 import time
 
 from tests.world.clock import LawBroken
-from tests.world.plants import PLANTS, planted
+from tests.world.liars import HABITS, lies_of
+from tests.world.plants import PLANTS, SETTINGS, planted
 from tests.world.signer import signer
 from tests.world.world import LARGE, ONE_ISSUER_MAX, World
 
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=1, help="tasks per node and simulated minute")
     parser.add_argument("--calm", action="store_true", help="no faults: figures only")
     parser.add_argument("--ed25519", action="store_true", help="real signatures instead of the cheap signer")
+    parser.add_argument("--liars", default="", help="NAME+NAME or all: members that lie; implies --ed25519")
+    parser.add_argument("--late", action="store_true", help="clocks 120 s off either way, results at the last moment")
     parser.add_argument("--plant", default="", help="put a known bug in and look for it; 'list' names them")
     parser.add_argument("--story", type=int, default=60, help="lines of the story to print")
     parser.add_argument("--keep-going", action="store_true", help="name every seed that breaks a law, tell no story")
@@ -31,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.plant == "list" or (args.plant and args.plant not in PLANTS):
         print("\n".join(f"{name}: {work.__doc__}" for name, work in PLANTS.items()))
         return 0 if args.plant == "list" else 64
+    if any(name not in HABITS for name in lies_of(0, args.liars)):
+        print("\n".join(f"{name}: {work.__doc__}" for name, work in HABITS.items()))
+        return 64
+    args.ed25519 = args.ed25519 or bool(args.liars)
     if args.nodes > ONE_ISSUER_MAX:
         print(f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits, no chain is audited by all")
     if args.nodes > LARGE:
@@ -54,7 +61,14 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
         world = None
         start = time.perf_counter()
         try:
-            world = World(seed, args.nodes, args.seconds, faults=not args.calm, tasks_per_minute=args.tasks)
+            world = World(
+                seed,
+                args.nodes,
+                args.seconds,
+                faults=not args.calm,
+                tasks_per_minute=args.tasks,
+                **(SETTINGS.get(args.plant) or {"lies": lies_of(seed, args.liars), "late": args.late}),
+            )
             world.run()
         except LawBroken as broken:
             broken_total += 1

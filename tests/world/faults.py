@@ -33,6 +33,20 @@ class Faults:
         for machine in self.world.machines:
             machine.skew_ms = self.rng.randrange(-most_ms, most_ms + 1) if most_ms else 0
 
+    def pull_clocks_apart(self) -> None:
+        """Every second machine is as fast as clocks may be, the others as slow, and none minds (section 8, margin)."""
+        self.skewed, self.clock_stop = SKEW_MS_MAX, False
+        for number, machine in enumerate(self.world.machines):
+            machine.skew_ms = -SKEW_MS_MAX if number % 2 else SKEW_MS_MAX
+            machine.ignore_clock()
+
+    def cut_until_delivery(self, machine: Machine, job: bytes) -> None:
+        """An executor is cut off from the start of a run until a moment before it must have delivered."""
+        left_ms = machine.node.rooms.jobs.jobs[job].deliver_by_ms - machine.now_ms()
+        until_us = self.world.clock.now_us + max(0, left_ms - 1_000) * 1_000
+        for edge in self.world.network.of.get(machine.peer, ()):
+            edge.blocked_us = [max(until, until_us) for until in edge.blocked_us]
+
     def plan(self, seconds: float) -> None:
         """Spreads the faults over the busy time: a few per machine and minute."""
         if not self.enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
@@ -10,6 +11,7 @@ from clawnet.ledger.audit import audit_chains
 from clawnet.market.records import FINAL_STATES, Task, decode_job, decode_task, encode
 from tests.node.meshkit import Entropy
 from tests.world.clock import LawBroken
+from tests.world.liars import PAY_THEIR_DUE
 
 if TYPE_CHECKING:
     from tests.world.machine import Machine
@@ -26,12 +28,13 @@ def now(world: World) -> None:
     there, granted = world.referee.conservation()
     if there != granted:
         raise LawBroken(f"credits: {there} ucr are there, {granted} were granted")
-    for machine in world.machines:
+    for machine in world.honest:
         if machine.up:
             _bounds(machine)
             _book(machine)
             _expired(machine)
-    for machine in world.rng.sample(world.machines, min(3, len(world.machines))):
+            _standing(machine)
+    for machine in world.rng.sample(world.honest, min(3, len(world.honest))):
         if machine.up and machine.runtime.resting is None:
             replay(machine)
 
@@ -68,6 +71,15 @@ def _book(machine: Machine) -> None:
         raise LawBroken(f"{machine.name}'s book does not add up: {book.conservation()}")
 
 
+def _standing(machine: Machine) -> None:
+    """Nobody's lie condemns an honest account, in no honest book."""
+    book = machine.node.rooms.books.book
+    for other in machine.world.honest:
+        view = book.view(other.key.public)
+        if view.ended or view.forked or book.proof(other.key.public) is not None:
+            raise LawBroken(f"{machine.name} holds honest {other.name} for condemned: {view}")
+
+
 # --- the disk
 
 
@@ -82,6 +94,17 @@ def _plain(record: Any) -> dict[str, Any]:
     return fields
 
 
+def _differences(kept: dict[str, Any], live: dict[str, Any]) -> str:
+    odd = {}
+    for name in live:
+        one, other = kept.get(name), live[name]
+        if name == "attempts" and isinstance(one, list) and len(one) == len(other):
+            odd[name] = [_differences(*pair) for pair in zip(one, other, strict=True)]
+        elif one != other:
+            odd[name] = f"{one!r:.80} / {other!r:.80}"
+    return str(odd)
+
+
 def replay(machine: Machine) -> None:
     """A node made from this disk knows what the running one knows, wherever a turn has just ended."""
     node, disk = machine.node, machine.disk
@@ -92,8 +115,8 @@ def replay(machine: Machine) -> None:
     for task_id, task in rooms.tasks.open.items():
         row = disk.tables["tasks"].get((task_id,))
         if row is None or _plain(decode_task(row[-1])) != _plain(decode_task(encode(task))):
-            kept = row and _plain(decode_task(row[-1]))
-            raise LawBroken(f"{machine.name}: task {task_id.hex()[:8]} on the disk is {kept}, in memory {_plain(task)}")
+            kept = _differences(_plain(decode_task(row[-1])) if row is not None else {}, _plain(task))
+            raise LawBroken(f"{machine.name}: task {task_id.hex()[:8]} on the disk and in memory: {kept}")
     on_disk = {row[0]: decode_job(row[-1]) for row in disk.query("jobs_open")}
     if on_disk.keys() != rooms.jobs.jobs.keys():
         odd = {job.hex()[:8] for job in on_disk.keys() ^ rooms.jobs.jobs.keys()}
@@ -125,9 +148,8 @@ def _replay_book(machine: Machine) -> None:
 
 def quiet(world: World) -> bool:
     """Nothing is owed anywhere."""
-    for machine in world.machines:
-        rooms = machine.node.rooms
-        if not machine.up or rooms.tasks.open or rooms.outbox.rows or rooms.jobs.jobs or machine.executor.runs:
+    for machine in world.honest:
+        if not machine.up or machine.executor.runs or any(_owed(machine)):
             return False
     return not world.referee.line_ends()
 
@@ -135,8 +157,9 @@ def quiet(world: World) -> bool:
 def end(world: World) -> None:
     """Once the faults have ended and time has passed."""
     now(world)
-    _audit(world)
-    for machine in world.machines:
+    if not world.liars:
+        _audit(world)
+    for machine in world.honest:
         _nothing_owed(machine)
         _tasks(world, machine)
     for machine in world.rng.sample(world.machines, min(REPLAYED_MAX, len(world.machines))):
@@ -146,19 +169,32 @@ def end(world: World) -> None:
             raise LawBroken("; ".join(what[:5]))
 
 
+def _owed(machine: Machine) -> Iterator[str]:
+    """What this machine still owes, or is owed, by members that keep their word in the end."""
+    rooms, world = machine.node.rooms, machine.world
+    faithless = {peer for peer, liar in world.liars.items() if liar.name not in PAY_THEIR_DUE}
+    for task in rooms.tasks.open.values():
+        held = {attempt.peer for attempt in task.attempts if not attempt.closed}
+        if task.state not in FINAL_STATES or not held or held - faithless:
+            states = [(a.n, a.state, a.escrow, a.closed, a.reason) for a in task.attempts]
+            yield f"task {task.task_id.hex()[:8]} is still {task.state}: {states}"
+    for job in rooms.jobs.jobs.values():
+        if job.peer not in world.liars:
+            yield f"job {job.job.hex()[:8]} is still {job.state}"
+    for row in rooms.outbox.rows.values():
+        if row.peer not in world.liars:
+            to = world.names.get(row.peer)
+            yield f"the outbox still holds {row.kind.name} for {to} about {row.about.hex()}"
+
+
 def _nothing_owed(machine: Machine) -> None:
     rooms = machine.node.rooms
-    for task in rooms.tasks.open.values():
-        states = [(a.n, a.state, a.escrow, a.closed, a.reason) for a in task.attempts]
-        raise LawBroken(f"{machine.name}: task {task.task_id.hex()[:8]} is still {task.state}: {states}")
-    for job in rooms.jobs.jobs.values():
-        raise LawBroken(f"{machine.name}: job {job.job.hex()[:8]} is still {job.state}")
-    for row in rooms.outbox.rows.values():
-        to = machine.world.names.get(row.peer)
-        raise LawBroken(f"{machine.name}: the outbox still holds {row.kind.name} for {to} about {row.about.hex()}")
+    for what in _owed(machine):
+        raise LawBroken(f"{machine.name}: {what}")
     view = rooms.books.book.view(machine.key.public)
     chain = machine.world.referee.chains[machine.key.public]
-    if (view.seq + 1, view.available_ucr) != (len(chain.hashes), chain.available_ucr) or view.refuse:
+    own = (view.seq + 1, view.available_ucr + view.void_ucr)
+    if own != (len(chain.hashes), chain.available_ucr) or (view.refuse and not view.void_ucr):
         raise LawBroken(f"{machine.name}: its own chain is {view}; the referee has {chain.available_ucr}")
     if rooms.books.purse.read_only_reason or rooms.books.chains.checking:
         raise LawBroken(f"{machine.name} may not write its chain: {rooms.books.purse.read_only_reason}")
@@ -179,6 +215,9 @@ def _tasks(world: World, machine: Machine) -> None:
     for task in tasks.values():
         lines = [(a.lock_seq, a.line) for a in task.attempts if a.lock_seq >= 0]
         paid = [line for line in lines if line in claimed]
+        if any(attempt.peer in world.liars for attempt in task.attempts):
+            _beside_a_liar(machine, task, [line for line in lines if chain.lines[line].released_ucr])
+            continue
         free = any(a.lock_seq < 0 and a.state == "done" for a in task.attempts)
         name = f"{machine.name}: task {task.task_id.hex()[:8]} ({task.state})"
         if task.error_code == "verification_failed":
@@ -190,6 +229,23 @@ def _tasks(world: World, machine: Machine) -> None:
         spent = sum(chain.lines[line].released_ucr for line in paid)
         if spent > task.max_budget_ucr:
             raise LawBroken(f"{name} cost {spent}, its budget is {task.max_budget_ucr}")
+
+
+def _beside_a_liar(machine: Machine, task: Task, released: list[tuple[int, int]]) -> None:
+    """A liar costs its requester one line at most, and none that it delivered nothing for."""
+    name = f"{machine.name}: task {task.task_id.hex()[:8]} ({task.state}), which a liar had"
+    if len(released) > 1:
+        raise LawBroken(f"{name}, paid {len(released)} lines")
+    spent = sum(machine.world.referee.chains[machine.key.public].lines[line].released_ucr for line in released)
+    if spent > task.max_budget_ucr:
+        raise LawBroken(f"{name}, cost {spent}; its budget is {task.max_budget_ucr}")
+    if (
+        task.result is not None
+        and task.state == "settled"
+        and not released
+        and all(a.lock_seq >= 0 for a in task.attempts)
+    ):
+        raise LawBroken(f"{name}, was settled and paid nobody")
 
 
 def _audit(world: World) -> None:

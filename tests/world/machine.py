@@ -114,7 +114,7 @@ class Executor:
         world.started(machine, spec)
         self._count += 1
         self.runs[job] = self._count
-        took_us = round(machine.luck.expovariate(1 / (world.run_s * 1e6))) + 1_000
+        took_us = world.lasts_us(machine, spec)
         world.clock.tell(machine.name, f"runs {job.hex()[:8]} {spec.kind} for {took_us / 1e6:.3f} s")
         if spec.ring != "stranger" and machine.luck.random() < 0.2:
             text = e.TaskOutput(job, 1, 0, b"working\n")
@@ -385,6 +385,7 @@ class Machine:
         self.ups = {}
         if how == "power":
             self.disk.cut_power()
+            self.world.lost_power(self)
             self.forgotten.append((self.synced_us, self.world.clock.now_us))
             self.world.seen["power cut"] += 1
         noticed_us = self.luck.randrange(1_000_000, 15_000_000) if how == "power" else 0

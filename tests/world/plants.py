@@ -10,15 +10,24 @@ from typing import Any
 
 import msgspec
 
-from clawnet.ledger import purse, rules, state
+from clawnet import limits
+from clawnet.ledger import purse, rules, state, terms
 from clawnet.ledger.entries import EntryKind
-from clawnet.node import context, jobs, leases, locks, pay, results, taking
+from clawnet.node import books, chains, context, jobs, leases, locks, pay, relay, results, taking
 from clawnet.runtime import Runtime
 from clawnet.wire import events as e
 from clawnet.wire.messages import Result
 
 Patch = Callable[[Any], Any]
 PLANTS: dict[str, Callable[[], Iterator[None]]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "key_on_a_poisoned_chain": {"lies": ("poisons",)},
+    "release_not_compared": {"lies": ("underpays",)},
+    "future_stamps": {"lies": ("refunds_by_a_false_time",)},
+    "no_forwarding": {"lies": ("hides_claim",)},
+    "margin_without_transit": {"late": True},
+}
+"""What the world must be like for a bug to come to light, where the usual one is too kind."""
 
 
 def plant(work: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
@@ -303,6 +312,47 @@ def seal_key_of_the_day() -> Iterator[None]:
         return key_of
 
     yield _replace(pay.Pay, "key_of", make)
+
+
+@plant
+def replay_window_lost() -> Iterator[None]:
+    """A restart forgets which relayed statements were taken."""
+    yield _replace(relay.Relay, "load", lambda original: lambda self, rows, floor_ms: None)
+
+
+@plant
+def key_on_a_poisoned_chain() -> Iterator[None]:
+    """The payee shows its key without auditing the payer's chain up to the release."""
+    yield _check(EntryKind.LOCK, _with_plenty)
+
+
+@plant
+def release_not_compared() -> Iterator[None]:
+    """The payee shows its key for any release of its line, whatever the amount."""
+    yield _replace(books, "check_release", lambda original: lambda *args: "")
+
+
+@plant
+def future_stamps() -> Iterator[None]:
+    """Entries stamped far ahead are taken at once."""
+    yield _replace(limits, "CLOCK_AHEAD_MS", lambda original: 10**12)
+
+
+@plant
+def margin_without_transit() -> Iterator[None]:
+    """A line expires as soon as two clocks 120 s off can both have passed its delivery time, and not a moment later."""
+    yield _replace(terms.LedgerTerms, "margin_ms", lambda original: property(lambda self: 240_000))
+
+
+@plant
+def no_forwarding() -> Iterator[None]:
+    """Who counts a claim keeps it from its payer, and a payer asks nobody but its payee."""
+    _replace(chains.Chains, "forward", lambda original: lambda self, payer, claim, source: None)
+
+    def make(original: Any) -> Any:
+        return lambda self, peer, account: self._rooms.members.account_of(peer) == account
+
+    yield _replace(chains.Chains, "_wanted", make)
 
 
 def _check(kind: EntryKind, make: Patch) -> None:

@@ -53,6 +53,10 @@ class Referee:
         self.names = names
         self.chains: dict[bytes, Chain] = {}
         self.granted_ucr = 0
+        self.liars: frozenset[bytes] = frozenset()
+        """Accounts whose chains are nobody's law; what honest ones claim of them comes from outside."""
+        self.outside_ucr = 0
+        self._outside: set[tuple[bytes, bytes, tuple[int, int]]] = set()
         self.entries_total = 0
         self.releases_total = 0
         self.refunds_total = 0
@@ -66,6 +70,8 @@ class Referee:
         self, keeper: bytes, account: bytes, seq: int, entry_hash: bytes, raw: bytes, durable: bool
     ) -> Parsed | None:
         """An entry goes to the disk of `keeper`. Returns it when its author writes it now."""
+        if account in self.liars:
+            return None
         chain = self.chains.setdefault(account, Chain())
         if seq < len(chain.hashes):
             if chain.hashes[seq] != entry_hash:
@@ -141,6 +147,13 @@ class Referee:
     def _claim(
         self, chain: Chain, entry: Parsed, payer: bytes, place: tuple[int, int], amount_ucr: int, key: bytes | None
     ) -> None:
+        if payer in self.liars:
+            if (entry.account, payer, place) in self._outside:
+                raise self._fail(entry.account, entry.seq, f"claims {place} of {self.names.get(payer)} twice")
+            self._outside.add((entry.account, payer, place))
+            self.outside_ucr += amount_ucr
+            chain.available_ucr += amount_ucr
+            return
         paying = self.chains.get(payer)
         payment = paying.payments.get(place) if paying is not None else None
         if payment is None or payment.claimed or (payment.payee, payment.amount_ucr) != (entry.account, amount_ucr):
@@ -153,13 +166,13 @@ class Referee:
     # --- questions
 
     def conservation(self) -> tuple[int, int]:
-        """What is there in all, and what was granted."""
+        """What is there in all, and what was granted, or claimed of liars."""
         there = 0
         for chain in self.chains.values():
             there += chain.available_ucr
             there += sum(line.left_ucr for line in chain.lines.values())
             there += sum(payment.amount_ucr for payment in chain.payments.values() if not payment.claimed)
-        return there, self.granted_ucr
+        return there, self.granted_ucr + self.outside_ucr
 
     def line_ends(self) -> list[str]:
         """Lines that have not ended, at a time when all must have."""
@@ -176,5 +189,5 @@ class Referee:
             f"payment {place} of {self.names.get(account)} to {self.names.get(payment.payee)}: {payment.amount_ucr}"
             for account, chain in self.chains.items()
             for place, payment in chain.payments.items()
-            if not payment.claimed
+            if not payment.claimed and payment.payee not in self.liars
         ]

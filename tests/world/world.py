@@ -12,7 +12,7 @@ from clawnet.config import Config
 from clawnet.identity.certificates import certify_node, certify_owner, read_charter
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership, found_mesh
-from clawnet.ledger.entries import EntryKind, Parsed, Release
+from clawnet.ledger.entries import Claim, EntryKind, Lock, Parsed, Refund, Release, Send, parse
 from clawnet.ledger.seal import derive_key
 from clawnet.market.records import decode_job
 from clawnet.wire import events as e
@@ -21,7 +21,8 @@ from clawnet.wire.messages import Result
 from tests.node.meshkit import START_MS, Entropy
 from tests.world.client import Client
 from tests.world.clock import Clock, LawBroken
-from tests.world.faults import Faults
+from tests.world.faults import SKEW_MS_MAX, Faults
+from tests.world.liars import Liar
 from tests.world.machine import Machine
 from tests.world.network import Network
 from tests.world.referee import Referee
@@ -30,6 +31,9 @@ ONE_ISSUER_MAX = 100
 """In larger meshes every node issues its own first credits: else each audits one chain of a grant for every node."""
 LARGE = 200
 """Larger meshes have fewer links a node and one fault in five minutes a machine; nobody is away for twenty minutes."""
+AHEAD_MS = limits.CLOCK_AHEAD_MS
+TRANSIT_MS = limits.MARGIN_MS - 2 * SKEW_MS_MAX
+"""Numbers of the ledger as they are: a planted bug changes the product's, not the law's."""
 GRANTS_UCR = (200_000_000, 200_000_000, 4_000_000)
 
 
@@ -37,7 +41,15 @@ class Delivery:
     """A sealed result that an executor has made durable."""
 
     def __init__(
-        self, executor: Machine, task_id: bytes, attempt: int, blob: bytes, amount_ucr: int, key: bytes
+        self,
+        executor: Machine,
+        task_id: bytes,
+        attempt: int,
+        blob: bytes,
+        amount_ucr: int,
+        key: bytes,
+        at_us: int,
+        in_time: bool,
     ) -> None:
         self.executor = executor
         self.task_id = task_id
@@ -45,13 +57,23 @@ class Delivery:
         self.blob = blob
         self.amount_ucr = amount_ucr
         self.key = key
+        self.at_us = at_us
+        self.in_time = in_time
 
 
 class World:
     """`faults` False: a calm mesh, for figures. Everything follows from `seed`, `nodes` and `seconds`."""
 
     def __init__(
-        self, seed: int, nodes: int = 50, seconds: float = 60.0, *, faults: bool = True, tasks_per_minute: int = 1
+        self,
+        seed: int,
+        nodes: int = 50,
+        seconds: float = 60.0,
+        *,
+        faults: bool = True,
+        tasks_per_minute: int = 1,
+        lies: Sequence[str] = (),
+        late: bool = False,
     ) -> None:
         self.seed = seed
         self.seconds = seconds
@@ -77,12 +99,19 @@ class World:
         self.keys: dict[tuple[str, str], set[bytes]] = {}
         """Keys by executor and requester: none may travel in a result."""
         self.issuers: frozenset[bytes] = frozenset()
+        self.liars: dict[str, Liar] = {}
+        """By peer: members with a habit of liars.py, from m1 on."""
+        self._lies = tuple(lies)
+        self._taken: set[tuple[str, str, bytes]] = set()
         self.peace_us = 0
         self.warnings: dict[str, int] = {}
         self.seen = self.network.seen
         """What trouble truly happened, each kind counted where it did."""
         self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.001, 0.01, 0.03)))
-        self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults)
+        self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults and not late)
+        self.late = late
+        if late:
+            self.faults.pull_clocks_apart()
         if self.faults.skewed > limits.CLOCK_STOP_MS:
             self.seen[f"clocks minutes off, stop {'on' if self.faults.clock_stop else 'off'}"] += 1
         self.client.plan(self.machines, seconds, tasks_per_minute)
@@ -109,6 +138,9 @@ class World:
             self._add(name, node, mine, LocalMembership(local.charter, tuple(chain), False, key.peer_id, "member"))
         if count > ONE_ISSUER_MAX:
             self.issuers = frozenset(machine.key.public for machine in self.machines)
+        for machine, habit in zip(self.machines[1:], self._lies, strict=False):
+            self.liars[machine.peer] = Liar(self, machine, habit)
+        self.referee.liars = frozenset(self.by_peer[peer].key.public for peer in self.liars)
         for machine in self.machines:
             machine.boot()
         founder = self.machines[0]
@@ -174,6 +206,15 @@ class World:
             machine.boot()
 
     @property
+    def honest(self) -> list[Machine]:
+        """Those for whom the laws are."""
+        return [machine for machine in self.machines if machine.peer not in self.liars]
+
+    def deliveries_of(self, machine: Machine) -> list[tuple[bytes, int, int]]:
+        """(payer, lock seq, line) of everything that this executor has delivered."""
+        return [place for place, delivery in self.deliveries.items() if delivery.executor is machine]
+
+    @property
     def steps_total(self) -> int:
         """Stimuli that nodes have taken."""
         return sum(machine.steps_total for machine in self.machines)
@@ -182,6 +223,7 @@ class World:
 
     def committed(self, machine: Machine, rows: Sequence[e.Put | e.Delete], durable: bool) -> None:
         """Rows are on a disk."""
+        latest_ms = machine.now_ms() + AHEAD_MS
         releases: list[Parsed] = []
         for row in rows:
             if type(row) is not e.Put:
@@ -189,12 +231,32 @@ class World:
             if row.table == "entries":
                 account, seq, entry_hash, raw = row.row
                 entry = self.referee.saw(machine.key.public, account, seq, entry_hash, raw, durable)
+                if machine.peer not in self.liars:
+                    self._stamped(machine, raw, latest_ms)
                 if entry is not None and entry.kind == EntryKind.RELEASE:
                     releases.append(entry)
+                if entry is not None and entry.kind == EntryKind.REFUND:
+                    self._refunded(machine, entry)
+                if entry is not None and entry.kind == EntryKind.CLAIM:
+                    self._claimed(machine, entry)
+            elif row.table == "relayed":
+                self._relayed(machine, row.row[0], row.row[1])
             elif row.table == "jobs":
                 self._job(machine, row.row[1], row.row[-1])
         for entry in releases:
             self._released(machine, entry)
+
+    def _relayed(self, machine: Machine, author: str, identifier: bytes) -> None:
+        """A statement that somebody passed on is taken once, however often the process starts."""
+        place = (machine.peer, author, identifier)
+        if place in self._taken:
+            raise LawBroken(f"{machine.name} takes a statement of {self.names.get(author)} a second time")
+        self._taken.add(place)
+
+    def lost_power(self, machine: Machine) -> None:
+        """What was not synced is gone: statements that it took may come again."""
+        held = machine.disk.tables["relayed"]
+        self._taken = {place for place in self._taken if place[0] != machine.peer or place[1:] in held}
 
     def _job(self, machine: Machine, state: str, body: bytes) -> None:
         if state == "running":
@@ -205,7 +267,13 @@ class World:
             if job.lock_seq >= 0:
                 seed, mesh = machine.escrow_seed, machine.node.rooms.books.mesh
                 key = derive_key(seed, mesh, job.account, job.lock_hash, job.line, 1)
-                delivery = Delivery(machine, job.task_id, job.attempt, job.blob, job.amount_ucr, key)
+                held = self.deliveries.get((job.account, job.lock_seq, job.line))
+                if held is not None and held.blob == job.blob:
+                    return
+                in_time = machine.now_ms() <= job.deliver_by_ms
+                delivery = Delivery(
+                    machine, job.task_id, job.attempt, job.blob, job.amount_ucr, key, self.clock.now_us, in_time
+                )
                 self.deliveries[job.account, job.lock_seq, job.line] = delivery
                 self.keys.setdefault((machine.peer, job.peer), set()).add(key)
 
@@ -224,8 +292,48 @@ class World:
             if not held:
                 raise LawBroken(f"{where}, and the sealed result is not on its disk")
 
+    def _refunded(self, machine: Machine, entry: Parsed) -> None:
+        """What was delivered in time by its executor's clock has had the time to arrive before it is taken back."""
+        assert isinstance(entry.body, Refund)
+        for item in entry.body.items:
+            delivery = self.deliveries.get((entry.account, item.lock_seq, item.line))
+            if delivery is None or item.proof is not None or not delivery.in_time:
+                continue
+            passed_ms = (self.clock.now_us - delivery.at_us) // 1000
+            if passed_ms < TRANSIT_MS:
+                raise LawBroken(f"{machine.name} refunds what was delivered in time {passed_ms} ms ago: no margin")
+
+    def _stamped(self, machine: Machine, raw: bytes, latest_ms: int) -> None:
+        """No book takes an entry from the future: it would let a payer refund a line before its time."""
+        entry = parse(raw)
+        if entry.time_ms > latest_ms:
+            ahead_s = (entry.time_ms - machine.now_ms()) // 1000
+            raise LawBroken(
+                f"{machine.name} takes an entry of {self._names_of_accounts[entry.account]} {ahead_s} s ahead"
+            )
+
+    def _claimed(self, machine: Machine, entry: Parsed) -> None:
+        """A key is shown for a release that stands on this disk, at the note's amount (section 6, step 7)."""
+        assert isinstance(entry.body, Claim)
+        for item in entry.body.items:
+            if item.key is None:
+                continue
+            row = machine.disk.tables["entries"].get((item.payer, item.seq))
+            body = parse(row[-1]).body if row is not None else None
+            where = f"{machine.name} shows a key to {self._names_of_accounts.get(item.payer)}"
+            if row is None or row[2] != item.hash or not isinstance(body, Release):
+                raise LawBroken(f"{where} for no release that its book holds")
+            if item.payer in self.referee.liars and not _solvent(machine, item.payer, item.seq):
+                raise LawBroken(f"{where} on a chain that falls below zero")
+            line = body.items[item.index]
+            delivery = self.deliveries.get((item.payer, line.lock_seq, line.line))
+            if delivery is None or (delivery.amount_ucr, delivery.key) != (line.amount_ucr, item.key):
+                raise LawBroken(f"{where} for a release of {line.amount_ucr}; the note asks {delivery}")
+
     def sending(self, machine: Machine, peer: str, message: Any, payload: bytes) -> None:
         """A message goes onto a link."""
+        if machine.peer in self.liars:
+            return
         if type(message) is Result and any(key in payload for key in self.keys.get((machine.peer, peer), ())):
             raise LawBroken(f"{machine.name} sends the key along with the sealed result")
 
@@ -235,13 +343,51 @@ class World:
         if where is None:
             raise LawBroken(f"{machine.name} runs job {spec.job.hex()[:8]}, of which no disk knows")
         self.starts_of[where] = self.starts_of.get(where, 0) + 1
+        if self.late:
+            self.faults.cut_until_delivery(machine, spec.job)
         wish = self.client.wishes[spec.env["MARK"]]
-        if wish.once and self.starts_of[where] > 1:
+        if wish.once and self.starts_of[where] > 1 and not {machine.peer, where[0]} & self.liars.keys():
             raise LawBroken(f"task {wish.mark} ({where[1].hex()[:8]}), a shell task without retries, starts twice")
+
+    def lasts_us(self, machine: Machine, spec: Any) -> int:
+        """How long a run takes; in a late world all but the last seconds that its executor has for it."""
+        if self.late:
+            left_ms = machine.node.rooms.jobs.jobs[spec.job].deliver_by_ms - machine.now_ms()
+            return max(1_000, (left_ms - machine.luck.randrange(1_000, 20_000)) * 1_000)
+        return round(machine.luck.expovariate(1 / (self.run_s * 1e6))) + 1_000
 
     def logged(self, machine: Machine, level: str, event: str, fields: dict[str, Any]) -> None:
         """What a node thought worth a security line: honest nodes give no cause for one."""
+        if machine.peer in self.liars:
+            return
         if level == "security":
             self.warnings[event] = self.warnings.get(event, 0) + 1
+            guilty = str(fields.get("account") or fields.get("peer") or "")
+            if any(guilty in (peer, self.by_peer[peer].key.public.hex()[:16]) for peer in self.liars):
+                return
             if event in ("chain.forked", "chain.invalid", "note.refused", "waiver.refused", "release.underpaid"):
                 raise LawBroken(f"{machine.name} logs {event} of an honest peer: {fields}")
+
+
+def _solvent(machine: Machine, payer: bytes, last: int) -> bool:
+    """Whether a payer's prefix on this disk never spends what it has not: its own sums, incomes at their word."""
+    left_ucr: dict[tuple[int, int], int] = {}
+    available_ucr = 0
+    for seq in range(last + 1):
+        body = parse(machine.disk.tables["entries"][payer, seq][-1]).body
+        if isinstance(body, Claim):
+            available_ucr += sum(item.amount_ucr for item in body.items)
+        elif isinstance(body, Send):
+            available_ucr -= body.amount_ucr
+        elif isinstance(body, Lock):
+            for at, line in enumerate(body.lines):
+                left_ucr[seq, at] = line.amount_ucr
+                available_ucr -= line.amount_ucr
+        elif isinstance(body, Release):
+            for item in body.items:
+                left_ucr[item.lock_seq, item.line] -= item.amount_ucr
+        elif isinstance(body, Refund):
+            available_ucr += sum(left_ucr.pop((item.lock_seq, item.line)) for item in body.items)
+        if available_ucr < 0:
+            return False
+    return True
