@@ -274,6 +274,7 @@ class Jobs:
         for job in [job for job in self.jobs.values() if job.account == account and job.ring != "own"]:
             if job.state == "running":
                 job.cancelled = True
+                self.touch(job)
                 self._ctx.out.append(StopRun(job.job))
             elif job.state in ("fetching", "queued"):
                 self._give_up(job, "not_trusted", "")
