@@ -123,9 +123,8 @@ def replay(machine: Machine) -> None:
         raise LawBroken(f"{machine.name}: jobs {odd} are either on the disk or in memory")
     for job, kept in on_disk.items():
         if _plain(kept) != _plain(rooms.jobs.jobs[job]):
-            raise LawBroken(
-                f"{machine.name}: job {job.hex()[:8]} on the disk is {kept}, in memory {rooms.jobs.jobs[job]}"
-            )
+            odd = _differences(_plain(kept), _plain(rooms.jobs.jobs[job]))
+            raise LawBroken(f"{machine.name}: job {job.hex()[:8]} on the disk and in memory: {odd}")
     if {key[0] for key in disk.tables["outbox"]} != set(rooms.outbox.rows):
         raise LawBroken(f"{machine.name}: the outbox on the disk is not the one in memory")
     _replay_book(machine)
