@@ -1,4 +1,4 @@
-"""The tables: columns (key columns first), indexes, the statements made from them; a change is a step of migrations.py."""
+"""The tables: columns (key columns first), indexes, the statements made from them. A change is a step in migrations."""
 
 # ruff: noqa: S608 -- every word of these statements stands in this room; values are always parameters.
 
