@@ -187,6 +187,8 @@ class Auctions:
         self.live[task.task_id] = auction
         if task.state != "bidding":
             self._rooms.tasks.move(task, "bidding", f"{len(candidates)} asked in ring {ring}")
+        # A round that is opened again without another state has its number on the disk too: none comes twice.
+        self._rooms.tasks.touch(task)
         offer = Offer(
             task_id=task.task_id,
             round=task.round,
