@@ -225,6 +225,10 @@ class Outbox:
             self._armed_ms = at_ms
             self._ctx.wake(("outbox",), at_ms)
 
+    def owed(self, peer: str) -> int:
+        """How many messages this peer has not acknowledged."""
+        return len(self._of_peer.get(peer, ()))
+
     def settle(self, kind: Kind, peer: str, about: bytes) -> bool:
         """The obligation of this kind about this thing is met; False when there was none."""
         identifier = self._of.get((kind, peer, about))

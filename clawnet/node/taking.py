@@ -269,7 +269,11 @@ class Taking:
         """REJECT, with the waiver that frees the line; durable through the outbox.
 
         A line that another job of this node works for is not waived: a requester that names it twice gets nothing back.
+        Nor is one refused that acknowledges nothing: its awards just lapse, and cost no rows.
         """
+        if peer != self._ctx.me and self._rooms.outbox.owed(peer) >= limits.REFUSALS_OWED_MAX:
+            self._ctx.count("messages_refused_total", "refusals_owed")
+            return
         identifier = job_id(peer, task_id, attempt)
         waiver = b""
         if lock is not None and not self._rooms.pay.bound(lock.lock_hash, lock.line):

@@ -22,6 +22,8 @@ FIELD_ITEMS_MAX: Final = 64
 FIELD_DEPTH_MAX: Final = 4
 # A peer that forges signatures all day must not be able to fill the disk with the proof of it.
 SECURITY_LINES_A_MINUTE: Final = 600
+# Nor may the same warning again and again drive everything else out of the log.
+LINES_OF_EVENT_A_MINUTE: Final = 120
 LABELS_MAX: Final = 4096
 
 _HIDDEN: Final = "[hidden]"
@@ -69,6 +71,8 @@ class Observer:
         self._minute = 0
         self._security_lines = 0
         self._suppressed = 0
+        self._log_minute = 0
+        self._warned: dict[str, int] = {}
 
     @classmethod
     def open(cls, config: Config, home: Home) -> Observer:
@@ -103,12 +107,25 @@ class Observer:
             if LEVELS[level] < self._least:
                 return
         sink = self._sink
-        if sink is None:
+        if sink is None or (LEVELS[level] >= LEVELS["warn"] and not self._may_warn(sink, at, event)):
             return
         if sink.write(self._render(at, level, event, plain)) and sink.lost > self._lost_told:
             lost = sink.lost
             if sink.write(self._render(at, "warn", "log.lost", {"lines": lost - self._lost_told})):
                 self._lost_told = lost
+
+    def _may_warn(self, sink: Sink, at: float, event: str) -> bool:
+        """Whether one more line of this event is written in this minute; what was not is told in the next."""
+        minute = int(at) // 60
+        if minute != self._log_minute:
+            self._log_minute = minute
+            warned, self._warned = self._warned, {}
+            for name, count in warned.items():
+                if count > LINES_OF_EVENT_A_MINUTE:
+                    more = {"of": name, "lines": count - LINES_OF_EVENT_A_MINUTE}
+                    sink.write(self._render(at, "warn", "log.suppressed", more))
+        count = self._warned[event] = self._warned.get(event, 0) + 1
+        return count <= LINES_OF_EVENT_A_MINUTE
 
     def _secure(self, at: float, event: str, plain: dict[str, Any]) -> None:
         self.count("security_events_total", event)

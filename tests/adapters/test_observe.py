@@ -159,6 +159,23 @@ def test_a_flood_of_security_events_is_summed_up() -> None:
     assert (told["event"], told["lines"], last["event"]) == ("security.suppressed", 50, "replay")
 
 
+def test_a_flood_of_one_warning_is_summed_up_and_hides_no_other() -> None:
+    log, lines, at = Lines(), logs.LINES_OF_EVENT_A_MINUTE, [60.0]
+    observer = Observer(log, clock=lambda: at[0])
+    for n in range(lines + 30):
+        observer.log("warn" if n % 2 else "security", "entry.rejected", {"n": n})
+        observer.log("info", "task.done", {"n": n})
+    observer.log("error", "disk.full", {})
+    assert sum("entry.rejected" in line for line in log.lines) == lines
+    assert sum("task.done" in line for line in log.lines) == lines + 30
+    assert "disk.full" in log.lines[-1]
+    at[0] += 60
+    observer.log("warn", "other", {})
+    assert "log.suppressed" in log.lines[-2] and "of=entry.rejected lines=30" in log.lines[-2]
+    observer.log("warn", "entry.rejected", {})
+    assert "entry.rejected" in log.lines[-1]
+
+
 def test_lines_lost_are_told_when_the_disk_takes_them_again() -> None:
     sink = Lines()
     observer = Observer(sink)

@@ -203,6 +203,18 @@ def test_a_line_that_is_worked_on_is_never_waived(mesh: Mesh) -> None:
         assert not any(identifier in body and len(body) > 120 for body in rejects), "a waiver went out"
 
 
+def test_refusals_that_are_never_acknowledged_stop_costing_rows(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REFUSALS_OWED_MAX", 5)
+    alice, bob = pair(mesh)
+    mesh.fate = lambda one, other, message: 0 if one is alice else 1
+    late = mesh.now_ms + 60_000
+    tell(alice, bob, *(Winner(n.to_bytes(16, "big"), 0, b"no document", 1, late, late, True, True) for n in range(40)))
+    assert len(list(bob.store.load_all("outbox"))) == 5
+    mesh.fate = lambda one, other, message: 1
+    mesh.run(120)
+    assert not list(bob.store.load_all("outbox"))
+
+
 def test_an_award_below_the_bid_is_refused(mesh: Mesh) -> None:
     alice, bob = pair(mesh)
     original = alice.node.rooms.auctions._close
