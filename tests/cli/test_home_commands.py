@@ -109,10 +109,10 @@ def test_config_get_set_check_path(clawnet: Program) -> None:
     ("arguments", "code", "said"),
     [
         (("get", "market.bid_timout"), 66, "did you mean market.bid_timeout?"),
-        (("get", "network.quic_port"), 78, "QUIC is not built yet"),
+        (("get", "tui.theme"), 78, "the live view is not built yet"),
         (("set", "market.bid_timeout"), 64, "has no value"),
         (("set", "market.bid_timeout", "soon"), 78, "allowed: a duration"),
-        (("set", "network.enable_quic", "true"), 78, "QUIC is not built yet"),
+        (("set", "tui.enabled", "true"), 78, "the live view is not built yet"),
         (("set", "market.weights.price", "0.5"), 78, "add up to 1.1"),
         (("set", "log.level", "info", "log.level", "warn"), 64, "named twice"),
         (("frobnicate",), 64, "No such command"),
