@@ -119,7 +119,9 @@ class Patience:
         self._say = say
 
     def again(self, error: UnreachableError) -> None:
-        """Connects again after `error`; raises it when there is no daemon in time.
+        """Connects again after `error`; raises it when there is no daemon by the task's deadline.
+
+        At the command's own deadline it is a TimedOutError.
 
         One that was stopped on purpose is not started again by those who wait: they wait until somebody does.
         """
@@ -135,7 +137,9 @@ class Patience:
         pause_s = PAUSE_MIN_S
         while True:
             if time.monotonic() + pause_s >= until:
-                raise error
+                if self.deadline is None:
+                    raise error
+                raise TimedOutError("no daemon answered in time", hint="tasks that it had accepted are kept") from error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_MAX_S)
             try:

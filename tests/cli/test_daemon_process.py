@@ -135,14 +135,17 @@ def test_a_kill_loses_nothing_that_was_accepted(node: Node) -> None:
     assert node("wallet", "audit", "--json").json("wallet audit")["ok"]
 
 
-def test_a_run_whose_node_was_killed_says_so(node: Node) -> None:
+@pytest.mark.parametrize(("options", "code", "words"), [((), 76, b"restarted"), (("--timeout", "8s"), 124, b"in time")])
+def test_a_run_whose_node_was_killed_says_so(node: Node, options: tuple[str, ...], code: int, words: bytes) -> None:
+    """It starts the node again, which knows that the command died with it; where that is not allowed, it waits."""
     node.start()
-    with node.popen("run", "-n", "--", "sh", "-c", "echo begun; sleep 600") as process:
+    start = ("--no-autostart",) if options else ()
+    with node.popen(*start, "run", "-n", *options, "--", "sh", "-c", "echo begun; sleep 600") as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"begun\n"
         node.kill()
-        assert process.wait(PATIENCE_S) == 69
-        assert b"went away" in process.stderr.read()
+        assert process.wait(PATIENCE_S) == code
+        assert words in process.stderr.read()
 
 
 # --- sockets and ports
