@@ -61,6 +61,9 @@ METHODS: Final[dict[str, str]] = {
     "wallet.audit": "verify chains from their first entry; {peer}",
 }
 
+PAGES: Final = frozenset(("task.list", "task.get", "task.read", "wallet.history", "wallet.escrows", "wallet.export"))
+"""Methods whose answers may be large: a client has a few of them open at once."""
+
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600
 METHOD_NOT_FOUND: Final = -32601

@@ -53,6 +53,7 @@ class Connection(asyncio.Protocol):
         self.number = number
         self.credential = "local"
         self.calls: dict[int | str, int] = {}
+        self.pages: set[int | str] = set()
         self.transport: asyncio.Transport | None = None
         self._board = board
         self._greeted = False
@@ -122,23 +123,25 @@ class Connection(asyncio.Protocol):
         for line in waiting:
             if self._is_full() or not self._board.may_take(self, len(line)):
                 break
+            if line and not self._take_line(line):
+                break
             done += 1
-            if line:
-                self._take_line(line)
         self._waiting = waiting[done:]
         self._hold(bool(self._waiting))
 
     def take_share(self, count: int) -> list[int]:
         """Acts on so many of the lines that were held; their sizes. The rest waits for the next share."""
-        lines = self._waiting[:count] if not self._is_full() else []
-        self._waiting = self._waiting[len(lines) :]
-        for line in lines:
-            if line and not self._closing:
-                self._take_line(line)
-        if self._waiting and not self._is_full():
-            self._board.hold(self)
+        sizes: list[int] = []
+        for line in self._waiting[:count]:
+            if self._is_full() or (line and not self._take_line(line)):
+                break
+            sizes.append(len(line))
+        else:
+            if len(self._waiting) > len(sizes):
+                self._board.hold(self)
+        self._waiting = self._waiting[len(sizes) :]
         self._hold(bool(self._waiting))
-        return [len(line) for line in lines]
+        return sizes
 
     def _is_full(self) -> bool:
         return self._closing or self._unread or len(self.calls) >= limits.RPC_CALLS_PER_CLIENT_MAX
@@ -158,13 +161,14 @@ class Connection(asyncio.Protocol):
             self._paused = full
             (self.transport.pause_reading if full else self.transport.resume_reading)()
 
-    def _take_line(self, line: bytes) -> None:
+    def _take_line(self, line: bytes) -> bool:
+        """Acts on a line; False when it must wait until an answer of the client's has gone out."""
         try:
             request = _decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._board.count("malformed")
             self.fail(None, rpc.PARSE_ERROR, f"not JSON: {error}")
-            return
+            return True
         call, method, params, problem = _parts(request)
         if problem or call in self.calls:
             self._board.count("malformed")
@@ -174,7 +178,12 @@ class Connection(asyncio.Protocol):
         elif method == rpc.HELLO:
             self.answer(call, self._board.hello(), None)
         else:
+            if method in rpc.PAGES:
+                if len(self.pages) >= limits.RPC_PAGES_PER_CLIENT_MAX:
+                    return False
+                self.pages.add(call)
             self._board.call(self, call, method, params)
+        return True
 
     def _greet(self, call: int | str, method: str, params: dict[str, Any]) -> None:
         wrong = rpc.check_caller(params) if method == rpc.HELLO else DataError("the first call must be hello")

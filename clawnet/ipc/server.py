@@ -99,6 +99,7 @@ class IpcServer:
             return
         connection, request = entry
         del connection.calls[request]
+        connection.pages.discard(request)
         connection.answer(request, value, error)
         connection.room()
 
@@ -171,6 +172,7 @@ class IpcServer:
         """Gives the call a number of its own and hands it on."""
         if len(self._calls) >= limits.RPC_CALLS_MAX:
             busy = BusyError(f"{limits.RPC_CALLS_MAX} local calls are open already", hint="try again in a moment")
+            connection.pages.discard(request)
             connection.answer(request, None, busy.as_dict())
             return
         self._last_call += 1

@@ -359,6 +359,20 @@ def test_who_reads_no_answers_gives_no_more_calls(served: Served) -> None:
     connection.close()
 
 
+def test_a_client_has_a_few_large_answers_open_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "PAGES", frozenset(("hold",)))
+    few = limits.RPC_PAGES_PER_CLIENT_MAX
+    with Client(served.home, autostart=False) as client, Client(served.home, autostart=False) as other:
+        calls = [client.send("hold", {"n": n}) for n in range(3 * few)]
+        served.wait(lambda: len(served.held) == few)
+        assert other.call("echo", {"n": 1}) == {"n": 1}
+        assert len(served.held) == few
+        for n in range(3 * few):
+            served.wait(lambda n=n: len(served.held) > n)
+            served.soon(served.server.reply, served.held[n], n)
+        assert [client.receive(call).value for call in calls] == list(range(3 * few))
+
+
 async def _sum(served: Served) -> int:
     return sum(connection.unread for connection in served.server._connections.values())
 
