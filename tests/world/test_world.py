@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from tests.world.clock import LawBroken
-from tests.world.plants import PLANTS, planted
+from tests.world.plants import PLANTS, SETTINGS, planted
 from tests.world.signer import signer
 from tests.world.world import World
 
@@ -36,6 +36,28 @@ TROUBLES = (
     "power cut",
     "slow machine",
 )
+NAMED = frozenset(
+    (
+        "send_before_append",
+        "refund_after_receipt",
+        "no_dedup",
+        "outbox_not_drained",
+        "timer_not_rearmed",
+        "claim_twice",
+        "lock_reused",
+        "balance_after_lock",
+        "replay_window_lost",
+        "retry_of_started_shell",
+        "key_on_a_poisoned_chain",
+        "release_before_disk",
+        "key_before_release",
+        "no_cursor",
+        "future_stamps",
+        "margin_without_transit",
+        "no_forwarding",
+    )
+)
+"""Bugs that must be among the planted ones; the last seven are the mutants of docs/LEDGER.md."""
 SHORT = ("send_before_append", "retry_of_started_shell", "claim_twice", "release_before_disk", "key_before_release")
 """Planted bugs of the default run; all of them are in the long form."""
 
@@ -149,7 +171,7 @@ def finds(name: str, seeds: range) -> str:
     with planted(name), signer():
         for seed in seeds:
             try:
-                World(seed, 5, 30.0, tasks_per_minute=10).run()
+                World(seed, 5, 30.0, tasks_per_minute=10, **SETTINGS.get(name, {})).run()
             except LawBroken as broken:
                 return f"seed {seed}: {broken}"
     return ""
@@ -159,7 +181,7 @@ def test_every_bug_can_be_planted() -> None:
     for name in PLANTS:
         with planted(name):
             pass
-    assert len(PLANTS) >= 10
+    assert PLANTS.keys() >= NAMED
 
 
 @pytest.mark.slow
