@@ -385,8 +385,9 @@ class Batch:
         patience = following.Patience(self._client, deadline=until, ends_at=None, say=self._say)
         try:
             patience.again(error)
-        except UnreachableError as gone:
-            raise type(gone)(f"{gone.message}; submitted tasks are kept", hint=RESUME) from gone
+        except (UnreachableError, TimedOutError) as gone:
+            told = gone if until == last else error  # the command's own time is over, or its patience
+            raise type(told)(f"{told.message}; submitted tasks are kept", hint=RESUME) from gone
 
     def _say(self, text: str) -> None:
         self._view.above(lambda: self._invocation.say(text))
