@@ -32,7 +32,7 @@ METHODS: Final[dict[str, str]] = {
     "doctor": "what the daemon itself finds wrong",
     "config.reload": "read the configuration again",
     "daemon.stop": "drain and exit",
-    "task.submit": "accept a task durably; {spec, retry_failed_before_ms}",
+    "task.submit": "accept a task durably; {spec, retry_failed_before_ms, awaited}",
     "task.check": "what is wrong with each of some tasks, accepting none; {specs}",
     "task.get": "one task; {task}",
     "task.list": "tasks, newest first; {limit, states, after}",

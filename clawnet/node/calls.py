@@ -106,7 +106,7 @@ class Calls:
 
     def _task_submit(self, call: int, params: Params) -> None:
         before_ms = integer(params, "retry_failed_before_ms", 0)
-        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms)
+        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms, awaited=params.get("awaited") is True)
 
     def _task_check(self, call: int, params: Params) -> None:
         """What is wrong with each of these submissions (null: nothing), by the rules that accept them."""

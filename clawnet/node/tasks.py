@@ -44,6 +44,7 @@ class _Draft(Struct):
     spec: dict[str, Any]
     retry_before_ms: int
     credential: str
+    awaited: bool
     inputs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -188,18 +189,19 @@ class Tasks:
             found[named] = [self._rooms.members.resolve(name) for name in found[named]]
         return found
 
-    def submit(self, call: int, spec: dict[str, Any], retry_before_ms: int = 0) -> None:
+    def submit(self, call: int, spec: dict[str, Any], retry_before_ms: int = 0, *, awaited: bool = False) -> None:
         """Accepts a submission, or answers with the error that says what is wrong with it.
 
         A finished task of the same idempotency key stands for it, unless its command failed and it was submitted
-        before `retry_before_ms`: then the key passes on to the new task.
+        before `retry_before_ms`: then the key passes on to the new task. The answer outlives a power loss, unless the
+        caller says that it stays until the end (`awaited`): then it would go down with this machine anyway.
         """
         ctx = self._ctx
         if ctx.draining:
             raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise BusyError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="try again when some have ended")
-        draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential)
+        draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential, awaited)
         if not draft.spec["inputs"]:
             self._look_up(draft)
             return
@@ -324,6 +326,8 @@ class Tasks:
             input_bytes=sum(int(item["bytes"]) for item in draft.inputs),
         )
         self._accept(draft.call, task)
+        if not draft.awaited:
+            ctx.durable()
 
     @staticmethod
     def _describe(spec: dict[str, Any]) -> str:

@@ -155,7 +155,7 @@ class Mesh:
             "budget": "5",
         }
         client = self.nodes[0].client
-        made = await client.call("task.submit", {"spec": spec})
+        made = await client.call("task.submit", {"spec": spec, "awaited": True})
         done = await client.call("task.follow", {"task": made["task_id"], "output": False, "from": "start"})
         if done["state"] != "settled" or done["error"] or done["result"]["exit_code"] != 0:
             raise SystemExit(f"a task ended as {done['state']}: {done['error']}")
