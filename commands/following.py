@@ -164,14 +164,17 @@ def is_loss(error: ClawnetError) -> bool:
     return isinstance(error, UnreachableError) and "rpc_version" not in error.details
 
 
-def submit(client: Client, spec: dict[str, Any], *, deadline: float | None, say: Say) -> dict[str, Any]:
-    """Hands a task to the daemon. With an idempotency key a lost answer is asked for again: it is one task anyhow."""
+def submit(client: Client, spec: dict[str, Any], *, awaited: bool, deadline: float | None, say: Say) -> dict[str, Any]:
+    """Hands a task to the daemon. With an idempotency key a lost answer is asked for again: it is one task anyhow.
+
+    `awaited`: this command stays until the end, so the daemon need not sync the task to its disk before it answers.
+    """
     client.connect()
     limit = time.monotonic() + limits.RPC_CALL_TIMEOUT_S if deadline is None else deadline
     patience = Patience(client, deadline=limit, ends_at=None, say=say)
     while True:
         try:
-            accepted: dict[str, Any] = client.call("task.submit", {"spec": spec})
+            accepted: dict[str, Any] = client.call("task.submit", {"spec": spec, "awaited": awaited})
             return accepted
         except (NoDaemonError, StoppedError) as error:
             if not spec.get("idempotency_key"):

@@ -94,7 +94,8 @@ def submit(
         submission.complete(task_spec, data)
         with invocation.client(create_home=True) as client:
             submission.resolve_peers(client, task_spec, invocation.say)
-            accepted = following.submit(client, task_spec, deadline=invocation.deadline(), say=invocation.say)
+            limit = invocation.deadline()
+            accepted = following.submit(client, task_spec, awaited=wait, deadline=limit, say=invocation.say)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
                 _already_over(client, task_spec, accepted)

@@ -142,7 +142,7 @@ def _run(invocation: Invocation, spec: dict[str, Any], *, as_lines: bool) -> tup
     """Submits, follows, and returns the task as it ended with the exit code of this command."""
     with invocation.client(create_home=True) as client:
         submission.resolve_peers(client, spec, invocation.say)
-        accepted = following.submit(client, spec, deadline=invocation.deadline(), say=invocation.say)
+        accepted = following.submit(client, spec, awaited=True, deadline=invocation.deadline(), say=invocation.say)
         printer = following.Printer(invocation, client, as_lines=invocation.json)
         return _follow(invocation, client, accepted, printer, as_lines=as_lines)
 
