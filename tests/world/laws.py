@@ -161,7 +161,7 @@ def end(world: World) -> None:
     for machine in world.honest:
         _nothing_owed(machine)
         _tasks(world, machine)
-    for machine in world.rng.sample(world.machines, min(REPLAYED_MAX, len(world.machines))):
+    for machine in world.rng.sample(world.honest, min(REPLAYED_MAX, len(world.honest))):
         replay(machine)
     for what in (world.referee.line_ends(), world.referee.unclaimed()):
         if what:
