@@ -79,7 +79,6 @@ class Runtime:
         self._jobs: set[bytes] = set()
         # Jobs an earlier node had started, being stopped, each with the Run of the present node that waits for its end.
         self._stopping: dict[bytes, e.Run | None] = {}
-        self._alone = 0
         self.resting: ClawnetError | None = None
         self._draining = False
         self._full = False

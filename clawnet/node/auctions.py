@@ -327,7 +327,7 @@ class Auctions:
             # Nobody is left but those that were lost: until the deadline they may come back.
             task.refused = [peer for peer in task.refused if peer not in lost]
             self._parked[task.task_id] = None
-            self.pause(task)
+            self.later(task)
         elif back_ms := self._back_ms(task):
             self._parked[task.task_id] = None
             self._ctx.wake(("auction", task.task_id), min(back_ms, task.deadline_ms))
