@@ -323,6 +323,8 @@ class Auctions:
         lost = {peer for peer, gone in {one.peer: one.lost for one in task.attempts}.items() if gone}
         if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
             self.pause(task)
+        elif SPEND in task.refusals:
+            self._no_bid(task)
         elif lost and self._ctx.now < task.deadline_ms:
             # Nobody is left but those that were lost: until the deadline they may come back.
             task.refused = [peer for peer in task.refused if peer not in lost]
