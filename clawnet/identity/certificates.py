@@ -8,16 +8,15 @@ that owner's node keys. A charter's payload, hashed, is the mesh id.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final, NamedTuple, TypeVar
+from typing import Annotated, Final, NamedTuple
 
-import msgspec
 from msgspec import Meta, Struct
 
 from clawnet import limits
 from clawnet.errors import NotPermittedError
 from clawnet.identity.keys import KeyPair, verify
+from clawnet.identity.statements import decode_body, open_statement, sign_statement
 
-STATEMENT_BYTES_MAX: Final = 4 * limits.KIB
 CHAIN_OWNERS_MAX: Final = 2
 CHARTER_TAG: Final = b"clawnet/charter/1"
 OWNER_TAG: Final = b"clawnet/owner-certificate/1"
@@ -83,43 +82,26 @@ class Membership(NamedTuple):
     inviter: str
 
 
-class _Statement(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    payload: Annotated[bytes, Meta(max_length=STATEMENT_BYTES_MAX)]
-    signature: _Bytes64
-
-
-_Body = TypeVar("_Body", Charter, OwnerCertificate, NodeCertificate)
-_encode = msgspec.msgpack.Encoder().encode
-_statement = msgspec.msgpack.Decoder(_Statement)
-_decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in (Charter, OwnerCertificate, NodeCertificate)}
-
-
 # --- signing
 
 
 def sign_charter(charter: Charter, founder: KeyPair) -> bytes:
     """The statement of a charter; `founder` must be the key it names."""
     assert charter.founder == founder.public
-    return _sign(CHARTER_TAG, charter, founder)
+    return sign_statement(CHARTER_TAG, charter, founder)
 
 
 def certify_owner(
     issuer: KeyPair, mesh: bytes, owner: bytes, *, may_invite: bool, issued_ms: int, inviter: str
 ) -> bytes:
     """The statement that makes another owner a member."""
-    return _sign(OWNER_TAG, OwnerCertificate(mesh, owner, issuer.public, may_invite, issued_ms, inviter), issuer)
+    body = OwnerCertificate(mesh, owner, issuer.public, may_invite, issued_ms, inviter)
+    return sign_statement(OWNER_TAG, body, issuer)
 
 
 def certify_node(owner: KeyPair, mesh: bytes, node: bytes, *, issued_ms: int, inviter: str) -> bytes:
     """The statement by which an owner takes a machine as its own."""
-    return _sign(NODE_TAG, NodeCertificate(mesh, node, owner.public, issued_ms, inviter), owner)
-
-
-def _sign(tag: bytes, body: Charter | OwnerCertificate | NodeCertificate, key: KeyPair) -> bytes:
-    payload = _encode(body)
-    statement = _encode(_Statement(payload, key.sign(tag + payload)))
-    assert len(statement) <= STATEMENT_BYTES_MAX
-    return statement
+    return sign_statement(NODE_TAG, NodeCertificate(mesh, node, owner.public, issued_ms, inviter), owner)
 
 
 # --- reading
@@ -127,8 +109,8 @@ def _sign(tag: bytes, body: Charter | OwnerCertificate | NodeCertificate, key: K
 
 def read_charter(statement: bytes) -> tuple[Charter, bytes]:
     """A charter and its mesh id. Raises NotPermittedError when it is malformed or not signed by its founder."""
-    parts = _open(statement, "charter")
-    charter = _decode(parts.payload, Charter, "charter")
+    parts = open_statement(statement, "charter")
+    charter = decode_body(parts.payload, Charter, "charter")
     if not verify(charter.founder, CHARTER_TAG + parts.payload, parts.signature):
         raise NotPermittedError("the charter is not signed by its founder")
     return charter, mesh_id(parts.payload)
@@ -146,16 +128,10 @@ def verify_chain(charter: Charter, mesh: bytes, chain: list[bytes], node_public:
     """
     if not 1 <= len(chain) <= CHAIN_OWNERS_MAX + 1:
         raise NotPermittedError(f"a membership has 1 to {CHAIN_OWNERS_MAX + 1} certificates, not {len(chain)}")
-    owner, may_invite = charter.founder, True
-    for depth, statement in enumerate(chain[:-1]):
-        certificate = _read_owner(statement, mesh, owner)
-        if not may_invite:
-            raise NotPermittedError("a member was certified by an owner who may not invite")
-        if certificate.may_invite and depth > 0:
-            raise NotPermittedError("an invited owner cannot pass on the right to invite")
-        owner, may_invite = certificate.owner, certificate.may_invite
-    parts = _open(chain[-1], "node certificate")
-    node = _decode(parts.payload, NodeCertificate, "node certificate")
+    owners = verify_owners(charter, mesh, chain[:-1])
+    owner, may_invite = (owners[-1].owner, owners[-1].may_invite) if owners else (charter.founder, True)
+    parts = open_statement(chain[-1], "node certificate")
+    node = decode_body(parts.payload, NodeCertificate, "node certificate")
     if node.mesh != mesh:
         raise NotPermittedError("the node certificate is of another mesh")
     if node.node != node_public:
@@ -167,27 +143,28 @@ def verify_chain(charter: Charter, mesh: bytes, chain: list[bytes], node_public:
     return Membership(owner, may_invite, node.inviter)
 
 
+def verify_owners(charter: Charter, mesh: bytes, statements: list[bytes]) -> list[OwnerCertificate]:
+    """The owner certificates of a chain, proven from the founder on. Raises NotPermittedError with the reason."""
+    if len(statements) > CHAIN_OWNERS_MAX:
+        raise NotPermittedError(f"a chain has at most {CHAIN_OWNERS_MAX} owner certificates, not {len(statements)}")
+    found: list[OwnerCertificate] = []
+    owner, may_invite = charter.founder, True
+    for depth, statement in enumerate(statements):
+        certificate = _read_owner(statement, mesh, owner)
+        if not may_invite:
+            raise NotPermittedError("a member was certified by an owner who may not invite")
+        if certificate.may_invite and depth > 0:
+            raise NotPermittedError("an invited owner cannot pass on the right to invite")
+        owner, may_invite = certificate.owner, certificate.may_invite
+        found.append(certificate)
+    return found
+
+
 def _read_owner(statement: bytes, mesh: bytes, issuer: bytes) -> OwnerCertificate:
-    parts = _open(statement, "owner certificate")
-    certificate = _decode(parts.payload, OwnerCertificate, "owner certificate")
+    parts = open_statement(statement, "owner certificate")
+    certificate = decode_body(parts.payload, OwnerCertificate, "owner certificate")
     if certificate.mesh != mesh:
         raise NotPermittedError("the owner certificate is of another mesh")
     if certificate.issuer != issuer or not verify(issuer, OWNER_TAG + parts.payload, parts.signature):
         raise NotPermittedError("the owner certificate is not signed by the owner before it in the chain")
     return certificate
-
-
-def _open(statement: bytes, what: str) -> _Statement:
-    if len(statement) > STATEMENT_BYTES_MAX:
-        raise NotPermittedError(f"the {what} has {len(statement)} bytes; the limit is {STATEMENT_BYTES_MAX}")
-    try:
-        return _statement.decode(statement)
-    except (ValueError, RecursionError) as error:
-        raise NotPermittedError(f"the {what} is malformed") from error
-
-
-def _decode(payload: bytes, kind: type[_Body], what: str) -> _Body:
-    try:
-        return _decoders[kind].decode(payload)  # type: ignore[return-value]
-    except (ValueError, RecursionError) as error:
-        raise NotPermittedError(f"the {what} is malformed: {error}") from error

@@ -75,6 +75,15 @@ class KeyPair:
         self.signed_total += 1
         return bindings.crypto_sign(message, self._secret)[:SIGNATURE_BYTES]
 
+    def unseal(self, sealed: bytes) -> bytes | None:
+        """What was sealed to this key's X25519 form (keybox.seal_to, crypto_box_seal); None when it does not open."""
+        try:
+            public = bindings.crypto_sign_ed25519_pk_to_curve25519(self.public)
+            private = bindings.crypto_sign_ed25519_sk_to_curve25519(self._secret)
+            return bytes(bindings.crypto_box_seal_open(sealed, public, private))
+        except (CryptoError, ValueError, TypeError):
+            return None
+
     def __repr__(self) -> str:
         return f"KeyPair({self.peer_id})"
 

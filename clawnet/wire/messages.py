@@ -180,9 +180,14 @@ class Ack(Message, frozen=True):
 
 
 class Membership(Message, frozen=True):
-    """Certificates, revocations, successions and sealed mesh keys, each carrying its author's own signature."""
+    """Revocations and sealed mesh keys, each carrying its author's own signature.
 
-    statements: Annotated[list[Statement], Meta(max_length=64)]
+    Without statements it asks for what the sender lacks: `digest` has a word for each of MEMBERSHIP_BUCKETS buckets of
+    the statements it holds (none at all: it holds none), and the receiver answers with its own of those that differ.
+    """
+
+    statements: Annotated[list[Statement], Meta(max_length=limits.MEMBERSHIP_MESSAGE_STATEMENTS)]
+    digest: Annotated[list[U64], Meta(max_length=limits.MEMBERSHIP_BUCKETS)] = []
 
 
 class Error(Message, frozen=True):
@@ -440,7 +445,11 @@ class JoinPeer(Message, frozen=True):
 
 
 class JoinAnswer(Message, frozen=True):
-    """Admission or the reason for refusal (`refusal` non-empty: everything else is empty)."""
+    """Admission or the reason for refusal (`refusal` non-empty: everything else is empty).
+
+    `lease_s` above 0: a throw-away membership, which ends when the inviter has not seen its holder for so long; no
+    mesh key comes with it.
+    """
 
     refusal: Text
     ring: Word = ""
@@ -449,6 +458,7 @@ class JoinAnswer(Message, frozen=True):
     mesh_key: Annotated[bytes, Meta(max_length=32)] = b""
     inviter: Address = ""
     peers: Annotated[list[JoinPeer], Meta(max_length=64)] = []
+    lease_s: U32 = 0
 
 
 PAYLOADS: Final[dict[Kind, type[Message]]] = {
