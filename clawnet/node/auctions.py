@@ -167,7 +167,6 @@ class Auctions:
     def _announce(self, task: Task, ring: str, candidates: list[str]) -> None:
         ctx = self._ctx
         task.round += 1
-        self._rooms.tasks.touch(task)
         close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
         budget = self.budget_left(task)
         if ring == "member":
