@@ -20,6 +20,7 @@ from clawnet.ledger.entries import (
     Refund,
     RefundItem,
     ReleaseItem,
+    Send,
 )
 from clawnet.ledger.lockcheck import check_release
 from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outcome, Rejected, Unauditable
@@ -232,6 +233,7 @@ class Books:
             payers, self._claim_from = self._claim_from, {}
             items: list[ClaimItem] = []
             jobs: list[Job] = []
+            owed: dict[str, None] = {}
             told: dict[str, None] = {}
             for payer in payers:
                 for payable in self.book.payables(payer, self._ctx.account):
@@ -241,7 +243,7 @@ class Books:
                     item, job = self._claimable(payable)
                     if item is not None:
                         items.append(item)
-                        told[self._rooms.members.peer_of(payer) or ""] = None
+                        (told if item.key is None else owed)[self._rooms.members.peer_of(payer) or ""] = None
                     if job is not None:
                         jobs.append(job)
             if not items:
@@ -253,7 +255,10 @@ class Books:
             self.shipping.claimed(entry.seq, jobs)
             for job in jobs:
                 self._rooms.pay.paid(job, entry.seq)
-            self.shipping.settle({peer: None for peer in told if peer and peer != self._ctx.me}, CLAIM, entry.seq)
+            self.shipping.settle({peer: None for peer in owed if peer and peer != self._ctx.me}, CLAIM, entry.seq)
+            for peer in told:
+                if peer not in owed and peer in self._ctx.links:
+                    self.chains.push_own(peer, entry.seq)
 
     def _claimable(self, payable: Payable) -> tuple[ClaimItem | None, Job | None]:
         """LEDGER.md section 6, step 7: the key is shown only for a release of this job's note, at its full amount.
@@ -385,16 +390,24 @@ class Books:
                 self._rooms.pay.line_ended(parsed.account, item.lock_seq, item.line)
         elif any(payable is not None and payable.payee == ctx.account for payable in outcome.payables):
             self._claim_from[parsed.account] = None
+        elif isinstance(body, Send):
+            self.chains.forward(body.payee, parsed, peer)
 
     def _claims_seen(self, parsed: Parsed, outcome: Added, peer: str) -> None:
-        """Claims on this account's payments show keys; claims on others' are passed on to their payer once."""
+        """Claims on this account's payments show keys; claims on others' are passed on to their payer once.
+
+        Whoever brought it: a payment that was claimed has arrived, and its payee is no longer owed the news of it.
+        """
         foreign: dict[bytes, None] = {}
+        author = self._rooms.members.peer_of(parsed.account) or ""
         for payable in outcome.payables:
             if payable is None:
                 continue
             if payable.payer != self._ctx.account:
                 foreign[payable.payer] = None
-            elif payable.kind == EntryKind.RELEASE:
+                continue
+            self._rooms.outbox.settle(Kind.MARKET_SETTLEMENT, author, RELEASE + payable.seq.to_bytes(8, "big"))
+            if payable.kind == EntryKind.RELEASE:
                 self._key_shown(parsed, payable)
         for payer in foreign:
             self.chains.forward(payer, parsed, peer)
@@ -404,8 +417,6 @@ class Books:
         assert isinstance(body, Claim)
         for item in body.items:
             if (item.payer, item.seq, item.index) == (payable.payer, payable.seq, payable.index) and item.key:
-                owner = self._rooms.members.peer_of(parsed.account) or ""
-                self._rooms.outbox.settle(Kind.MARKET_SETTLEMENT, owner, RELEASE + payable.seq.to_bytes(8, "big"))
                 self._rooms.awards.key_shown(payable.lock_seq, payable.line, item.key)
 
     # --- other writes

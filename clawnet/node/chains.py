@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
 from clawnet.errors import DataError
-from clawnet.ledger.entries import Parsed
+from clawnet.ledger.entries import EntryKind, Parsed
 from clawnet.ledger.outcomes import Forked, NotYet
 from clawnet.node.context import Context
 from clawnet.node.restore import Restore
@@ -134,6 +134,7 @@ class Chains:
             heads = [Head(self._ctx.account, *own), *heads[: limits.HEADS_MAX - 1]]
         self._ctx.send(peer, LedgerPush(self._ctx.account, [], heads))
         self.restore.peer_up(peer)
+        self._bring(peer)
         for account, proof in self._books.book.proofs():
             self._tell_proof(peer, account, proof)
 
@@ -163,7 +164,7 @@ class Chains:
                 self._ctx.send(peer, LedgerPush(self._ctx.account, entries))
 
     def gossip_heads(self) -> None:
-        """Every minute: heads to one random peer, forwarded claims to their payers."""
+        """Every minute: heads to one random peer; claims of others to their payers, payments to their payees."""
         ctx = self._ctx
         ctx.wake(("heads",), ctx.now + limits.HEADS_EVERY_MS)
         links = list(ctx.links)
@@ -173,15 +174,30 @@ class Chains:
             ctx.send(peer, LedgerPush(ctx.account, [], heads))
         self._books.countersigns.ask()
         forward, self._forward = self._forward, {}
-        for (payer, author), raw in forward.items():
-            peer_of = self._rooms.members.peer_of(payer)
+        for (party, author), raw in forward.items():
+            peer_of = self._rooms.members.peer_of(party)
             if peer_of in ctx.links:
                 ctx.send(peer_of, LedgerPush(author, [raw], end=False))
 
-    def forward(self, payer: bytes, claim: Parsed, source: str) -> None:
-        """A claim counted here is sent to its payer once; within a minute, as it usually has it from its author."""
-        if self._rooms.members.peer_of(payer) != source and len(self._forward) < FORWARD_MAX:
-            self._forward[(payer, claim.account)] = claim.raw
+    def forward(self, party: bytes, entry: Parsed, source: str) -> None:
+        """A claim counted here is sent to its payer once, a plain payment to its payee.
+
+        Within a minute, as it usually has it from its author.
+        """
+        if self._rooms.members.peer_of(party) != source and len(self._forward) < FORWARD_MAX:
+            self._forward[(party, entry.account)] = entry.raw
+
+    def _bring(self, peer: str) -> None:
+        """Plain payments of others to this peer that it has not claimed: it may never have met who paid it."""
+        payee = self._rooms.members.account_of(peer)
+        for payable in self._books.book.incomes(payee):
+            if payable.kind == EntryKind.SEND and payable.payer not in (payee, self._ctx.account):
+                args = (payable.payer, payable.seq)
+                self._rooms.loads.ask("entry", args, lambda rows: self._brought(peer, rows))
+
+    def _brought(self, peer: str, rows: tuple[Any, ...]) -> None:
+        for row in rows:
+            self._ctx.send(peer, LedgerPush(row[0], [row[-1]], end=False))
 
     # --- pulling and serving
 
@@ -304,8 +320,12 @@ class Chains:
             ctx.send(peer, LedgerPush(head.account, [], [Head(head.account, *held)]))
 
     def _wanted(self, peer: str, account: bytes) -> bool:
-        """Chains worth holding before anybody works for them: this peer's own, and those of own tasks' executors."""
-        return self._rooms.members.account_of(peer) == account or self._books.book.head(account) is not None
+        """Chains worth holding before anybody works for them: this peer's own, those held already, of whom we paid."""
+        return (
+            self._rooms.members.account_of(peer) == account
+            or self._books.book.head(account) is not None
+            or bool(self._books.book.payables(self._ctx.account, account))
+        )
 
     def _own_head(self, peer: str, head: Head) -> None:
         """What a peer holds of the own chain: less is pushed when it asks; more, or another hash, must be shown."""
