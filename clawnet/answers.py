@@ -105,6 +105,28 @@ class PeerList(Answer):
     next: str | None = None
 
 
+class Neighbour(Answer):
+    """Somebody who announces itself on the local network; nothing of it is proven before it is connected.
+
+    `same_mesh`: it showed the mesh's own tag. `name` is null for who never was a peer. `state` is connected, known,
+    banned, or seen: announced and no more.
+    """
+
+    peer_id: str
+    name: str | None
+    same_mesh: bool
+    state: str
+    addresses: list[str]
+    since: str
+
+
+class NeighbourList(Answer):
+    """What `peer list --nearby` prints: this mesh first."""
+
+    items: list[Neighbour]
+    next: str | None = None
+
+
 class PingAnswer(Answer):
     """Round trips over the open connection."""
 
@@ -440,6 +462,7 @@ ANSWERS: Final[dict[str, Any]] = {
     "peer invite": Invite,
     "peer join": Joined,
     "peer list": PeerList,
+    "peer list nearby": NeighbourList,
     "peer ping": PingAnswer,
     "peer reputation": ReputationList,
     "peer show": Peer,

@@ -87,7 +87,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "65535",
         short_variable="CLAWNET_QUIC_PORT",
     ),
-    *_unbuilt("network", "discovery on the local network (mDNS) is", "enable_mdns"),
+    Key("network.enable_mdns", "flag", "true", "find members on the local network and be found there", RESTART),
     *_unbuilt("network", "discovery through the DHT is", "enable_dht dht_mode"),
     *_unbuilt("network", "relaying is", "enable_relay"),
     *_unbuilt("network", "port mapping at the router is", "enable_nat_portmap"),

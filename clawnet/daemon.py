@@ -18,16 +18,18 @@ from clawnet.config import Config
 from clawnet.errors import ClawnetError, ConfigError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
-from clawnet.identity import membership, multiaddr
+from clawnet.identity import membership
 from clawnet.identity.certificates import certify_node, read_charter
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
 from clawnet.ipc.server import IpcServer
 from clawnet.ledger.terms import LedgerTerms
 from clawnet.net.carriers import carriers
+from clawnet.net.listening import gave_way, ports_findings
 from clawnet.net.ping import measure
 from clawnet.net.settings import SwitchSettings
 from clawnet.net.switch import PROTOCOLS, Switch
+from clawnet.net.vicinity import Vicinity
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
@@ -126,11 +128,13 @@ class Daemon:
         )
         try:
             self.switch = self._make_switch()
+            self.vicinity = self._make_vicinity()
             self._compose()
             await self.executor.start()
             addresses = await self.switch.start()
-            self._check_port(addresses)
+            self._warnings += gave_way(self.switch.settings, addresses)
             self._listening(addresses)
+            self.vicinity.start()
             await self.ipc.start()
             self._handle_signals(loop)
             self._every(SWEEP_EVERY_S, self._sweep)
@@ -186,6 +190,19 @@ class Daemon:
             addresses_of=lambda peer: self._node.rooms.members.addresses(peer),
         )
 
+    def _make_vicinity(self) -> Vicinity:
+        return Vicinity(
+            self.key.peer_id,
+            self.switch,
+            mdns=self.config.flag("network.enable_mdns"),
+            clock=clock_ms,
+            entropy=secrets.token_bytes,
+            tag=lambda: self._node.rooms.neighbours.tag(),
+            is_ours=lambda peer, tag: self._node.rooms.neighbours.is_ours(peer, tag),
+            deliver=self._deliver,
+            log=self.observer.log,
+        )
+
     def _build(self) -> tuple[Node, list[e.Effect]]:
         """A node from what the database and the home hold."""
         check = self.config.flag("security.check_permissions")
@@ -224,6 +241,7 @@ class Daemon:
             for up in self.switch.ups():
                 self.runtime.feed(up)
         self._node = node
+        self.vicinity.tell_again()
         return node, effects
 
     def _read(self, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -250,20 +268,10 @@ class Daemon:
 
     def _deliver(self, stimulus: e.Stimulus) -> None:
         self.runtime.feed(stimulus)
+        self.vicinity.heed(stimulus)
 
     def _listening(self, addresses: list[str]) -> None:
         self.runtime.feed(e.Listening(tuple(addresses)))
-
-    def _check_port(self, addresses: list[str]) -> None:
-        """A port that nobody asked for gives way when it is taken; whoever forwards it must hear of that."""
-        if self.config.words("node.listen_addrs"):
-            return
-        got = {where.transport: where.port for where in map(multiaddr.parse, addresses)}
-        for transport, port in got.items():
-            wanted, _, _ = self.switch.settings.port(transport)
-            if wanted and port != wanted:
-                kind = "UDP port" if transport == "quic-v1" else "port"
-                self._warnings.append(f"{kind} {wanted} is taken, so this node listens at {port}")
 
     def _log(self, level: str, event: str, **fields: Any) -> None:
         self.observer.log(level, event, fields)
@@ -348,11 +356,9 @@ class Daemon:
         return {"applied": applied, "restart": restart}
 
     def _doctor(self, params: dict[str, Any]) -> dict[str, Any]:
-        findings = [*self._node.rooms.calls.findings(), *self.executor.findings()]
-        listen = self.switch.addresses()
-        text = "listening at " + ", ".join(listen) if listen else "listening nowhere: other machines cannot connect"
-        remedy = "" if listen else "clawnet config set network.enable_tcp true"
-        findings.append({"check": "ports", "level": "ok" if listen else "warn", "message": text, "remedy": remedy})
+        ports = ports_findings(self.switch.settings, self.switch.addresses())
+        node = self._node.rooms.calls.findings()
+        findings = [*node, *self.executor.findings(), *ports, self.vicinity.finding()]
         return {"ok": all(finding["level"] != "error" for finding in findings), "findings": findings}
 
     # --- joining another mesh
@@ -429,8 +435,7 @@ class Daemon:
     async def _take_down(self) -> None:
         if hasattr(self, "runtime"):
             self.runtime.stopped = True
-            if hasattr(self, "switch"):
-                await self.switch.stop("the node stops")
+            await asyncio.gather(self.vicinity.stop(), self.switch.stop("the node stops"))
         try:
             await self.executor.close()
         finally:

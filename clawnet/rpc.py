@@ -43,6 +43,7 @@ METHODS: Final[dict[str, str]] = {
     "task.read": "a piece of a stored stream; {task, stream, offset, length}",
     "task.cancel": "cancel a task; {task, reason}",
     "peer.list": "the peers known",
+    "peer.nearby": "who announces itself on the local network",
     "peer.show": "one peer; {peer}",
     "peer.connect": "dial a multiaddr; {address}",
     "peer.disconnect": "close the link to a peer; {peer}",

@@ -24,6 +24,7 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.01
 SETTINGS = {
     "node.listen_addrs": "/ip4/127.0.0.1/tcp/0",
+    "network.enable_mdns": "false",
     "daemon.drain_timeout": "2s",
 }
 """Each node listens at a free loopback port, so that nothing outside this machine can reach it."""

@@ -138,12 +138,15 @@ def _daemon(invocation: Invocation) -> tuple[Finding, list[Finding]]:
 
 
 def _ports(settings: Config, *, running: bool) -> Iterator[Finding]:
-    """Whether the ports are free for a daemon that does not run yet, and whether QUIC can work here at all."""
+    """Whether the ports are free for a daemon that does not run yet, and whether QUIC and mDNS can work here at all."""
     from clawnet.net.carriers import NO_QUIC, NO_QUIC_REMEDY, has_quic
+    from clawnet.net.vicinity import NO_MDNS, NO_MDNS_REMEDY, has_mdns
 
     quic = settings.flag("network.enable_quic")
     if quic and not has_quic():
         yield _finding("quic", "warn", NO_QUIC, NO_QUIC_REMEDY)
+    if not running and settings.flag("network.enable_mdns") and not has_mdns():
+        yield _finding("mdns", "warn", NO_MDNS, NO_MDNS_REMEDY)
     if running:
         return
     if settings.flag("network.enable_tcp"):

@@ -12,7 +12,7 @@ from clawnet import money, units
 from clawnet.errors import DataError, UsageError
 
 from . import options as o
-from .invocation import NodeCommand, group, here
+from .invocation import Invocation, NodeCommand, group, here
 from .render import json_line, pairs, seconds, show, table, who, write
 
 JOIN_TIMEOUT_S = 120.0
@@ -22,9 +22,17 @@ app = group("The mesh: invite, join, connect, ban, reputation.")
 
 
 @app.command("list", cls=NodeCommand)
-def list_(context: typer.Context) -> None:
+def list_(
+    context: typer.Context,
+    nearby: Annotated[
+        bool, typer.Option("--nearby", help="Who announces itself on this network instead, of whatever mesh.")
+    ] = False,
+) -> None:
     """The peers this node knows: own machines first, then members."""
     invocation = here(context)
+    if nearby:
+        _nearby(invocation)
+        return
     columns = (
         ("PEER", lambda peer: peer["peer_id"]),
         ("NAME", lambda peer: peer["name"]),
@@ -36,6 +44,19 @@ def list_(context: typer.Context) -> None:
     )
     empty = "no peers yet; `clawnet peer invite` makes a token for one"
     table(invocation, invocation.call("peer.list"), columns, empty=empty)
+
+
+def _nearby(invocation: Invocation) -> None:
+    columns = (
+        ("PEER", lambda one: one["peer_id"]),
+        ("NAME", lambda one: one["name"]),
+        ("MESH", lambda one: "this" if one["same_mesh"] else "other"),
+        ("STATE", lambda one: one["state"]),
+        ("SINCE", lambda one: one["since"]),
+        ("ADDRESSES", lambda one: " ".join(one["addresses"])),
+    )
+    empty = "nobody announces itself on this network; `clawnet doctor` tells whether this node can hear"
+    table(invocation, invocation.call("peer.nearby"), columns, empty=empty)
 
 
 @app.command("show", cls=NodeCommand)

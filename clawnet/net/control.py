@@ -100,6 +100,7 @@ class Link:
         self._heard_s = self.up_s = loop.time()
         self._ping: tuple[int, float] | None = None
         self._pings = 0
+        self._probing = False
         self._offences = 0
         self._control = TokenBucket(limits.RATE_CONTROL_PER_S, 4 * limits.RATE_CONTROL_PER_S, self._heard_s)
         self._output = TokenBucket(limits.RATE_OUTPUT_BYTES_PER_S, 4 * limits.RATE_OUTPUT_BYTES_PER_S, self._heard_s)
@@ -155,7 +156,8 @@ class Link:
 
     def probe(self) -> None:
         """Asks for a sign of life now; without one in LINK_PROBE_S the link ends."""
-        if self.state is LinkState.UP and self._ping is None:
+        if self.state is LinkState.UP and not self._probing:
+            self._probing = True
             asked_s = self._loop.time()
             self._send_ping()
             self._loop.call_later(limits.LINK_PROBE_S, self._probe_over, asked_s)
@@ -337,6 +339,7 @@ class Link:
         self._send_ping()
 
     def _probe_over(self, asked_s: float) -> None:
+        self._probing = False
         if self.state is LinkState.UP and self._heard_s < asked_s:
             self._owner.count("links_timed_out")
             self._end(f"no answer to a ping within {limits.LINK_PROBE_S:g} s", "ping timeout", reset=True)

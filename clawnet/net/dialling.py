@@ -125,16 +125,24 @@ class Dialler:
         self._task: asyncio.Task[None] | None = None
         self._linked = asyncio.Event()
         self._pausing = False
+        self._restarted_s = -limits.DIAL_RESTART_S
+        self._later: asyncio.TimerHandle | None = None
 
     def want(self, call: int, addresses: Sequence[str], keep: bool) -> None:
-        """One more reason to connect; the newest addresses come first."""
-        news = bool(call) or not set(addresses) <= set(self.addresses)
+        """One more reason to connect; the newest addresses come first.
+
+        News of addresses end a pause and begin an attempt again that may hang on the old ones, every DIAL_RESTART_S.
+        """
+        news = not set(addresses) <= set(self.addresses)
         self.addresses = tuple(dict.fromkeys((*addresses, *self.addresses)))[: limits.DIAL_ADDRESSES_MAX]
         self.keep = self.keep or keep
         if call:
             self._calls.append(call)
-        if self._task is None or (self._pausing and news):
+        if self._task is None or (self._pausing and call):
             self._start(0.0)
+        elif news:
+            self._failures = 0
+            self._restart()
         elif self._pausing and not call:
             self._owner.dial_ended(0, self.peer, "it could not be reached")
 
@@ -153,6 +161,28 @@ class Dialler:
         if self.keep:
             self._start(self._pause_s())
 
+    def hurry(self) -> None:
+        """This machine's network changed: what was tried before tells nothing, and an attempt may hang on the old one."""
+        self._failures = 0
+        if self._task is not None:
+            self._start(0.0)
+
+    def _restart(self) -> None:
+        """Begins an attempt anew, now or when the last time is long enough ago: anybody may tell of addresses."""
+        loop = asyncio.get_running_loop()
+        wait_s = self._restarted_s + limits.DIAL_RESTART_S - loop.time()
+        if self._task is None:
+            return
+        if wait_s <= 0:
+            self._restarted_s = loop.time()
+            self._start(0.0)
+        elif self._later is None:
+            self._later = loop.call_later(wait_s, self._restart_later)
+
+    def _restart_later(self) -> None:
+        self._later = None
+        self._restart()
+
     def cancel(self, reason: str) -> None:
         """Stops; calls still waiting get the reason."""
         self.keep = False
@@ -160,12 +190,18 @@ class Dialler:
         self._answer(reason)
 
     def _start(self, pause_s: float) -> None:
-        self._stop()
+        self._halt()
         self._pausing = False
         self._task = asyncio.ensure_future(self._run(pause_s))
         self._task.add_done_callback(_report)
 
     def _stop(self) -> None:
+        self._halt()
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+
+    def _halt(self) -> None:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         self._task = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from errno import EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT
 from typing import Any, Final
@@ -10,6 +9,7 @@ from typing import Any, Final
 from clawnet.errors import ConfigError, LinkError
 from clawnet.identity import multiaddr
 from clawnet.identity.multiaddr import Multiaddr
+from clawnet.net.addresses import is_dialable, own_network
 from clawnet.net.port import ConnectionHandler, Listener, Transport
 from clawnet.net.settings import SwitchSettings
 
@@ -55,27 +55,50 @@ async def _bind(transport: Transport, host: str, port: int, key: str, on_connect
         ) from problem
 
 
+def gave_way(settings: SwitchSettings, addresses: Sequence[str]) -> list[str]:
+    """A port that nobody asked for gives way when it is taken; whoever forwards it must hear of that."""
+    if settings.listen_addrs:
+        return []
+    got = {where.transport: where.port for where in map(multiaddr.parse, addresses)}
+    found = []
+    for transport, port in got.items():
+        wanted, _, _ = settings.port(transport)
+        if wanted and port != wanted:
+            kind = "UDP port" if transport == "quic-v1" else "port"
+            found.append(f"{kind} {wanted} is taken, so this node listens at {port}")
+    return found
+
+
+def ports_findings(settings: SwitchSettings, addresses: Sequence[str]) -> list[dict[str, str]]:
+    """What `doctor` shows of a running node's ports."""
+    if not addresses:
+        text = "listening nowhere: other machines cannot connect"
+        remedy = "clawnet config set network.enable_tcp true, then clawnet daemon restart"
+        return [{"check": "ports", "level": "warn", "message": text, "remedy": remedy}]
+    text = "listening at " + ", ".join(addresses)
+    found = [{"check": "ports", "level": "ok", "message": text, "remedy": ""}]
+    for text in gave_way(settings, addresses):
+        remedy = "end what holds it and run clawnet daemon restart, or set the port in the configuration"
+        found.append({"check": "ports", "level": "warn", "message": text, "remedy": remedy})
+    if not any(is_dialable(multiaddr.parse(address).host) for address in addresses):
+        text = "listening on loopback alone: other machines cannot connect"
+        remedy = "clear node.listen_addrs" if settings.listen_addrs else "connect this machine to a network"
+        found.append({"check": "ports", "level": "ok", "message": text, "remedy": remedy})
+    return found
+
+
 def reachable(listeners: Sequence[Listener], peer: str) -> list[str]:
     """The listeners' multiaddrs with the peer id; "every interface" becomes the addresses that this machine goes by."""
     found: list[Multiaddr] = []
+    own: tuple[str, ...] | None = None
     for listener in listeners:
         for address in listener.addresses:
             if address.host not in _ANYWHERE:
                 found.append(address)
                 continue
-            own = (outward_address(address.family), "127.0.0.1" if address.family == "ip4" else "::1")
-            found += [address._replace(host=host) for host in own if host]
+            own = own_network().hosts if own is None else own
+            is_ip6 = address.family == "ip6"
+            hosts = (*(host for host in own if (":" in host) == is_ip6), "::1" if is_ip6 else "127.0.0.1")
+            found += [address._replace(host=host) for host in hosts]
     ordered = sorted(dict.fromkeys(found), key=lambda address: address.host in ("127.0.0.1", "::1"))
     return [str(address.with_peer(peer)) for address in ordered]
-
-
-def outward_address(family: str) -> str:
-    """The address this machine uses towards the internet, or "". Nothing is sent: a UDP connect only picks a route."""
-    target = ("192.0.2.1", 9) if family == "ip4" else ("2001:db8::1", 9)
-    try:
-        with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)
-            host: str = probe.getsockname()[0]
-    except OSError:
-        return ""
-    return "" if host.startswith(("0.", "127.", "fe80:")) or host in ("::", "::1") else host

@@ -173,6 +173,8 @@ class Switch:
                 return
             dialler = self._diallers[key] = Dialler(self, peer, key)
         if linked:
+            if not set(addresses) <= set(dialler.addresses):
+                self._links[peer].probe()
             dialler.keep = True
             dialler.addresses = tuple(addresses)
             self.dial_ended(call, peer, "")
@@ -195,6 +197,13 @@ class Switch:
         """Ends every link and all dialling, but goes on listening: the node is about to be another one."""
         for peer in {*self._diallers, *(visit.connection.peer for visit in self._visits.values())}:
             self.hangup(peer, reason)
+
+    def network_changed(self) -> None:
+        """This machine slept or moved: every link has to show that it lives, and no pause before a dial is waited for."""
+        for link in list(self._links.values()):
+            link.probe()
+        for dialler in list(self._diallers.values()):
+            dialler.hurry()
 
     def join(self, call: int, inviter: str, addresses: Sequence[str], ask: JoinAsk) -> None:
         """Redeems an invite; JoinAnswered follows."""

@@ -44,6 +44,7 @@ class Calls:
             "task.cancel": self._with_task(self._task_cancel),
             "task.list": self._task_list,
             "peer.list": self._peer_list,
+            "peer.nearby": lambda call, params: ctx.reply(call, {"items": rooms.neighbours.items(), "next": None}),
             "peer.show": self._peer_show,
             "peer.connect": self._peer_connect,
             "peer.disconnect": self._peer_disconnect,

@@ -183,7 +183,10 @@ class Cards:
         if members.index.put(card, record.ring) or not record.card:
             record.card, record.signature, record.addresses = message.statement, message.signature, _merge(card, record)
             members.save(record)
-            members.redial(record)
+            if card.peer in self._ctx.links and (known is None or known.addresses != card.addresses):
+                members.reach(card.peer, ())
+            else:
+                members.redial(record)
 
     def _meet(self, card: PeerCard) -> PeerRecord | None:
         """A member we only heard of: its certificates are in its card, so it is known before it is ever connected."""

@@ -22,6 +22,7 @@ from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
+from clawnet.node.neighbours import Neighbours
 from clawnet.node.pay import Pay
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.results import Results
@@ -73,6 +74,7 @@ class Rooms:
     relay: Relay
     twins: Twins
     members: Members
+    neighbours: Neighbours
     cards: Cards
     books: Books
     spending: Spending
@@ -121,6 +123,7 @@ class Node:
         rooms.twins = Twins(self.ctx, rooms)
         rooms.relay = Relay(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
+        rooms.neighbours = Neighbours(self.ctx, rooms)
         rooms.cards = Cards(self.ctx, rooms)
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.spending = Spending(self.ctx, rooms)
@@ -288,6 +291,8 @@ class Node:
             e.CapacityChanged: rooms.cards.capacity_changed,
             e.Listening: rooms.cards.listening,
             e.MeetPeers: rooms.members.meet,
+            e.NeighbourSeen: rooms.neighbours.seen,
+            e.NeighbourGone: rooms.neighbours.gone,
             e.Reloaded: rooms.members.reloaded,
             e.Drain: lambda event: rooms.draining.begin(),
         }

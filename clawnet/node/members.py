@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -100,6 +101,19 @@ class Members:
             and record.peer not in self._ctx.links
         ):
             self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
+
+    def reach(self, peer: str, addresses: Sequence[str]) -> None:
+        """A member is said to be at these addresses now: it is dialled there and where it was before.
+
+        Of one that is connected the switch takes note for the day on which its link breaks.
+        """
+        record = self.records.get(peer)
+        known = record.addresses if record is not None else []
+        where = tuple(dict.fromkeys((*addresses, *known)))[: limits.DIAL_ADDRESSES_MAX]
+        room = len(self._ctx.links) < self._ctx.config.integer("node.max_peers")
+        muted = record is not None and record.muted
+        if where and not muted and not self.banned(peer) and (room or peer in self._ctx.links):
+            self._ctx.out.append(Dial(0, peer, where))
 
     # --- admission and links
 

@@ -189,6 +189,23 @@ class Listening(Stimulus, frozen=True, gc=False):
     addresses: tuple[str, ...]
 
 
+class NeighbourSeen(Stimulus, frozen=True, gc=False):
+    """A node announces itself on the local network at these multiaddrs; nothing of it is proven.
+
+    `tag` shows members of its mesh that it is one of them; empty for a libp2p node that is no clawnet node.
+    """
+
+    peer: str
+    addresses: tuple[str, ...]
+    tag: bytes
+
+
+class NeighbourGone(Stimulus, frozen=True, gc=False):
+    """Nothing on the local network announces that node any longer."""
+
+    peer: str
+
+
 class MeetPeers(Stimulus, frozen=True, gc=False):
     """Members named by the inviter: connect to them."""
 

@@ -132,6 +132,7 @@ class Program:
             "CLAWNET_HOME": str(home.dir),
             "CLAWNET_NETWORK_TCP_PORT": "0",
             "CLAWNET_NETWORK_QUIC_PORT": "0",
+            "CLAWNET_NETWORK_ENABLE_MDNS": "false",
             "CLAWNET_AUTOSTART": "0",
             "LC_ALL": "C.UTF-8",
         }

@@ -87,6 +87,8 @@ class Node:
         if "CLAWNET_TCP_PORT" not in environ:
             self.environ.setdefault("CLAWNET_NODE_LISTEN_ADDRS", "/ip4/127.0.0.1/tcp/0")
         self.environ.setdefault("CLAWNET_QUIC_PORT", "0")
+        self.environ.setdefault("CLAWNET_NETWORK_ENABLE_MDNS", "false")
+        self.program: tuple[str, ...] = PROGRAM
         self.may_log_tracebacks = False
 
     # --- commands
@@ -115,7 +117,7 @@ class Node:
         source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
         env = {**self.environ, **environ}
         done = subprocess.run(
-            [*PROGRAM, *arguments], env=env, cwd=cwd, capture_output=True, timeout=timeout_s, **source
+            [*self.program, *arguments], env=env, cwd=cwd, capture_output=True, timeout=timeout_s, **source
         )
         assert TRACEBACK.encode() not in done.stderr, done.stderr.decode()
         return done.returncode, done.stdout, done.stderr
@@ -125,7 +127,7 @@ class Node:
         """A command under way, with pipes; killed at the end if it still runs."""
         more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
         env = {**self.environ, **more.pop("environ", {})}
-        process = subprocess.Popen([*PROGRAM, *arguments], env=env, **more)
+        process = subprocess.Popen([*self.program, *arguments], env=env, **more)
         try:
             yield process
         finally:
