@@ -2,6 +2,7 @@
 """Measures libp2p over loopback, TCP and QUIC, between two processes: connect, ping, fresh stream, bulk both ways.
 
 Usage: python scripts/bench/net.py [--transport tcp] [--mib 512] [--pings 500] [--dials 100] [--repeat 3] [--json]
+       python -m venv build/libp2p; build/libp2p/bin/pip install libp2p; then --libp2p build/libp2p/bin/python
 Figures of a shared machine vary; the line that describes it is printed first, the targets and how they fared last.
 """
 
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
@@ -32,6 +34,8 @@ SINK, SOURCE = "/bench/sink/1", "/bench/source/1"
 CHUNK = bytes(256 * 1024)
 TRANSPORTS = {"tcp": TcpTransport, "quic-v1": QuicTransport}
 QUIC_IS_SMALLER = 16
+RIVAL_IS_SMALLER = 8
+TARGET_RATIO = 1.3
 TARGETS = (
     ("tcp", "connect_and_first_ping_p50_ms", 10),
     ("tcp", "ping_p50_us", 250),
@@ -164,6 +168,28 @@ def measured(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def rival(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """py-libp2p's figures for the same transport, in its own Python."""
+    mib = options.mib if kind == "tcp" else max(1, options.mib // QUIC_IS_SMALLER)
+    numbers = [str(max(1, mib // RIVAL_IS_SMALLER)), str(options.pings), str(max(1, options.dials // RIVAL_IS_SMALLER))]
+    side = str(Path(__file__).with_name("py_libp2p_side.py"))
+    done = subprocess.run([options.libp2p, side, kind, *numbers], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def compared(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """How often our figure is as good as py-libp2p's, for each that both have; 1.3 is the target."""
+    lines = []
+    for kind in TRANSPORTS:
+        for name, theirs in figures.get(f"py {kind}", {}).items():
+            ours = figures[kind][name]
+            ratio = ours / theirs if "bulk" in name else theirs / ours
+            verdict = "reached" if ratio >= TARGET_RATIO else "MISSED"
+            lines.append(f"target {kind} {name} >= {TARGET_RATIO} x py-libp2p: {ratio:.1f} x, {verdict}")
+    return lines
+
+
 def verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
     """One line for each target: reached or missed."""
     lines = []
@@ -181,27 +207,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--serve", choices=TRANSPORTS, help=argparse.SUPPRESS)
     parser.add_argument("--transport", action="append", choices=TRANSPORTS, help="only this one (default: all)")
-    parser.add_argument(
-        "--mib", type=int, default=512, help=f"per transfer (QUIC: 1/{QUIC_IS_SMALLER} of it)"
-    )
+    parser.add_argument("--mib", type=int, default=512, help=f"per transfer (QUIC: 1/{QUIC_IS_SMALLER} of it)")
     parser.add_argument("--pings", type=int, default=500, help="pings measured (limits.PING_BURST bounds a burst)")
     parser.add_argument("--dials", type=int, default=100)
     parser.add_argument("--repeat", type=int, default=3, help="bulk transfers each way; the median counts")
+    parser.add_argument(
+        "--libp2p", default="", metavar="PYTHON", help="a Python that has py-libp2p, measured beside ours"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.serve:
         asyncio.run(serve(options.serve))
         return 0
     described = machine()
-    figures = {kind: measured(kind, options) for kind in options.transport or TRANSPORTS}
+    figures: dict[str, dict[str, Any]] = {}
+    for kind in options.transport or TRANSPORTS:
+        figures[kind] = measured(kind, options)
+        if options.libp2p:
+            figures[f"py {kind}"] = rival(kind, options)
     if options.json:
         print(json.dumps({"machine": described, **figures}))
         return 0
     print(f"machine: {described}")
     print(f"{'':32}" + "".join(f"{kind:>12}" for kind in figures))
     for name in next(iter(figures.values())):
-        print(f"{name:32}" + "".join(f"{values[name]:>12}" for values in figures.values()))
-    for line in verdicts(figures):
+        print(f"{name:32}" + "".join(f"{values.get(name, '-'):>12}" for values in figures.values()))
+    for line in (*verdicts(figures), *compared(figures)):
         print(line)
     return 0
 
