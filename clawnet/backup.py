@@ -86,7 +86,7 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
     """Writes the backup of `home`, whose daemon may run, to a file (whole or not at all, mode 0600) or a pipe.
 
     Raises DataError for a passphrase that is too short, ConfigError when the home is not initialised, NotFoundError
-    when it has no database yet.
+    when it has no database yet, BrokenPipeError when nobody reads the pipe.
     """
     export.check_passphrase(passphrase)
     identity = export.collect(home, check_permissions=check_permissions)
@@ -108,6 +108,8 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
                 written = _write(file, contents, draft, passphrase)
         else:
             written = _write(target, contents, draft, passphrase)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _refuse(f"cannot write the backup {'' if not isinstance(target, Path) else target}".rstrip(), error)
     finally:

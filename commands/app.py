@@ -114,7 +114,9 @@ def root(
     if version:
         from clawnet import __version__
 
-        sys.stdout.write(f"clawnet {__version__}\n")
+        from .render import write
+
+        write(f"clawnet {__version__}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
         from .daemon import bare

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +12,8 @@ from clawnet import paths
 from clawnet.errors import NotPermittedError, UsageError
 
 from .invocation import Invocation, NodeCommand, group, here
-from .passphrase import PassphraseFile, passphrase, read
-from .render import pairs, show
+from .passphrase import PassphraseFile, passphrase, read, standard_input
+from .render import on_terminal, pairs, show, write_bytes
 
 if TYPE_CHECKING:
     from clawnet.config import Config
@@ -67,7 +66,7 @@ def export(
     config = _config(invocation)
     home = config.home(invocation.home)
     target = Path(file).absolute() if file and file != "-" else None
-    if target is None and sys.stdout.isatty():
+    if target is None and on_terminal():
         raise UsageError("an identity is never written to a terminal", hint="name a file: clawnet identity export FILE")
     if target is not None and target.exists():
         raise NotPermittedError(f"{target} exists; it is not overwritten", hint="name another file")
@@ -76,8 +75,7 @@ def export(
     typed = passphrase(passphrase_file, confirm=True)
     data = export_identity(home, typed, os.urandom, check_permissions=check)
     if target is None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        write_bytes(data)
         return
     paths.write_private(target, data)
     value = {"peer_id": _peer_id(home, check=check), "path": str(target)}
@@ -98,7 +96,7 @@ def import_(
 
     invocation = here(context)
     if file == "-":
-        data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
+        data = standard_input().read(FILE_BYTES_MAX + 1)
     else:
         data = read(Path(file), FILE_BYTES_MAX + 1)
     home = _config(invocation).home(invocation.home)

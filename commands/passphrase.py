@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -28,7 +28,7 @@ def passphrase(file: str, *, confirm: bool) -> str:
             return line.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"the first line of {path} is not UTF-8 text") from error
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("no passphrase", hint="name a private file that holds it: --passphrase-file FILE")
     import getpass
 
@@ -36,6 +36,13 @@ def passphrase(file: str, *, confirm: bool) -> str:
     if confirm and getpass.getpass("Again: ") != typed:
         raise DataError("the two passphrases differ")
     return typed
+
+
+def standard_input() -> BinaryIO:
+    """What - stands for, where a file is wanted."""
+    if sys.stdin is None:
+        raise UsageError("- reads standard input, which is closed", hint="name a file")
+    return sys.stdin.buffer
 
 
 def read(path: Path, bytes_max: int) -> bytes:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from clawnet.errors import StorageError, StorageFullError
 
 from .invocation import Invocation
 
@@ -14,17 +18,34 @@ ID_CHARS = 8
 
 
 def write(text: str) -> None:
-    """Writes to stdout; BrokenPipeError when nobody reads it any longer."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Writes to stdout; BrokenPipeError when it is closed, or nobody reads it any longer."""
+    with to_stdout() as stream:
+        stream.write(text)
 
 
 def write_bytes(data: bytes, *, error: bool = False) -> None:
-    """Writes bytes as they are, to stdout or stderr."""
-    stream = sys.stderr if error else sys.stdout
-    if stream is not None:
-        stream.buffer.write(data)
-        stream.buffer.flush()
+    """Writes bytes as they are, to stdout or stderr; a stderr that is closed takes nothing."""
+    if not error:
+        with to_stdout() as stream:
+            stream.buffer.write(data)
+    elif sys.stderr is not None:
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+
+
+@contextmanager
+def to_stdout() -> Iterator[TextIO]:
+    """The stream, flushed at the end. What it cannot take, for its disk is full, is an error like that of any file."""
+    if sys.stdout is None:
+        raise BrokenPipeError
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"cannot write to standard output: {error.strerror}") from error
 
 
 def on_terminal() -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +16,8 @@ from clawnet.errors import DataError, NotFoundError, NotPermittedError, StorageF
 from clawnet.paths import Home
 
 from .invocation import Invocation, NodeCommand, here
-from .passphrase import PassphraseFile, passphrase
-from .render import json_line, short, show
+from .passphrase import PassphraseFile, passphrase, standard_input
+from .render import json_line, on_terminal, short, show, to_stdout
 
 if TYPE_CHECKING:
     from clawnet.api import Client
@@ -54,19 +54,20 @@ def backup(
 
     invocation = here(context)
     home, check = _home(invocation)
-    target: Any = sys.stdout.buffer
+    target = Path(file).absolute()
     if file != "-":
-        target = Path(file).absolute()
         if target.exists() and not force:
             raise NotPermittedError(f"{target} exists; it is not overwritten", hint="name another file, or add --force")
         if not target.parent.is_dir():
             raise NotFoundError(f"there is no directory {target.parent}")
-    elif sys.stdout.isatty():
+    elif on_terminal():
         raise UsageError("a wallet is never written to a terminal", hint="name a file: clawnet wallet backup FILE")
-    told = back_up(home, target, passphrase(passphrase_file, confirm=True), check_permissions=check)
+    secret = passphrase(passphrase_file, confirm=True)
     if file == "-":
-        sys.stdout.buffer.flush()
+        with to_stdout() as stream:
+            back_up(home, stream.buffer, secret, check_permissions=check)
         return
+    told = back_up(home, target, secret, check_permissions=check)
     _show(invocation, told, "written")
 
 
@@ -102,7 +103,7 @@ def restore(
     home, _ = _home(invocation)
     secret = passphrase(passphrase_file, confirm=False)
     if file == "-":
-        told = put_back(home, sys.stdin.buffer, secret, force=force)
+        told = put_back(home, standard_input(), secret, force=force)
     else:
         try:
             with Path(file).open("rb") as source:
@@ -134,9 +135,8 @@ def export(
             count = _to_file(Path(output).absolute(), lines)
             invocation.say(f"{count} lines written to {output}")
             return
-        for line in lines:
-            sys.stdout.write(line)
-        sys.stdout.flush()
+        with to_stdout() as stream:
+            stream.writelines(lines)
 
 
 def _entries(client: Client, account: str = "", last: int | None = None) -> Iterator[dict[str, Any]]:
@@ -175,8 +175,10 @@ def _csv(entries: Iterator[dict[str, Any]]) -> Iterator[str]:
         return text.getvalue()
 
     locks: dict[int, tuple[str, str]] = {}
+    # A header alone would look like an empty chain: it comes when the node has answered.
+    begun = [*islice(entries, 1)]
     yield row(COLUMNS)
-    for entry in entries:
+    for entry in chain(begun, entries):
         party, task = entry["counterparty"], entry["task_id"] or ""
         name = party["peer_id"] if party else ""
         if entry["kind"] == "lock" and len(entry["body"]["lines"]) == 1:
