@@ -136,8 +136,17 @@ class Awards:
         rooms.outbox.oblige(attempt.peer, self._winner(task, attempt), about(task.task_id, attempt.n))
         if attempt.lock_seq >= 0:
             rooms.outbox.oblige(attempt.peer, self._lock(task, attempt, again=False), about(task.task_id, attempt.n))
+        self.remembered(task, attempt)
         rooms.tasks.touch(task)
         self._rooms.leases.arm(task)
+
+    def remembered(self, task: Task, attempt: Attempt) -> None:
+        """Who has, or had, what may run once only is not forgotten when the power fails: nobody else may get it then.
+
+        This node itself loses what it began together with what it knows of it.
+        """
+        if task.spec["retries"] == 0 and attempt.peer != self._ctx.me:
+            self._ctx.durable()
 
     def _winner(self, task: Task, attempt: Attempt) -> Winner:
         return Winner(
@@ -212,6 +221,7 @@ class Awards:
         task, attempt = found
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "rejected", message.reason
+        self.remembered(task, attempt)
         self._give_back(task, attempt, message.waiver)
         if attempt.paying:
             why = f"rejected: {message.reason} {message.text}".strip()
@@ -247,6 +257,7 @@ class Awards:
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "waived", attempt.reason or message.reason
         attempt.lost = attempt.lost or message.reason in GONE
+        self.remembered(task, attempt)
         self._give_back(task, attempt, message.waiver)
         if task.state in FINAL_STATES or not attempt.paying:
             return

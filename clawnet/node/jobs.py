@@ -236,8 +236,7 @@ class Jobs:
         self._rooms.taking.over(job.job)
         waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
         message = Waiver(job.task_id, job.attempt, waiver, reason[:64], text.encode()[:2000])
-        self._rooms.outbox.oblige(job.peer, message, job.job)
-        self.touch(job)
+        self._oblige(job, message)
         self._ctx.count("jobs_total", "waived")
 
     def cancel(self, event: MessageIn, message: Cancel) -> None:
@@ -330,9 +329,15 @@ class Jobs:
         job.state, job.reason = "rejected", reason
         self._rooms.taking.over(job.job)
         waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
-        self._rooms.outbox.oblige(job.peer, Reject(job.task_id, job.attempt, reason, text, waiver), job.job)
-        self.touch(job)
+        self._oblige(job, Reject(job.task_id, job.attempt, reason, text, waiver))
         self._ctx.count("jobs_total", "rejected")
+
+    def _oblige(self, job: Job, message: Reject | Waiver) -> None:
+        """Says that the job is over here; what may run once only stays over when the power fails: another may have it."""
+        self._rooms.outbox.oblige(job.peer, message, job.job)
+        self.touch(job)
+        if job.retries == 0 and job.peer != self._ctx.me:
+            self._ctx.durable()
 
     def drain_now(self) -> None:
         """The drain timeout is over: what still runs is stopped and handed back."""

@@ -119,6 +119,7 @@ class Results:
                 rooms.tasks.move(task, "executing", "accepted")
             rooms.tasks.move(task, "delivered", "result received")
         if attempt.lock_seq < 0:
+            rooms.awards.remembered(task, attempt)
             if not attempt.paying:
                 rooms.awards.close(task, attempt, "unpaid", "another attempt has the task")
                 return

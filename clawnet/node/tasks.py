@@ -194,7 +194,8 @@ class Tasks:
 
         A finished task of the same idempotency key stands for it, unless its command failed and it was submitted
         before `retry_before_ms`: then the key passes on to the new task. The answer outlives a power loss, unless the
-        caller says that it stays until the end (`awaited`): then it would go down with this machine anyway.
+        caller says that it stays until the end (`awaited`) and gives no key: then it would go down with this machine
+        anyway, and nobody could ask for the same again.
         """
         ctx = self._ctx
         if ctx.draining:
@@ -326,7 +327,7 @@ class Tasks:
             input_bytes=sum(int(item["bytes"]) for item in draft.inputs),
         )
         self._accept(draft.call, task)
-        if not draft.awaited:
+        if not draft.awaited or normal["idempotency_key"]:
             ctx.durable()
 
     @staticmethod
