@@ -23,6 +23,7 @@ from clawnet.errors import (
     StorageFullError,
     TimedOutError,
     UnreachableError,
+    UsageError,
 )
 
 from . import following, submission
@@ -247,7 +248,9 @@ class Batch:
         ]
 
     def _placed(self, number: int, error: ClawnetError) -> ClawnetError:
-        """The same error with the file and line it is about."""
+        """The same error with the file and line it is about. What stands in a line is data, not usage."""
+        if isinstance(error, UsageError):
+            error = DataError(error.message, hint=error.hint, **error.details)
         told = {**error.as_dict(), "message": f"{self._source.name}, line {number}: {error.message}", "line": number}
         return errors.from_dict(told)
 

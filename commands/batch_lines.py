@@ -92,7 +92,7 @@ class Source:
         if len(data) > limits.BATCH_LINE_BYTES_MAX:
             raise DataError(f"the line is longer than {units.format_size(limits.BATCH_LINE_BYTES_MAX)}")
         try:
-            value = json.loads(data)
+            value = submission.parse_json(data)
         except UnicodeDecodeError as error:
             raise DataError("the line is not UTF-8") from error
         except ValueError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def from_file(name: str) -> dict[str, Any]:
     """The task in a --spec file, or `-`; people's spellings (deadline: 5m, memory: 2GiB) become the protocol's."""
     text = _read(name)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         value = _yaml(name, text, error)
     except RecursionError as error:
@@ -108,6 +109,26 @@ def from_file(name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{name} does not hold one task (an object)", hint="see docs/CLI.md, --spec")
     return spelled_out(name, value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON; raises ValueError also for what its readers disagree on: a name given twice, half of a surrogate pair."""
+    value = json.loads(text, object_pairs_hook=_each_once)
+    if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.start + 1].encode("ascii", "backslashreplace").decode()
+            raise ValueError(f"{half} is half of a character") from error
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (again, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{again!r} is given twice")
+    return found
 
 
 def _read(name: str) -> str:
@@ -146,13 +167,19 @@ def _yaml(name: str, text: str, first: ValueError) -> Any:
 
 
 def spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """People's spellings of a task's fields as the protocol's; `name` is where they stand, for the errors."""
-    spec = dict(value)
+    """People's spellings of a task's fields as the protocol's; `name` is where they stand, for the errors.
+
+    A duration that is a number is in seconds, a size in bytes, as in all JSON of this program.
+    """
+    spec = {field: item for field, item in value.items() if item is not None}
     for field, target in (("deadline", "deadline_s"), ("bid_timeout", "bid_timeout_s")):
-        if isinstance(spec.get(field), str):
-            spec[target] = units.parse_duration_ms(spec.pop(field), what=f"{name}: {field}") / 1000
-    if isinstance(spec.get("memory"), str):
-        spec["memory_bytes"] = units.parse_size(spec.pop("memory"), what=f"{name}: memory")
+        if field in spec:
+            given = spec.pop(field)
+            text = isinstance(given, str)
+            spec[target] = units.parse_duration_ms(given, what=f"{name}: {field}") / 1000 if text else given
+    if "memory" in spec:
+        given = spec.pop("memory")
+        spec["memory_bytes"] = units.parse_size(given, what=f"{name}: memory") if isinstance(given, str) else given
     if "budget" in spec:
         spec["budget_ucr"] = money.parse_credits(str(spec.pop("budget")), what=f"{name}: budget")
     if isinstance(spec.get("stdin"), str):

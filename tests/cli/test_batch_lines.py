@@ -41,6 +41,14 @@ def test_a_line_says_what_it_says_and_the_options_the_rest(tmp_path: Path) -> No
     assert second.spec["deadline_s"] == 300 and second.spec["op"] == "sha256"
 
 
+def test_numbers_are_seconds_and_bytes_and_null_is_nothing_said(tmp_path: Path) -> None:
+    line = b'{"description": "a", "deadline": 60, "bid_timeout": 0.5, "memory": 1024, "budget": null, "model": null}'
+    (found,) = read(tmp_path / "f", line)
+    spec = {key: found.spec[key] for key in ("deadline_s", "bid_timeout_s", "memory_bytes", "budget_ucr")}
+    assert spec == {"deadline_s": 60, "bid_timeout_s": 0.5, "memory_bytes": 1024, "budget_ucr": 2_000_000}
+    assert not {"deadline", "bid_timeout", "memory", "budget", "model"} & set(found.spec)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -51,6 +59,9 @@ def test_a_line_says_what_it_says_and_the_options_the_rest(tmp_path: Path) -> No
         (b'{"description": ""}' + b" " * limits.BATCH_LINE_BYTES_MAX, "longer than 512KiB"),
         (b'{"type": "storage"}', "later version"),
         (b'{"budget": "much", "description": "x"}', "budget"),
+        (b'{"description": "a", "description": "b"}', "'description' is given twice"),
+        (b'{"description": "x", "env": {"A": "1", "A": "2"}}', "'A' is given twice"),
+        (b'{"description": "x \\ud800"}', "\\ud800 is half of a character"),
         (b'{"inputs": ["/no/such"], "description": "x"}', "/no/such"),
     ],
 )

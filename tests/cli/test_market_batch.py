@@ -147,6 +147,9 @@ def test_a_pipe_is_done_as_it_comes_up_to_the_first_bad_line(alice: Node) -> Non
     done = alice("market", "batch", "-", *WORK, "--name", "pipe", stdin=text)
     assert {one["line"]: one["exit_code"] for one in results(done, code=65)} == {1: 0, 2: 65}
     done.failed(65, "standard input, line 2", "not valid JSON")
+    # What a line says is data: 64 is for the command line alone.
+    for line in (b"{}", b'{"type": "nope", "description": "x"}', b'{"type": "compute", "description": "x"}'):
+        alice("market", "batch", "-", stdin=line).failed(65, "standard input, line 1")
     alice("market", "batch", "/no/such/file").failed(66, "/no/such/file")
     alice("market", "batch", "-", "--in-flight", "0").failed(64, "--in-flight")
 
