@@ -173,7 +173,7 @@ class Switch:
                 return
             dialler = self._diallers[key] = Dialler(self, peer, key)
         if linked:
-            if not set(addresses) <= set(dialler.addresses):
+            if dialler.addresses and not set(addresses) <= set(dialler.addresses):
                 self._links[peer].probe()
             dialler.keep = True
             dialler.addresses = tuple(addresses)

@@ -124,6 +124,7 @@ class Vicinity:
             remedy = "give it a network with multicast (a container: the host's), or `clawnet peer connect` by address"
         elif self._announced is None:
             text = "mDNS has nothing to announce: this node listens at no address that others could dial"
+            remedy = "connect this machine to a network (it is noticed by itself), or clear node.listen_addrs"
         else:
             hosts = ", ".join(self._announced.hosts)
             text = f"announced by mDNS as {hosts}; neighbours heard: {len(self._nearby)}"
