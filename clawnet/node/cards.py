@@ -81,6 +81,7 @@ class Cards:
         self.own = self._make()
         self.own_hash = capability_hash(self.own)
         self._statement, self._signature = self._rooms.relay.state(Kind.PEER_INFO, encode(self.own))
+        self._rooms.twins.stated()
         for peer in ctx.links:
             self.tell(peer)
 

@@ -30,7 +30,7 @@ from clawnet.node.spending import ROW, Spending
 from clawnet.node.streaming import Streaming
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
-from clawnet.node.twins import Twins
+from clawnet.node.twins import STATED_KEY, Twins
 from clawnet.node.views import Views
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
@@ -164,6 +164,8 @@ class Node:
                 stored_host = body.decode()
             elif key == FLOOR_KEY:
                 floor_ms = int(body)
+            elif key == STATED_KEY:
+                rooms.twins.load(body)
         rooms.relay.load([(time_ms, author, name) for author, name, time_ms in read("table:relayed", ())], floor_ms)
         for peer, body in read("table:reputation", ()):
             rooms.members.reputation.from_bytes(peer, body)

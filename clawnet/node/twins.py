@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 TAG_BYTES = 8
+STATED_KEY = "stated"
 
 
 class Twins:
@@ -29,10 +30,20 @@ class Twins:
         self._tag = ctx.entropy(TAG_BYTES)
         self._started_ms = 0
         self._heard_ms = 0
+        self._stated_ms = 0
+
+    def load(self, body: bytes) -> None:
+        """When the last card of an earlier run was made, by the clock of then: it may have been set back since."""
+        self._stated_ms = int(body)
 
     def start(self) -> None:
         """The run begins now: whatever is older was said by an earlier one."""
-        self._started_ms = self._ctx.now
+        self._started_ms = max(self._ctx.now, self._stated_ms)
+
+    def stated(self) -> None:
+        """A card was made: synced with it is when, so that no later run takes it for another program's."""
+        self._ctx.put("meta", STATED_KEY, str(self._ctx.now).encode())
+        self._ctx.durable()
 
     def identifier(self) -> bytes:
         """The id of a statement of this run."""
@@ -59,7 +70,7 @@ class Twins:
         ctx = self._ctx
         if self.reason():
             self._rooms.cards.refresh()
-            ctx.wake(("twin",), ctx.now + limits.TWIN_TELL_MS)
+            ctx.wake(("twin",), min(ctx.now + limits.TWIN_TELL_MS, self._heard_ms + limits.TWIN_HOLD_MS))
         self._rooms.books.chains.reconsider()
 
     def reason(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clawnet import limits
+from clawnet.wire.events import Listening
 from tests.node.meshkit import Member, Mesh
 from tests.node.trades import three
 
@@ -64,5 +65,18 @@ def test_a_restart_is_no_twin() -> None:
     for _ in range(3):
         alice.restart()
         mesh.run(15)
+    assert not [log for log in alice.logs if log.event == "identity.twin"]
+    assert refused(alice) == ""
+
+
+def test_an_own_card_from_before_the_clock_was_set_back_is_no_twin() -> None:
+    mesh = Mesh()
+    alice, _, _ = three(mesh)
+    alice.skew_ms = 100_000
+    alice.feed(Listening(("/ip4/127.0.0.1/tcp/4999",)))
+    mesh.run(2)
+    alice.skew_ms = 0
+    alice.restart()
+    mesh.run(15)
     assert not [log for log in alice.logs if log.event == "identity.twin"]
     assert refused(alice) == ""
