@@ -23,6 +23,10 @@ PULLS_MAX = 1_024
 FORWARD_MAX = 1_024
 SEQ_MAX = 2**62
 SUSPECT_LOOKUPS_MAX = 64
+CLAIMS_BELIEVED = 3
+"""A peer that so often said to hold more of the own chain, and left or took it back (or once showed nothing in all its
+time), is asked but not waited for."""
+DOUBTED_MAX = 4_096
 
 
 class Chains:
@@ -38,8 +42,8 @@ class Chains:
         self._told_proofs: dict[str, set[bytes]] = {}
         self.checking = False
         self._unchecked: dict[str, None] = {}
-        self._suspects: dict[str, None] = {}
-        self._liars: dict[str, None] = {}
+        self._suspects: dict[str, tuple[int, int]] = {}
+        self._doubted: dict[str, int] = {}
         self.restore = Restore(ctx, rooms, books)
 
     # --- the check after a start (LEDGER.md section 9)
@@ -65,16 +69,31 @@ class Chains:
     def check_ends(self) -> None:
         """Ten seconds are over: who did not answer is not reachable, who claimed to hold more has not shown it."""
         self.checking = False
-        for peer in self._suspects:
-            self._liars[peer] = None
+        for peer in list(self._suspects):
             self._ctx.log("security", "ledger.head_not_shown", peer=peer)
-        self._suspects.clear()
+            self._waited_for(peer)
         self.reconsider()
+
+    def _waited_for(self, peer: str) -> None:
+        """This peer is no longer waited for: it has shown entries of the own chain, or claimed for nothing.
+
+        What it claimed for nothing is remembered over its links, so that claims made in turn do not hold the wallet.
+        """
+        if peer not in self._suspects:
+            return
+        before, since_ms = self._suspects.pop(peer)
+        if self._own_seq() > before:
+            self._doubted.pop(peer, None)
+            return
+        long = self._ctx.now >= since_ms + limits.START_CHECK_MS
+        self._doubted[peer] = self._doubted.pop(peer, 0) + (CLAIMS_BELIEVED if long else 1)
+        while len(self._doubted) > DOUBTED_MAX:
+            del self._doubted[next(iter(self._doubted))]
 
     def _answered(self, peer: str) -> None:
         """This peer holds nothing of the own chain that is not here."""
         self.checked(peer)
-        self._suspects.pop(peer, None)
+        self._waited_for(peer)
         self.restore.answered(peer)
         self.reconsider()
 
@@ -92,11 +111,11 @@ class Chains:
 
     def _suspect(self, peer: str, head: Head, relation: str) -> None:
         """A peer says that it holds more, or another branch, of this chain: it must show entries signed by us."""
-        if peer in self._liars:
-            return
-        self._ctx.log("warn", "ledger.head_ahead", peer=peer, seq=head.seq)
-        self._suspects[peer] = None
-        self._ctx.wake(("start_check",), self._ctx.now + limits.START_CHECK_MS)
+        if peer not in self._suspects and self._doubted.get(peer, 0) < CLAIMS_BELIEVED:
+            self._ctx.log("warn", "ledger.head_ahead", peer=peer, seq=head.seq)
+            if not self.waiting:  # else its end stands: a claim more does not put it off
+                self._ctx.wake(("start_check",), self._ctx.now + limits.START_CHECK_MS)
+            self._suspects[peer] = (self._own_seq(), self._ctx.now)
         if relation == "differs":
             self.pull(peer, self._ctx.account, head.seq, head.seq)
         else:
@@ -142,8 +161,7 @@ class Chains:
         """What was on its way may be lost."""
         self._held.pop(peer, None)
         self._told_proofs.pop(peer, None)
-        self._liars.pop(peer, None)
-        self._suspects.pop(peer, None)
+        self._waited_for(peer)
         for key in [key for key in self._pulls if key[0] == peer]:
             del self._pulls[key]
 

@@ -1,0 +1,36 @@
+"""Members that lie to stand in the way: of the wallet, of tasks, of what comes back, of the one that is no twin."""
+
+from __future__ import annotations
+
+from clawnet.wire import events as e
+from clawnet.wire.codec import decode_payload, encode_payload
+from clawnet.wire.messages import Head, LedgerPush
+from tests.node.meshkit import Member, Mesh
+from tests.node.trades import three
+
+
+def tell(sender: Member, receiver: Member, message: object) -> None:
+    """A message of a sender whose node knows nothing of it."""
+    kind, payload = encode_payload(message)  # type: ignore[arg-type]
+    receiver.feed(e.MessageIn(sender.peer, bytes(16), decode_payload(int(kind), payload), None, bytes(16)))
+    sender.mesh.settle()
+
+
+def test_heads_that_are_never_shown_do_not_keep_the_wallet_waiting() -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    mesh.fate = lambda one, other, message: 0 if isinstance(message, LedgerPush) and other is alice else 1
+    written = []
+    for turn in range(20):
+        # Two that take turns: one of them always has a claim of more under way, and leaves before it must show it.
+        liar, other = (bob, carol) if turn % 2 else (carol, bob)
+        head = alice.node.rooms.books.book.head(alice.key.public)
+        assert head is not None
+        tell(liar, alice, LedgerPush(alice.key.public, [], [Head(alice.key.public, head[0] + 7, bytes(32))]))
+        mesh.run(6)
+        mesh.cut(alice, other)
+        mesh.settle()
+        mesh.link(alice, other)
+        mesh.settle()
+        written.append(not alice.node.rooms.books.chains.waiting)
+    assert any(written[-10:]), "it is believed for a while, not for ever"
