@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TAG_BYTES = 8
 STATED_KEY = "stated"
+HEARD_MAX = 1_024
 
 
 class Twins:
@@ -31,6 +32,7 @@ class Twins:
         self._started_ms = 0
         self._heard_ms = 0
         self._stated_ms = 0
+        self._heard: dict[bytes, None] = {}
 
     def load(self, body: bytes) -> None:
         """When the last card of an earlier run was made, by the clock of then: it may have been set back since."""
@@ -52,9 +54,12 @@ class Twins:
     def heard(self, message: PeerInfo, read: Relayed) -> None:
         """A statement in this node's own name came in; raises RemoteError when it is forged."""
         ctx = self._ctx
-        if read.id[:TAG_BYTES] == self._tag or read.time_ms <= self._started_ms:
-            return
+        if read.id[:TAG_BYTES] == self._tag or read.time_ms <= self._started_ms or read.id in self._heard:
+            return  # what was heard before says nothing of whether the other one still lives
         check_relayed(read, message.statement, message.signature)
+        self._heard[read.id] = None
+        while len(self._heard) > HEARD_MAX:
+            del self._heard[next(iter(self._heard))]
         first = not self.reason()
         self._heard_ms = ctx.now
         self._rooms.cards.outdo(read)

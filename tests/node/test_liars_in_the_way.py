@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from clawnet import limits
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
-from clawnet.wire.messages import Head, LedgerPush
+from clawnet.wire.messages import Head, LedgerPush, PeerInfo
 from tests.node.meshkit import Member, Mesh
-from tests.node.trades import three
+from tests.node.trades import pair, three
 
 
 def tell(sender: Member, receiver: Member, message: object) -> None:
@@ -34,3 +35,22 @@ def test_heads_that_are_never_shown_do_not_keep_the_wallet_waiting() -> None:
         mesh.settle()
         written.append(not alice.node.rooms.books.chains.waiting)
     assert any(written[-10:]), "it is believed for a while, not for ever"
+
+
+def test_one_card_of_a_twin_holds_the_wallet_once() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    # What a second program on a copy of this home would have said.
+    twin = Member(mesh, "alice", alice.key, alice.owner, alice.local)
+    twin.store = alice.store.twin()
+    mesh.run(1)
+    twin.boot()
+    twin.turn()
+    twin.node.rooms.cards.refresh()
+    cards = twin.node.rooms.cards
+    said = PeerInfo(cards._statement, cards._signature, limits.RELAY_HOPS_MAX)
+    for _ in range(5):
+        tell(bob, alice, said)
+        mesh.run(limits.TWIN_HOLD_MS / 1000 * 0.75)
+    assert alice.node.rooms.twins.reason() == ""
+    assert alice.node.rooms.books.purse.read_only_reason == ""
