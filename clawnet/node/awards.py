@@ -36,7 +36,9 @@ WAIVABLE = (*RUNNING, "unpaid")
 TRANSIENT = frozenset(("full", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
 """Words of a REJECT after which the same executor may be asked again: its state of the moment stood in the way."""
 GONE = frozenset(("restarted", "draining"))
-"""Words of a WAIVER that say nothing of the task, only that its executor could not go on."""
+"""Words of a WAIVER or REJECT that say nothing of the task, only that its executor could not go on."""
+REJECTS_TAKEN = 3
+"""An executor that bids and then says so often that it has no room comes behind all others, as those that were lost."""
 
 
 def about(task_id: bytes, n: int) -> bytes:
@@ -225,7 +227,10 @@ class Awards:
         self._give_back(task, attempt, message.waiver)
         if attempt.paying:
             why = f"rejected: {message.reason} {message.text}".strip()
-            self.move_slot(task, attempt, why, free=True, later=message.reason in TRANSIENT)
+            refusals = sum(one.peer == attempt.peer and one.state == "rejected" for one in task.attempts)
+            later = message.reason in TRANSIENT and refusals < REJECTS_TAKEN
+            attempt.lost = not later and (message.reason in TRANSIENT or message.reason in GONE)
+            self.move_slot(task, attempt, why, free=True, later=later)
 
     def progress(self, event: MessageIn, message: Progress) -> None:
         """The attempt lives."""

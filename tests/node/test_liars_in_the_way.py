@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from clawnet import limits
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Head, LedgerPush, PeerInfo
 from tests.node.meshkit import Member, Mesh
-from tests.node.trades import pair, three
+from tests.node.trades import CREDIT, compute, only, pair, shell, tasks, three
 
 
 def tell(sender: Member, receiver: Member, message: object) -> None:
@@ -54,3 +56,33 @@ def test_one_card_of_a_twin_holds_the_wallet_once() -> None:
         mesh.run(limits.TWIN_HOLD_MS / 1000 * 0.75)
     assert alice.node.rooms.twins.reason() == ""
     assert alice.node.rooms.books.purse.read_only_reason == ""
+
+
+def test_one_that_always_bids_and_never_takes_does_not_use_up_the_attempts() -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    bob.node.rooms.taking._objection = lambda award: "full"  # type: ignore[method-assign]
+    for worker, price_ucr in ((bob, 1), (carol, 5 * CREDIT)):
+        bidding = worker.node.rooms.bidding
+        bidding.rates = msgspec.structs.replace(bidding.rates, task_ucr=price_ucr)
+    compute(alice, deadline_s=600)
+    mesh.run(120)
+    task = only(alice)
+    assert task.state == "settled", (task.state, task.error_text)
+    assert len(task.attempts) > 1 and task.attempts[-1].peer == carol.peer
+
+
+def test_who_hands_back_as_it_ends_gets_the_task_again_when_it_is_back() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    bob.node.rooms.jobs.slots = 1
+    bob.runner = lambda member, run: None
+    shell(alice, "first", deadline_s=600)
+    shell(alice, "second", deadline_s=600)
+    mesh.run(1)
+    bob.feed(e.Drain())
+    mesh.run(1)
+    bob.restart()
+    mesh.run(30)
+    states = {tuple(task.spec["argv"]): task.state for task in tasks(alice)}
+    assert states[("second",)] in ("executing", "settled"), states
