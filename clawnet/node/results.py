@@ -76,8 +76,20 @@ class Results:
             return "the note asks more than is bound"
         if (note.ct_hash, note.ct_bytes) != (message.blob, message.blob_bytes):
             return "the note is of other bytes"
+        if note.amount_ucr < attempt.price_ucr and not self._rest_waived(attempt, message.waiver):
+            return "the note asks less than is bound, and gives the rest not back"
         attempt.note, attempt.key_hash, attempt.released_ucr = message.note, note.key_hash, note.amount_ucr
         return ""
+
+    def _rest_waived(self, attempt: Attempt, waiver: bytes) -> bool:
+        """Whether this frees what of the line is not paid; else that stays bound, and counts as open, to its end."""
+        books = self._rooms.books
+        try:
+            terms = statements.Waiver.verified(waiver, books.key_of(attempt.account), verify)
+        except RemoteError:
+            return False
+        bound = (books.mesh, self._ctx.account, attempt.lock_hash, attempt.line, 1)
+        return (terms.mesh, terms.payer, terms.lock_hash, terms.line, terms.after_part) == bound
 
     def fetch(self, task: Task, attempt: Attempt) -> None:
         """Fetches the sealed blob, which is checked against its id chunk by chunk, and holds it until it is opened."""

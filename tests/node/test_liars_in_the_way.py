@@ -86,3 +86,23 @@ def test_who_hands_back_as_it_ends_gets_the_task_again_when_it_is_back() -> None
     mesh.run(30)
     states = {tuple(task.spec["argv"]): task.state for task in tasks(alice)}
     assert states[("second",)] in ("executing", "settled"), states
+
+
+def test_a_note_for_less_that_gives_the_rest_not_back_is_not_taken() -> None:
+    """Its line would stay bound beside a key that is withheld, and count as open escrow for ever."""
+    for withheld in (False, True):
+        mesh = Mesh()
+        alice, bob = pair(mesh, **{"market.spend.open": "50"})
+
+        bob.node.rooms.bidding.metered = lambda job, document, event: 1  # type: ignore[method-assign]
+        bob.node.rooms.pay.waiver = lambda *args: b""  # type: ignore[method-assign]
+        if withheld:
+            bob.node.rooms.books._claimable = lambda payable: (None, None)  # type: ignore[method-assign]
+        before = alice.node.rooms.books.purse.available_ucr
+        compute(alice, deadline_s=60)
+        mesh.run(1_200)
+        assert not alice.node.rooms.books.book.open_lines(alice.key.public), withheld
+        assert alice.node.rooms.books.purse.available_ucr == before, "what gave nothing back is not taken"
+        (spent,) = alice.node.rooms.spending._spent.values()
+        assert spent.open_ucr == 0, (withheld, spent)
+        mesh.check()
