@@ -333,7 +333,7 @@ class Jobs:
         self._ctx.count("jobs_total", "rejected")
 
     def _oblige(self, job: Job, message: Reject | Waiver) -> None:
-        """Says that the job is over here; what may run once only stays over when the power fails: another may have it."""
+        """Says that the job is over here. What may run once stays over though the power fails: another may have it."""
         self._rooms.outbox.oblige(job.peer, message, job.job)
         self.touch(job)
         if job.retries == 0 and job.peer != self._ctx.me:
