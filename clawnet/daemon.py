@@ -192,7 +192,6 @@ class Daemon:
 
     def _make_vicinity(self) -> Vicinity:
         return Vicinity(
-            self.key.peer_id,
             self.switch,
             mdns=self.config.flag("network.enable_mdns"),
             clock=clock_ms,

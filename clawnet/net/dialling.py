@@ -162,7 +162,7 @@ class Dialler:
             self._start(self._pause_s())
 
     def hurry(self) -> None:
-        """This machine's network changed: what was tried before tells nothing, and an attempt may hang on the old one."""
+        """The own network changed: what was tried before tells nothing, and an attempt may hang on the old one."""
         self._failures = 0
         if self._task is not None:
             self._start(0.0)

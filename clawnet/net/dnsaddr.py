@@ -39,7 +39,7 @@ class Announcement(NamedTuple):
 
 def write_txt(addresses: Iterable[str], tag: bytes) -> bytes:
     """The record of these multiaddrs, each with its /p2p/ part: as many as fit, loopback left out."""
-    out = bytearray(_string(TAG_KEY + tag.hex().encode()))
+    out = bytearray(_string(TAG_KEY + tag.hex().encode()) if tag else b"")
     for text in addresses:
         string = _string(ADDRESS_KEY + text.encode())
         if is_dialable(multiaddr.parse(text).host) and len(out) + len(string) <= limits.MDNS_TXT_BYTES_MAX:

@@ -32,7 +32,11 @@ class Nearby:
     """The instances heard of by name, and what was told of each peer. Times are seconds of one monotonic clock."""
 
     def __init__(
-        self, me: str, deliver: Callable[[Stimulus], None], is_ours: Callable[[str, bytes], bool], now_s: float
+        self,
+        me: Callable[[], str],
+        deliver: Callable[[Stimulus], None],
+        is_ours: Callable[[str, bytes], bool],
+        now_s: float,
     ) -> None:
         self._me = me
         self._deliver = deliver
@@ -54,7 +58,7 @@ class Nearby:
             known.until_s, known.ask_s = until_s, ask_s
             return
         said = read_txt(raw)
-        if said is None or said.peer == self._me:
+        if said is None or said.peer == self._me():
             self.gone(name, None, now_s)
             return
         ours = self._is_ours(said.peer, said.tag)

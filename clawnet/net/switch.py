@@ -199,7 +199,7 @@ class Switch:
             self.hangup(peer, reason)
 
     def network_changed(self) -> None:
-        """This machine slept or moved: every link has to show that it lives, and no pause before a dial is waited for."""
+        """This machine slept or moved: every link has to show that it lives, every pause before a dial ends."""
         for link in list(self._links.values()):
             link.probe()
         for dialler in list(self._diallers.values()):

@@ -1,7 +1,7 @@
 """What is around this node: its own network, watched, and its neighbours on it by mDNS.
 
-When the machine has slept, or its addresses, carriers or routes change, nothing that was open can be trusted: every link
-is asked for a sign of life at once, every pause before a dial ends, others are told the new addresses, and the
+When the machine has slept, or its addresses, carriers or routes change, nothing that was open can be trusted: every
+link is asked for a sign of life at once, every pause before a dial ends, others are told the new addresses, and the
 announcement is made anew. A look every NETWORK_WATCH_S finds this on all systems alike, for half a millisecond each.
 """
 
@@ -37,7 +37,9 @@ def has_mdns() -> bool:
 
 
 class Moved(Protocol):
-    """What is asked of the switch."""
+    """What is asked of the switch; its id may change with its key."""
+
+    peer_id: str
 
     def addresses(self) -> list[str]: ...
     def network_changed(self) -> None: ...
@@ -51,7 +53,6 @@ class Vicinity:
 
     def __init__(
         self,
-        me: str,
         switch: Moved,
         *,
         mdns: bool,
@@ -69,10 +70,11 @@ class Vicinity:
         self._deliver = deliver
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._nearby = Nearby(me, deliver, is_ours, self._loop.time())
+        self._nearby = Nearby(lambda: switch.peer_id, deliver, is_ours, self._loop.time())
         self._instance = "".join(_INSTANCE_LETTERS[byte % 32] for byte in entropy(_INSTANCE_CHARS))
         self._mark: object = None
         self._addresses: list[str] = []
+        self._told_tag = b""
         self._then_s = 0.0
         self._then_ms = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -87,7 +89,7 @@ class Vicinity:
     def start(self) -> None:
         """Begins to look; the first announcement is under way when this returns."""
         self._mark = own_network().mark
-        self._addresses = self._switch.addresses()
+        self._addresses, self._told_tag = self._switch.addresses(), self._tag()
         self._then_s, self._then_ms = self._loop.time(), self._clock()
         self._renew()
         self._timer = self._loop.call_later(limits.NETWORK_WATCH_S, self._look)
@@ -143,6 +145,11 @@ class Vicinity:
         if slept or mark != self._mark:
             self._mark = mark
             self._changed(f"the clocks jumped by {late_s:.0f} s" if slept else "addresses, carriers or routes changed")
+        if self._tag() != self._told_tag:
+            # The mesh has a new key: who showed the tag of the old one, and who of the new, is judged again.
+            self._told_tag = self._tag()
+            self._nearby.tell_again()
+        self._heed_addresses()
         due = self._nearby.look(now_s)
         if self._responder is not None:
             self._responder.ask(due)
@@ -150,14 +157,17 @@ class Vicinity:
         self._timer = self._loop.call_later(limits.NETWORK_WATCH_S, self._look)
 
     def _changed(self, why: str) -> None:
-        addresses = self._switch.addresses()
-        self._log("info", "network.changed", {"why": why, "listen": " ".join(addresses)})
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._deliver(Listening(tuple(addresses)))
+        self._log("info", "network.changed", {"why": why, "listen": " ".join(self._switch.addresses())})
+        self._heed_addresses()
         self._switch.network_changed()
         self._nearby.doubt(None, self._loop.time())
         self._stale = True
+
+    def _heed_addresses(self) -> None:
+        addresses = self._switch.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._deliver(Listening(tuple(addresses)))
 
     # --- the announcement
 
@@ -177,7 +187,7 @@ class Vicinity:
         if not told:
             return None
         hosts = tuple(dict.fromkeys(where.host for where in told))
-        return Announcement(self._instance, write_txt(map(str, told), self._tag()), hosts, told[0].port)
+        return Announcement(self._instance, write_txt(map(str, told), self._told_tag), hosts, told[0].port)
 
     async def _announce(self, wanted: Announcement | None) -> None:
         # Its import takes a tenth of a second, in which the loop goes on.

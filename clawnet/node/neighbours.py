@@ -15,7 +15,7 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.answers_market import time_text
 from clawnet.node.context import Context
-from clawnet.wire.events import Dial, Hangup, NeighbourGone, NeighbourSeen
+from clawnet.wire.events import Hangup, NeighbourGone, NeighbourSeen
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -46,12 +46,15 @@ class Neighbours:
         self.present: dict[str, Neighbour] = {}
 
     def tag(self) -> bytes:
-        """This node's own."""
-        return mesh_tag(self._rooms.members.facts.mesh_key, self._ctx.me)
+        """This node's own; empty for a member without the mesh's key, whom no tag can tell from a stranger."""
+        return b"" if self._keyless() else mesh_tag(self._rooms.members.facts.mesh_key, self._ctx.me)
 
     def is_ours(self, peer: str, tag: bytes) -> bool:
         """Whether whoever announces this peer with this tag holds the mesh's key."""
-        return hmac.compare_digest(tag, mesh_tag(self._rooms.members.facts.mesh_key, peer))
+        return not self._keyless() and hmac.compare_digest(tag, mesh_tag(self._rooms.members.facts.mesh_key, peer))
+
+    def _keyless(self) -> bool:
+        return not any(self._rooms.members.facts.mesh_key)
 
     def seen(self, event: NeighbourSeen) -> None:
         """It announces itself, or elsewhere than before: one of this mesh is dialled at once."""

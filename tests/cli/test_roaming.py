@@ -30,7 +30,7 @@ def lan() -> Iterator[Lan]:
 
 @pytest.mark.parametrize("transport", ["tcp", "quic-v1"])
 def test_an_address_changes_under_a_link(lan: Lan, transport: str) -> None:
-    """A TCP link breaks and is made anew; a QUIC link goes on when it was the dialler that moved (RFC 9000, section 9)."""
+    """A TCP link breaks and is made anew; a QUIC link goes on when its dialler moved (RFC 9000, section 9)."""
     off = {"tcp": "CLAWNET_NETWORK_ENABLE_QUIC", "quic-v1": "CLAWNET_NETWORK_ENABLE_TCP"}[transport]
     alice, bob = (lan.host(name, **{off: "false"}).start() for name in ("alice", "bob"))
     join(alice, bob)
