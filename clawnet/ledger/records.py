@@ -61,6 +61,10 @@ class Records:
         """(account, proof) of every fork that is proven."""
         return list(self._proofs.items())
 
+    def condemned(self) -> set[bytes]:
+        """Accounts whose chain has ended here, or against which a fork is proven."""
+        return {*self._proofs, *(account for account, state in self._accounts.items() if state.ended is not None)}
+
     def head(self, account: bytes) -> tuple[int, bytes] | None:
         """(seq, hash) of the newest entry held, or None."""
         state = self._accounts.get(account)

@@ -73,11 +73,10 @@ def _book(machine: Machine) -> None:
 
 def _standing(machine: Machine) -> None:
     """Nobody's lie condemns an honest account, in no honest book."""
-    book = machine.node.rooms.books.book
-    for other in machine.world.honest:
-        view = book.view(other.key.public)
-        if view.ended or view.forked or book.proof(other.key.public) is not None:
-            raise LawBroken(f"{machine.name} holds honest {other.name} for condemned: {view}")
+    book, world = machine.node.rooms.books.book, machine.world
+    for account in book.condemned():
+        if account not in world.referee.liars:
+            raise LawBroken(f"{machine.name} holds honest {world.name_of(account)} for condemned: {book.view(account)}")
 
 
 # --- the disk
@@ -149,6 +148,8 @@ def quiet(world: World) -> bool:
     """Nothing is owed anywhere."""
     for machine in world.honest:
         if not machine.up or machine.executor.runs or any(_owed(machine)):
+            return False
+        if machine.node.rooms.books.purse.read_only_reason:
             return False
     return not world.referee.line_ends()
 

@@ -22,6 +22,7 @@ from tests.node.meshkit import START_MS, Entropy
 from tests.world.client import Client
 from tests.world.clock import Clock, LawBroken
 from tests.world.faults import SKEW_MS_MAX, Faults
+from tests.world.garbage import SeldomCollected
 from tests.world.liars import Liar
 from tests.world.machine import Machine
 from tests.world.network import Network
@@ -167,6 +168,10 @@ class World:
 
     def run(self) -> None:
         """The busy time with its faults, then peace until nothing is owed, then the last laws. Raises LawBroken."""
+        with SeldomCollected() as self._memory:
+            self._run()
+
+    def _run(self) -> None:
         from tests.world import laws
 
         start_us = self.clock.now_us
@@ -175,10 +180,12 @@ class World:
         while self.clock.now_us < start_us + round(self.seconds * 1e6):
             self.clock.run(min(self.clock.now_us + step_us, start_us + round(self.seconds * 1e6)))
             laws.now(self)
+            self._memory.tidy()
         self.peace()
         for _ in range(260):
             self.clock.run(self.clock.now_us + 20_000_000)
             laws.now(self)
+            self._memory.tidy()
             if laws.quiet(self):
                 break
         self.clock.run(self.clock.now_us + 130_000_000)
@@ -209,6 +216,10 @@ class World:
     def honest(self) -> list[Machine]:
         """Those for whom the laws are."""
         return [machine for machine in self.machines if machine.peer not in self.liars]
+
+    def name_of(self, account: bytes) -> str:
+        """Whose account that is."""
+        return self._names_of_accounts.get(account, "?")
 
     def deliveries_of(self, machine: Machine) -> list[tuple[bytes, int, int]]:
         """(payer, lock seq, line) of everything that this executor has delivered."""
