@@ -96,7 +96,8 @@ class BidFacts(Struct, frozen=True, gc=False, array_like=True):
 class AuctionRecord(Struct, frozen=True, array_like=True):
     """All that `market why` tells of one auction; kept with the task for ever (encode_record, explain).
 
-    `closed_by` is all_answered, soft_close, bid_timeout, nobody, or a word of the caller (inner_ring, cancelled).
+    `closed_by` is all_answered, soft_close, bid_timeout, nobody, gossip_over, or a word of the caller (inner_ring,
+    cancelled).
     `bids` are best first, unacceptable ones last. `silent` are those asked that had not answered at the close,
     `gone` those whose link broke before they had.
     """
@@ -146,6 +147,9 @@ class Auction:
     latest. A candidate that missed its last offer is not waited for, except that, while no acceptable bid is in and
     nobody else is left to answer, it has as long as a soft close from the opening: else a peer that once was slow
     could never come back where it is the only one.
+
+    With `gossip_ms` nobody is asked by name: those who hear of the task say so by a bid (join), until so long after
+    the opening.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class Auction:
         min_reputation: float = 0.0,
         weights: Weights | None = None,
         ring: str = "",
+        gossip_ms: int = 0,
     ) -> None:
         self.task_id = task_id
         self.round = number
@@ -170,6 +175,8 @@ class Auction:
         self.max_budget_ucr = max_budget_ucr
         self.min_reputation = min_reputation
         self.weights = weights or Weights()
+        self.gossiped = gossip_ms > 0
+        self._gossip_until_ms = min(close_ms, opened_ms + gossip_ms)
         self._candidates = dict(candidates)
         slowest_ms = max((c.rtt_ms for c in candidates.values() if not c.missed_last), default=0.0)
         self._soft_ms = max(soft_close_ms, math.ceil(SOFT_CLOSE_ROUND_TRIPS * slowest_ms))
@@ -182,6 +189,16 @@ class Auction:
         self._gone: dict[str, None] = {}
 
     # --- what comes in
+
+    def join(self, peer: str, candidate: Candidate) -> bool:
+        """Somebody who was not asked by name may bid in a gossiped round; False when as many as may have done so."""
+        if not self.gossiped or (peer not in self._candidates and len(self._candidates) >= limits.CANDIDATES_MAX):
+            return False
+        if peer not in self._candidates:
+            self._candidates[peer] = candidate
+            self._open[peer] = None
+            self._awaited += not candidate.missed_last
+        return True
 
     def add_bid(self, peer: str, bid: Bid, now_ms: int, *, reputation: float, confidence: float) -> str:
         """Takes a bid; returns "" or why it cannot win (a Reason), or "not_asked" or "twice" (then it is not kept).
@@ -255,6 +272,11 @@ class Auction:
     # --- when it closes
 
     def _close(self) -> tuple[int, str]:
+        if self.gossiped:
+            until_ms = self._gossip_until_ms
+            if self._first_good_ms is None or self._first_good_ms + self._soft_ms >= until_ms:
+                return until_ms, "gossip_over"
+            return self._first_good_ms + self._soft_ms, "soft_close"
         if not self._candidates:
             return self.opened_ms, "nobody"
         if not self._open:

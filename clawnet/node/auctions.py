@@ -17,7 +17,7 @@ from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.market.waiting import Waiting
 from clawnet.node.context import Context
-from clawnet.wire.messages import Bid, Decline, Offer
+from clawnet.wire.messages import Bid, Decline
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -135,36 +135,40 @@ class Auctions:
             elif candidates:
                 self._announce(task, ring, candidates)
                 return
+            elif self._ask_around(task, ring):
+                return
             task.stage += 1
         self._exhausted(task)
 
+    def _ask_around(self, task: Task, ring: str) -> bool:
+        """Where too few are known who could do it, members that this node does not know may hear of it by others."""
+        gossiping = self._rooms.gossiping
+        lane = _lane(task)
+        if not gossiping.is_worth_it(task, ring, lane):
+            return False
+        if gossiping.is_under_way(lane):
+            self.later(task)  # whoever answers to the other task is known afterwards
+        else:
+            gossiping.begins(task, lane)
+            self._announce(task, ring, [], limits.GOSSIP_WAIT_MS)
+        return True
+
     def _candidates(self, task: Task, ring: str, among: Mapping[str, object] | None = None) -> list[str]:
-        ctx, members = self._ctx, self._rooms.members
-        named = task.spec["peer"]
+        ctx, named = self._ctx, task.spec["peer"]
         excluded = [*task.spec["exclude"], *task.refused]
         if ring == "self":
             if task.kind == "prompt" and AI not in self._rooms.cards.own.capabilities:
                 task.refusals[Reason.NO_CAPABILITY.value] = 1  # not worth a round: the submitter hears of it at once
                 return []
             return [ctx.me] if ctx.me not in excluded and (not named or ctx.me in named) else []
-        return members.index.candidates(
-            task.kind,
-            task.requirements,
-            ring,
-            score_hint=lambda peer: members.reputation.score(peer, ctx.now).total,
-            pick=members.pick,
-            among=ctx.links if among is None else among,
-            only=named,
-            exclude=excluded,
-            usable=members.usable,
-        )
+        return self._rooms.offers.candidates(task, ring, excluded, among)
 
     def budget_left(self, task: Task) -> int:
         """What may still be promised: attempts that may yet be paid count against the budget."""
         bound = sum(a.released_ucr or a.price_ucr for a in task.attempts if a.paying or a.released_seq >= 0)
         return max(0, task.max_budget_ucr - bound)
 
-    def _announce(self, task: Task, ring: str, candidates: list[str]) -> None:
+    def _announce(self, task: Task, ring: str, candidates: list[str], gossip_ms: int = 0) -> None:
         ctx = self._ctx
         task.round += 1
         close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
@@ -182,28 +186,20 @@ class Auctions:
             min_reputation=task.requirements.min_reputation if ring == "member" else 0.0,
             weights=self._weights,
             ring=ring,
+            gossip_ms=gossip_ms,
         )
         self.live[task.task_id] = auction
         if task.state != "bidding":
-            self._rooms.tasks.move(task, "bidding", f"{len(candidates)} asked in ring {ring}")
+            whom = "members not known here" if gossip_ms else str(len(candidates))
+            self._rooms.tasks.move(task, "bidding", f"{whom} asked in ring {ring}")
         # A round that is opened again without another state has its number on the disk too: none comes twice.
         self._rooms.tasks.touch(task)
-        offer = Offer(
-            task_id=task.task_id,
-            round=task.round,
-            kind=task.kind,
-            task=task.task_hash,
-            payload_bytes=task.document_bytes,
-            input_bytes=task.input_bytes,
-            max_budget_ucr=budget,
-            deadline_ms=task.deadline_ms,
-            close_ms=close_ms,
-            lease_s=limits.LEASE_S,
-            requirements=task.requirements,
-            retries=task.spec["retries"],
-        )
+        offer = self._rooms.offers.make(task, budget, close_ms)
+        if gossip_ms:
+            self._rooms.gossiping.tell(offer, ring)
         for peer in candidates:
-            ctx.send(peer, offer)
+            if not self._rooms.reaching.send(peer, offer, close_ms):
+                auction.peer_gone(peer, ctx.now)
         self._arm(auction)
 
     def _arm(self, auction: Auction) -> None:
@@ -217,6 +213,8 @@ class Auctions:
         if auction is None or self._too_many(peer, bid.task_id):
             return
         members = self._rooms.members
+        if auction.gossiped and not self._joins(peer, auction):
+            return
         auction.add_bid(
             peer,
             bid,
@@ -225,6 +223,14 @@ class Auctions:
             confidence=members.reputation.confidence(peer, bid.confidence, self._ctx.now),
         )
         self._answered(peer, auction)
+
+    def _joins(self, peer: str, auction: Auction) -> bool:
+        """Whether somebody who heard of a task by others may bid: it is one that could have been asked."""
+        task = self._rooms.tasks.open.get(auction.task_id)
+        if task is None or not self._rooms.offers.may_bid(task, peer, auction.ring):
+            self._ctx.count("messages_refused_total", "bid_unasked")
+            return False
+        return auction.join(peer, Candidate(self._rooms.members.rtt_ms(peer), peer in self._missed))
 
     def _too_many(self, peer: str, task_id: bytes) -> bool:
         """More bids of a peer for one task within a minute than `market.rate_limit_bids` are not looked at."""
@@ -262,6 +268,10 @@ class Auctions:
         now_ms = self._ctx.now
         self._away = {other: until for other, until in self._away.items() if until > now_ms}
         self._away[peer] = now_ms + RESUME_MS
+        self.out_of_reach(peer)
+
+    def out_of_reach(self, peer: str) -> None:
+        """A candidate is not connected and will not be: nobody waits for its answer."""
         for auction in list(self.live.values()):
             auction.peer_gone(peer, self._ctx.now)
             if auction.is_closed(self._ctx.now):
@@ -311,6 +321,12 @@ class Auctions:
             return
         refusals = auction.refusals()
         task.refusals.update(refusals)
+        if auction.gossiped:
+            self._rooms.gossiping.was_in_vain(_lane(task))
+        elif not (auction.ring == "member" and self._rooms.spending.exhausted(task)) and self._ask_around(
+            task, auction.ring
+        ):
+            return
         if task.stage + 1 < len(task.stages):
             task.stage += 1
             self._open_stage(task)

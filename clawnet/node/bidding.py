@@ -65,11 +65,14 @@ class Bidding:
 
     def offer(self, event: MessageIn, offer: Offer) -> None:
         """A fixed price for the whole task, or the reason why not."""
+        self._ctx.send(event.peer, self.answer(event.peer, offer, self._rooms.members.ring_of(event.peer)), event.id)
+
+    def answer(self, peer: str, offer: Offer, ring: str) -> Bid | Decline:
+        """What this node says to an offer of a peer of `ring`, be it connected or not."""
         ctx, rooms = self._ctx, self._rooms
-        ring = rooms.members.ring_of(event.peer)
         refusal = None
         if ring != "own":
-            refusal = self._refusal(event.peer) if self._enabled else Reason.POLICY
+            refusal = self._refusal(peer, ring) if self._enabled else Reason.POLICY
         terms = refusal or quote(
             offer,
             card=rooms.cards.own,
@@ -81,13 +84,12 @@ class Bidding:
             draining=ctx.draining,
         )
         if isinstance(terms, Reason):
-            ctx.send(event.peer, Decline(offer.task_id, offer.round, terms.value), event.id)
-            return
+            return Decline(offer.task_id, offer.round, terms.value)
         if ring != "own":
-            self._promise(event.peer, offer.task_id, terms.price_ucr)
-        account = rooms.members.account_of(event.peer)
+            self._promise(peer, offer.task_id, terms.price_ucr)
+        account = rooms.members.account_of(peer)
         head = rooms.books.book.head(account) if account != ctx.account else None
-        bid = Bid(
+        return Bid(
             task_id=offer.task_id,
             round=offer.round,
             price_ucr=terms.price_ucr,
@@ -101,14 +103,12 @@ class Bidding:
             known_seq=head[0] if head else -1,
             known_hash=head[1] if head else bytes(32),
         )
-        ctx.send(event.peer, bid, event.id)
 
-    def _refusal(self, peer: str) -> Reason | None:
+    def _refusal(self, peer: str, ring: str) -> Reason | None:
         """Why this node takes no paid work from this requester now, whatever the task."""
         members, books = self._rooms.members, self._rooms.books
-        reason = members.refuses_work_for(peer)
-        if reason is not None:
-            return reason
+        if ring == "stranger" or members.banned(peer):
+            return Reason.NOT_TRUSTED
         if members.clock_off():
             return Reason.CLOCK
         account = members.account_of(peer)

@@ -273,8 +273,10 @@ class Calls:
 
     def dial_ended(self, event: DialEnded) -> None:
         """A dial for a command ended; keepers that cannot be reached are not waited for."""
-        if event.call == 0:
+        if event.call <= 0:
             if event.reason:
+                self._rooms.reaching.dial_ended(event.peer, event.reason)
+            if event.reason and event.call == 0:
                 self._rooms.books.chains.checked(event.peer)
                 self._rooms.auctions.met(event.peer, connected=False)
             return

@@ -18,12 +18,15 @@ from clawnet.node.calls import Calls
 from clawnet.node.cards import Cards
 from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.draining import Draining
+from clawnet.node.gossiping import Gossiping
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.neighbours import Neighbours
+from clawnet.node.offers import Offers
 from clawnet.node.pay import Pay
+from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.results import Results
 from clawnet.node.spending import ROW, Spending
@@ -76,6 +79,9 @@ class Rooms:
     members: Members
     neighbours: Neighbours
     cards: Cards
+    reaching: Reaching
+    offers: Offers
+    gossiping: Gossiping
     books: Books
     spending: Spending
     tasks: Tasks
@@ -125,6 +131,9 @@ class Node:
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         rooms.neighbours = Neighbours(self.ctx, rooms)
         rooms.cards = Cards(self.ctx, rooms)
+        rooms.reaching = Reaching(self.ctx, rooms)
+        rooms.offers = Offers(self.ctx, rooms)
+        rooms.gossiping = Gossiping(self.ctx, rooms)
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.spending = Spending(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
@@ -318,6 +327,7 @@ class Node:
             m.LedgerPull: lambda event: r.books.chains.pulled(event.peer, event.message),  # type: ignore[arg-type]
             m.LedgerPush: lambda event: r.books.chains.pushed(event.peer, event.message),  # type: ignore[arg-type]
             m.Countersign: lambda event: r.books.countersigns.message(event.peer, event.message),  # type: ignore[arg-type]
+            m.Gossip: lambda event: r.gossiping.heard(event, event.message),  # type: ignore[arg-type]
             m.PeerInfo: lambda event: r.cards.heard(event, event.message),  # type: ignore[arg-type]
             m.Ack: self._ack,
         }
@@ -379,6 +389,8 @@ class Node:
             rooms.streaming.timer(key[1])
         elif what == "progress":
             rooms.jobs.progress()
+        elif what == "reach":
+            rooms.reaching.timer(key[1])
         elif what == "twin":
             rooms.twins.timer()
         elif what == "heads":

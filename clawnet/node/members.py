@@ -13,7 +13,6 @@ from clawnet.identity import multiaddr
 from clawnet.identity.certificates import Charter, Membership, verify_chain
 from clawnet.identity.keys import public_of
 from clawnet.market.capability import CapabilityIndex
-from clawnet.market.reasons import Reason
 from clawnet.market.records import Attempt, Task
 from clawnet.mesh.roster import PeerRecord, pin_name, resolve
 from clawnet.node.context import Context, Link
@@ -76,31 +75,26 @@ class Members:
             address = multiaddr.parse(text)
             if address.peer is not None and address.peer != self._ctx.me:
                 self._ctx.out.append(Dial(0, address.peer, (text,)))
-        self._redial_all()
+        self.redial_all()
+
+    def redial_all(self) -> None:
+        """Has as many members connected as may be."""
+        self._rooms.reaching.start()
 
     def keep_up(self) -> None:
-        """Every minute: cards go round; with fewer connections than `node.min_peers` others are dialled again."""
+        """Every minute: cards go round, links turn over or are made again."""
         self._rooms.cards.keep_up()
-        if len(self._ctx.links) < self._ctx.config.integer("node.min_peers"):
-            self._redial_all()
-
-    def _redial_all(self) -> None:
-        """As many as may be connected at all: those seen last first, those known by their cards alone last."""
-        newest = sorted(self.records.values(), key=lambda record: -record.last_ms)
-        for record in newest[: self._ctx.config.integer("node.max_peers")]:
-            self.redial(record)
+        self._rooms.reaching.keep_up()
 
     def redial(self, record: PeerRecord) -> None:
-        """Keeps trying to be connected to a member that is neither banned nor disconnected by hand."""
-        room = record.last_ms or len(self._ctx.links) < self._ctx.config.integer("node.max_peers")
+        """Has a member connected that is neither banned nor disconnected by hand, as far as there is room."""
         if (
             record.addresses
-            and room
             and not self.banned(record.peer)
             and not record.muted
             and record.peer not in self._ctx.links
         ):
-            self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
+            self._rooms.reaching.connect(record)
 
     def reach(self, peer: str, addresses: Sequence[str]) -> None:
         """A member is said to be at these addresses now: it is dialled there and where it was before.
@@ -154,6 +148,7 @@ class Members:
         ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
         self._rooms.cards.tell(event.peer)
         self._rooms.cards.show_own(event.peer)
+        self._rooms.reaching.up(event.peer)
         if missed_ms > limits.CARDS_MISSED_MS:
             self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
         self._rooms.books.peer_up(event.peer)
@@ -209,6 +204,7 @@ class Members:
         if record is not None:
             record.last_ms = self._ctx.now
             self.save(record)
+        self._rooms.reaching.down(event.peer, event.reason)
         self._rooms.auctions.peer_down(event.peer)
         self._rooms.books.peer_down(event.peer)
         self._rooms.tasks.followers.peer_down(event.peer)
@@ -290,12 +286,6 @@ class Members:
         """A local refusal, by hand or after a proof of fraud."""
         record = self.records.get(peer)
         return record is not None and (record.banned or self._rooms.books.convicted(record.account))
-
-    def refuses_work_for(self, peer: str) -> Reason | None:
-        """Why this node works for this requester under no terms."""
-        if peer not in self.records or self.banned(peer):
-            return Reason.NOT_TRUSTED
-        return None
 
     def ban(self, peer: str, on: bool) -> bool:
         """Refuses a peer from now on (or no longer); False when it was so before."""

@@ -6,12 +6,14 @@ whether the statement is new here, and calls `pass_on` when it is worth a hop mo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from clawnet import limits
 from clawnet.errors import RemoteError
+from clawnet.market.capability import draw
 from clawnet.node.context import Context
 from clawnet.wire.messages import Kind, PeerInfo, Relayed
 from clawnet.wire.relayed import check_relayed, make_relayed, read_relayed
@@ -83,14 +85,14 @@ class Relay:
             ctx.put("meta", FLOOR_KEY, str(self.window.floor_ms).encode())
         return taken
 
-    def pass_on(self, message: Carrier, author: str, sender: str) -> None:
-        """One hop more, to RELAY_DEGREE connected peers at random that are neither author nor sender."""
+    def pass_on(self, message: Carrier, author: str, sender: str, among: Iterable[str] | None = None) -> None:
+        """One hop more, to RELAY_DEGREE connected peers at random that are neither author nor sender.
+
+        `among`: to none but these.
+        """
         if message.hops >= limits.RELAY_HOPS_MAX:
             return
-        ctx, pick = self._ctx, self._rooms.members.pick
-        peers = [peer for peer in ctx.links if peer not in (author, sender)]
+        peers = [peer for peer in (self._ctx.links if among is None else among) if peer not in (author, sender)]
         onward = msgspec.structs.replace(message, hops=message.hops + 1)
-        for _ in range(min(limits.RELAY_DEGREE, len(peers))):
-            at = pick(len(peers))
-            peers[at], peers[-1] = peers[-1], peers[at]
-            ctx.send(peers.pop(), onward)
+        for peer in draw(peers, limits.RELAY_DEGREE, self._rooms.members.pick):
+            self._ctx.send(peer, onward)

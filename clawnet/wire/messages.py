@@ -56,6 +56,7 @@ class Kind(IntEnum):
     MEM_SYNC_RESP = 21
     MEM_UPDATE = 22
     MEM_DELETE = 23
+    MARKET_GOSSIP = 29
     MARKET_TASK_ANNOUNCE = 30
     MARKET_BID = 31
     MARKET_WINNER = 32
@@ -233,6 +234,10 @@ class Offer(Message, frozen=True):
     lease_s: U32
     requirements: Requirements
     retries: U32 = 0
+
+
+class Gossip(PeerInfo, frozen=True):
+    """MARKET_GOSSIP: an offer that is passed on; `statement` is a Relayed of kind 30, its body an OpenOffer."""
 
 
 class Bid(Message, frozen=True):
@@ -478,6 +483,7 @@ PAYLOADS: Final[dict[Kind, type[Message]]] = {
     Kind.TASK_PROGRESS: Progress,
     Kind.TASK_OUTPUT: Output,
     Kind.TASK_WAIVER: Waiver,
+    Kind.MARKET_GOSSIP: Gossip,
     Kind.MARKET_TASK_ANNOUNCE: Offer,
     Kind.MARKET_BID: Bid,
     Kind.MARKET_WINNER: Winner,

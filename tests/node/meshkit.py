@@ -27,6 +27,7 @@ from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Hello, Message
+from tests.node.outcomes import echo, stopped, unreachable
 
 START_MS = 1_800_000_000_000
 
@@ -44,34 +45,6 @@ class Entropy:
 
 
 Runner = Callable[["Member", e.Run], "e.TaskExited | None"]
-
-
-def echo(member: Member, run: e.Run) -> e.TaskExited | None:
-    """Runs a job by answering with its operation or command as stdout, in no time."""
-    spec = run.spec
-    text = (spec.op or " ".join(spec.argv or []) or spec.script or "").encode()
-    plain = bundle.encode(bundle.Bundle(0, None, text, b"", "", bundle.Usage(0.01, 0.01, 1024)))
-    sealed = plain if spec.seal_key is None else bundle.seal(plain, spec.seal_key, member.entropy)
-    return e.TaskExited(
-        job=run.job,
-        ended="exit",
-        reason="",
-        exit_code=0,
-        signal=None,
-        inline=sealed if len(sealed) <= member.inline_max else member.keep(sealed),
-        blob=blob_id(sealed),
-        blob_bytes=len(sealed),
-        plain_hash=hashlib.sha256(plain).digest(),
-        output_bytes=len(text),
-        duration_s=0.01,
-        cpu_s=0.01,
-        memory_bytes_max=1024,
-    )
-
-
-def stopped(job: bytes) -> e.TaskExited:
-    """What the executor answers when a run was stopped before it left anything."""
-    return e.TaskExited(job, "cancelled", "stopped", None, None, b"", b"", 0, bytes(32), 0, 0.0, 0.0, 0)
 
 
 class Member:
@@ -305,10 +278,14 @@ class Member:
             self.blobs[blob] = source.blobs[blob]
         self.feed(e.BlobReady(effect.request))
 
+    def _do_dial(self, effect: e.Dial) -> None:
+        if effect.call:
+            self.mesh.dialled(self, effect)
+
     def _do_hangup(self, effect: e.Hangup) -> None:
         other = self.mesh.members.get(effect.peer)
         if other is not None and frozenset((self.peer, other.peer)) in self.mesh.links:
-            self.mesh.cut(self, other)
+            self.mesh.cut(self, other, effect.reason)
 
     def _do_load(self, effect: e.Load) -> None:
         self.feed(e.Loaded(effect.request, tuple(self.store.query(effect.query, effect.args))))
@@ -359,6 +336,8 @@ class Mesh:
         self.links: set[frozenset[str]] = set()
         self.relink: list[tuple[Member, Member]] = []
         self.fetching = True
+        self.dialled: Callable[[Member, e.Dial], None] = lambda member, dial: member.feed(unreachable(dial))
+        """What becomes of a dial for a task; links that are kept are the test's."""
         self.fate: Callable[[Member, Member, Message], int] = lambda sender, receiver, message: 1
         """How often a message arrives: 0 drops it, 2 repeats it."""
         self.late: list[tuple[Member, e.MessageIn]] = []
@@ -416,11 +395,11 @@ class Mesh:
             assert not refusal, refusal
             one.feed(e.PeerUp(other.peer, hello, "", "fake", one is b))
 
-    def cut(self, a: Member, b: Member) -> None:
+    def cut(self, a: Member, b: Member, reason: str = "cut") -> None:
         """The link is gone."""
         self.links.discard(frozenset((a.peer, b.peer)))
-        a.feed(e.PeerDown(b.peer, "cut"))
-        b.feed(e.PeerDown(a.peer, "cut"))
+        a.feed(e.PeerDown(b.peer, reason))
+        b.feed(e.PeerDown(a.peer, reason))
 
     def linked(self, member: Member) -> list[Member]:
         """Whom a member is connected to."""

@@ -8,9 +8,10 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from clawnet.wire.hearsay import OpenOffer
 from clawnet.wire.messages import PAYLOADS, JoinAnswer, JoinAsk, Message, PeerCard, Relayed
 
-STRUCTS: tuple[type[Message], ...] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, PeerCard, Relayed)
+STRUCTS: tuple[type[Message], ...] = (*PAYLOADS.values(), JoinAsk, JoinAnswer, OpenOffer, PeerCard, Relayed)
 _SHORT = 40
 
 
