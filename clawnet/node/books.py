@@ -187,6 +187,8 @@ class Books:
         self._write_claims()
 
     def _write_releases(self) -> None:
+        # A line may have ended by an own entry that was not here while its release waited for the wallet.
+        self._releases = [one for one in self._releases if one.attempt.state == "delivering"]
         while self._releases:
             part, self._releases = self._releases[: limits.ENTRY_ITEMS_MAX], self._releases[limits.ENTRY_ITEMS_MAX :]
             entry = self._try(lambda items: self.purse.release(items, self._ctx.now), [one.item for one in part])

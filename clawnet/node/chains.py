@@ -374,6 +374,7 @@ class Chains:
             self._rooms.members.observe_requester(peer, Outcome.FRAUD)
             self._rooms.jobs.stop_for(outcome.account)
             self._rooms.members.index.remove(peer)
+            self.restore.answered(peer)  # it could not do so any more
             ctx.out.append(Hangup(peer, "two histories of one account"))
 
     def _tell_proof(self, peer: str, account: bytes, proof: bytes) -> None:

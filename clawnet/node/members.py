@@ -297,6 +297,7 @@ class Members:
         self._ctx.log("security", "peer.banned" if on else "peer.unbanned", peer=peer)
         if on:
             self.index.remove(peer)
+            self._rooms.books.chains.restore.answered(peer)  # it could not do so any more
             self._ctx.out.append(Hangup(peer, "banned"))
         else:
             self.redial(record)

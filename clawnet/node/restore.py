@@ -8,6 +8,7 @@ from clawnet import limits
 from clawnet.errors import ExecutorLostError, NotPermittedError
 from clawnet.ledger.entries import Claim, EntryKind, Lock, Refund, Release
 from clawnet.ledger.outcomes import Added
+from clawnet.ledger.statements import note_hash
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.node.context import Context
 from clawnet.node.shipping import CLAIM
@@ -80,7 +81,7 @@ class Restore:
                 self._books.chains.pull(record.peer, self._ctx.account)
 
     def _await(self, peer: str) -> None:
-        if peer not in self.awaited:
+        if peer not in self.awaited and not self._rooms.members.banned(peer):  # who is not let in could not answer
             self.awaited[peer] = None
             self._ctx.put("awaited", peer, self.since_ms or self._ctx.now)
 
@@ -175,10 +176,15 @@ class Restore:
         elif isinstance(body, Release):
             for item in body.items:
                 found = awards.of_line(item.lock_seq, item.line)
-                if found is not None:
-                    found[1].escrow = "released"
-                    awards.close(*found, "released", "its result was taken in by a later state of this node")
-                    self._lost(found[0])
+                if found is None:
+                    continue
+                if found[1].state == "delivering" and item.note_hash == note_hash(found[1].note):
+                    # What was released is here too: it waits for its key as it did there.
+                    self._rooms.results.released(*found, outcome.parsed.seq)
+                    continue
+                found[1].escrow = "released"
+                awards.close(*found, "released", "its result was taken in by a later state of this node")
+                self._lost(found[0])
         elif isinstance(body, Refund):
             for refund in body.items:
                 found = awards.of_line(refund.lock_seq, refund.line)

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from clawnet import limits
+from clawnet.ledger.entries import Genesis, build
 from clawnet.market.records import FINAL_STATES
 from clawnet.node.restore import same_host
 from clawnet.storage.memory import MemoryStore, Tables
 from clawnet.wire import events as e
-from tests.node.meshkit import Member, Mesh
+from tests.node.meshkit import Member, Mesh, echo
 from tests.node.trades import compute, paid, shell, tasks, three
 
 
@@ -151,3 +152,86 @@ def test_an_imported_identity_of_nobody_begins_anew_by_its_owners_word() -> None
 )
 def test_a_stamp_tells_places_apart_by_what_both_know(one: str, other: str, same: bool) -> None:
     assert same_host(one, other) is same
+
+
+def test_who_is_refused_is_not_waited_for() -> None:
+    """It could not answer: a member that lies, and is banned for it, would keep the wallet for a day."""
+    mesh = Mesh()
+    alice, _, carol = three(mesh)
+    for when in ("before", "meanwhile"):
+        if when == "before":
+            alice.feed(e.RpcCall(mesh.next_call(), "peer.ban", {"peer": "carol"}))
+            mesh.run(1)
+        mesh.fate = lambda one, other, message: 0 if one is carol else 1
+        alice.node.rooms.books.chains.restore.begin("a test")
+        alice.perform(alice.node.end_turn(alice.now_ms))
+        mesh.run(10)
+        if when == "meanwhile":
+            assert alice.node.rooms.books.purse.read_only_reason
+            alice.feed(e.RpcCall(mesh.next_call(), "peer.ban", {"peer": "carol"}))
+            mesh.run(1)
+        assert alice.node.rooms.books.purse.read_only_reason == "", when
+        alice.feed(e.RpcCall(mesh.next_call(), "peer.unban", {"peer": "carol"}))
+        mesh.run(1)
+        if carol not in mesh.linked(alice):
+            mesh.link(alice, carol)
+        mesh.run(1)
+
+
+def test_a_convicted_member_is_not_waited_for() -> None:
+    mesh = Mesh()
+    alice, _, carol = three(mesh)
+    book = alice.node.rooms.books.book
+    a, b = (
+        build(
+            alice.node.rooms.books.mesh,
+            carol.key.public,
+            0,
+            bytes(32),
+            mesh.now_ms + n,
+            Genesis(bytes(32), None),
+            carol.key.sign,
+        )
+        for n in (1, 2)
+    )
+    alice.node.rooms.books.take(carol.peer, [a.raw, b.raw])
+    alice.perform(alice.node.end_turn(alice.now_ms))
+    mesh.run(1)
+    assert book.proof(carol.key.public)
+    alice.node.rooms.books.chains.restore.begin("a test")
+    alice.perform(alice.node.end_turn(alice.now_ms))
+    mesh.run(10)
+    assert alice.node.rooms.books.purse.read_only_reason == ""
+
+
+def test_a_release_that_a_later_state_wrote_does_not_block_the_others() -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    bob.runner = lambda member, run: None
+    shell(alice, "echo", peer=["bob"])
+    mesh.run(1)
+    disk = copy(alice)
+    # Bob delivers, alice releases; bob never hears of it, carol holds the release.
+    mesh.fate = lambda one, other, message: 0 if one is alice and other is bob else 1
+    (run,) = bob.runs
+    ended = echo(bob, run)
+    assert ended is not None
+    bob.feed(ended)
+    mesh.run(1)
+    assert sum(paid(mesh).values()) == 1
+    mesh.fate = lambda one, other, message: 1
+    for other in (bob, carol):
+        mesh.cut(alice, other)
+    alice.store.tables = disk
+    alice.boot()
+    mesh.link(alice, bob)
+    mesh.run(2)
+    assert alice.node.rooms.books._releases, "bob has delivered again, and the check of the chain is under way"
+    mesh.link(alice, carol)
+    mesh.run(30)
+    assert alice.node.rooms.books.purse.read_only_reason == ""
+    assert not alice.node.rooms.books._releases
+    assert [task.state for task in tasks(alice)] == ["settled"], "the result that was paid there is here as well"
+    call = shell(alice, "again", peer=["carol"])
+    mesh.run(30)
+    assert alice.task(call)["state"] == "settled"
