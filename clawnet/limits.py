@@ -132,6 +132,7 @@ RATE_BURST_S: Final = 4
 RATE_DROP_S: Final = 1.0
 RATE_PAUSE_MIN_S: Final = 0.1
 RATE_PAUSE_MAX_S: Final = 1.0
+RATE_CONTROL_PER_S: Final = 10_000
 RATE_SPELL_S: Final = 5.0
 OFFENCES_MAX: Final = 16
 BAN_MIN_S: Final = 30.0
