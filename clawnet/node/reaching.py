@@ -128,7 +128,10 @@ class Reaching:
         ctx = self._ctx
         self._lost.pop(peer, None)
         self._unreachable.pop(peer, None)
-        for letter in self._letters.pop(peer, ()):
+        letters = self._letters.pop(peer, None)
+        if letters is not None:
+            ctx.sleep(("reach", peer))
+        for letter in letters or ():
             if letter.until_ms >= ctx.now:
                 ctx.send(peer, letter.message)
         self._make_room(0)
@@ -149,19 +152,24 @@ class Reaching:
             self._ctx.out.append(Dial(0, peer, tuple(record.addresses)))
 
     def dial_ended(self, peer: str, reason: str) -> None:
-        """A member could not be reached, now or for a first time: nobody waits for it, and for a while no task does."""
+        """A member could not be reached, now or for a first time."""
         self._visited.discard(peer)
-        earlier = self._unreachable.get(peer)
-        pause_ms = min(2 * earlier.pause_ms, limits.UNREACHABLE_MAX_MS) if earlier else limits.UNREACHABLE_MIN_MS
-        self._unreachable[peer] = Unreachable(self._ctx.now + pause_ms, pause_ms)
-        while len(self._unreachable) > limits.CAPABILITY_CARDS_MAX:
-            del self._unreachable[next(iter(self._unreachable))]
         if FULL in reason:
             self._ctx.out.append(Hangup(peer, LET_GO))
-        self.timer(peer)
+        self._give_up(peer)
 
     def timer(self, peer: str) -> None:
-        """What waited for this peer is given up."""
+        """What waited for this peer has waited long enough."""
+        if peer in self._letters:
+            self._give_up(peer)
+
+    def _give_up(self, peer: str) -> None:
+        """Nobody waits for this peer, and for a while no task dials it."""
+        earlier = self._unreachable.pop(peer, None)
+        pause_ms = min(2 * earlier.pause_ms, limits.UNREACHABLE_MAX_MS) if earlier else limits.UNREACHABLE_MIN_MS
+        self._unreachable[peer] = Unreachable(self._ctx.now + pause_ms, pause_ms)
+        if len(self._unreachable) > limits.CAPABILITY_CARDS_MAX:
+            del self._unreachable[next(iter(self._unreachable))]
         if self._letters.pop(peer, None) is not None:
             self._ctx.sleep(("reach", peer))
             self._rooms.auctions.out_of_reach(peer)
