@@ -1,4 +1,4 @@
-"""A switch whose network changes, or that hears of a peer's new address: links are asked, pauses end, backoff is reset."""
+"""A switch whose network changes, or that hears of a peer's new address: links are asked, pauses end."""
 
 from __future__ import annotations
 

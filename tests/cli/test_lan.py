@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from clawnet import limits
+from clawnet.identity.membership import load_mesh_key
+from clawnet.node.neighbours import mesh_tag
 from tests.cli.harness import Node, connected, join
 from tests.cli.netns import Lan, namespaces, possible
 
@@ -110,3 +115,82 @@ def test_a_machine_without_a_network_gets_one(lan: Lan) -> None:
     host.plug()
     late.until("hears alice", lambda: alice.peer_id in nearby(late))
     alice.until("hears it", lambda: late.peer_id in nearby(alice))
+
+
+GARBAGE = """
+import os, socket, sys
+from hashlib import sha256
+from zeroconf import DNSOutgoing, DNSText
+from clawnet.identity.keys import KeyPair
+from clawnet.net.dnsaddr import write_txt
+
+own, peer, tag = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
+out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+out.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(own))
+
+def say(name, text):
+    answer = DNSOutgoing(0x8400)
+    answer.add_answer_at_time(DNSText(name + "._p2p._udp.local.", 16, 0x8001, 120, text), 0)
+    for packet in answer.packets():
+        out.sendto(packet, ("224.0.0.251", 5353))
+
+for number in range(600):
+    who = KeyPair.from_seed(sha256(b"%d" % number).digest()).peer_id
+    say(f"stranger{number}", write_txt([f"/ip4/10.77.0.99/tcp/{1 + number}/p2p/{who}"], os.urandom(16)))
+    say(f"garbage{number}", os.urandom(1 + number))
+    out.sendto(os.urandom(1 + number), ("224.0.0.251", 5353))
+say("liar", write_txt([f"/ip4/{own}/tcp/9/p2p/{peer}"], tag))
+say("goodbye" * 9, b"")
+"""
+
+
+def test_strangers_garbage_and_a_copied_announcement_keep_nobody_apart(lan: Lan) -> None:
+    """A neighbour floods the network with nodes that are none, with noise, and with bob's own tag under its address."""
+    alice, bob = lan.host("alice").start(), lan.host("bob").start()
+    join(alice, bob)
+    peer = bob.peer_id
+    assert bob("daemon", "stop").code == 0
+    lan.host("eve")
+    tag = mesh_tag(load_mesh_key(alice.home), peer)
+    flood = [sys.executable, "-c", GARBAGE, lan.hosts["eve"].address, peer, tag.hex()]
+    subprocess.run(["ip", "netns", "exec", lan.hosts["eve"].namespace, *flood], check=True, timeout=60)
+    alice.until("believes the copy", lambda: nearby(alice).get(peer, {}).get("same_mesh"))
+    alice.until("hears many", lambda: len(nearby(alice)) > limits.NEIGHBOURS_MAX // 4)
+    lan.hosts["bob"].move(170)
+    bob.environ |= {"CLAWNET_TCP_PORT": "5002", "CLAWNET_QUIC_PORT": "5001"}
+    bob.start()
+    for node in (alice, bob):
+        node.until("finds the other", lambda node=node: connected(node))
+    assert len(nearby(alice)) <= limits.NEIGHBOURS_MAX
+    assert {one["name"] for one in nearby(alice).values() if one["same_mesh"]} == {"bob"}
+    assert [peer["name"] for peer in alice.ask("peer.list")["items"]] == ["bob"]
+
+
+HOLD = """
+import socket, sys
+held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+held.bind(("", 5353))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_without_multicast_a_node_runs_and_says_so(lan: Lan) -> None:
+    """Another program holds the port of mDNS for itself."""
+    alice = lan.host("alice")
+    command = ["ip", "netns", "exec", lan.hosts["alice"].namespace, sys.executable, "-c", HOLD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        assert holder.stdout.readline() == b"held\n"
+        alice.start()
+
+        def finding() -> dict[str, str]:
+            found = (one for one in alice.ask("doctor")["findings"] if one["check"] == "mdns")
+            return next(found)
+
+        alice.until("has noticed", lambda: finding()["level"] == "warn")
+        assert finding()["remedy"] and "no mDNS" in finding()["message"]
+        assert alice.log.count("mdns.unavailable") == 1
+        holder.stdin.close()
+    lan.hosts["alice"].move(180)
+    alice.until("tries again", lambda: finding()["level"] == "ok" and "announced" in finding()["message"])
