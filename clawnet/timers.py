@@ -12,6 +12,8 @@ Key = tuple[Any, ...]
 TIMER_MS_MAX = 30_000
 """The longest sleep: the wall clock may be set, and the loop's clock stands still while the machine is suspended."""
 SLACK = 1_024
+SET_BACK_MS = 1_000
+"""By so much the clock may go back and it is no jump. After a jump every timer has as long to wait as it had before."""
 
 
 class Timers:
@@ -27,6 +29,7 @@ class Timers:
         self._count = 0
         self._handle: asyncio.TimerHandle | None = None
         self._handle_ms = 0
+        self._seen_ms = clock()
 
     def __len__(self) -> int:
         """What the heap holds, replaced timers included."""
@@ -34,6 +37,7 @@ class Timers:
 
     def set(self, key: Key, at_ms: int) -> None:
         """A time for this key in place of the one it had."""
+        self._look()
         self._count += 1
         number = self._count
         self._due[key] = (at_ms, number)
@@ -58,7 +62,7 @@ class Timers:
         self._handle = None
         if self._asleep():
             return
-        now_ms = self._clock()
+        now_ms = self._look()
         heap = self._heap
         while heap:
             at_ms, number, key = heap[0]
@@ -72,6 +76,18 @@ class Timers:
             heapq.heappop(heap)
             del self._due[key]
             self._fired(key)
+
+    def _look(self) -> int:
+        """What the clock says. When it was set back the timers go with it: what is waited for is a time, no date."""
+        before_ms, self._seen_ms = self._seen_ms, self._clock()
+        jump_ms = self._seen_ms - before_ms
+        if jump_ms < -SET_BACK_MS:
+            self._due = {key: (at + jump_ms, number) for key, (at, number) in self._due.items()}
+            self._heap = [(at, number, key) for key, (at, number) in self._due.items()]
+            heapq.heapify(self._heap)
+            if self._heap:
+                self._arm(self._heap[0][0])
+        return self._seen_ms
 
     def _arm(self, at_ms: int) -> None:
         if self._handle is not None:

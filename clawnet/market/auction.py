@@ -17,6 +17,7 @@ from clawnet.wire.messages import Bid
 
 SOFT_CLOSE_ROUND_TRIPS: Final = 3
 EQUAL_WITHIN: Final = 1e-9
+SET_BACK_MS = 1_000
 
 
 class Weights(Struct, frozen=True, gc=False):
@@ -295,8 +296,8 @@ class Auction:
         return max(self._close()[0], now_ms)
 
     def is_closed(self, now_ms: int) -> bool:
-        """Whether the auction is over."""
-        return self._close()[0] <= now_ms
+        """Whether the auction is over; also when the clock was set back behind its beginning."""
+        return self._close()[0] <= now_ms or now_ms < self.opened_ms - SET_BACK_MS
 
     # --- who wins
 

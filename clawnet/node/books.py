@@ -176,7 +176,7 @@ class Books:
         ctx = self._ctx
         busy = len(self._rooms.tasks.open) + len(self._rooms.jobs.jobs)
         if busy > limits.GATHER_ABOVE_TASKS and waiting < limits.ENTRY_ITEMS_MAX:
-            if self._gather_ms == 0:
+            if self._gather_ms == 0 or self._gather_ms > ctx.now + limits.GATHER_MS:
                 self._gather_ms = ctx.now + limits.GATHER_MS
                 ctx.wake(("gather",), self._gather_ms)
             if ctx.now < self._gather_ms:

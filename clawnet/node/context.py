@@ -265,7 +265,7 @@ class Outbox:
                 continue
             for identifier in list(self._of_peer.get(peer, ())):
                 row = self.rows[identifier]
-                if row.due_ms <= ctx.now:
+                if row.due_ms <= ctx.now or row.due_ms > ctx.now + limits.OUTBOX_RESEND_MAX_MS:
                     self._again(row)
                 elif not due_ms or row.due_ms < due_ms:
                     due_ms = row.due_ms

@@ -125,6 +125,7 @@ class Leases:
         """No ACCEPT in time, or no progress within the lease (LEDGER.md section 6, reassignment)."""
         ctx = self._ctx
         limit_ms = self._silent_ms(attempt)
+        attempt.heard_ms = min(attempt.heard_ms, ctx.now)  # the clock may have been set back
         if not limit_ms or ctx.now < attempt.heard_ms + limit_ms:
             return
         name = self._rooms.members.name_of(attempt.peer)

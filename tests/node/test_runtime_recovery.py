@@ -124,6 +124,20 @@ def test_a_wake_in_the_past_fires_at_once_and_one_far_off_survives_a_jump_of_the
     assert fired(world) == [("past",), ("far",)]
 
 
+def test_a_clock_that_is_set_back_puts_nothing_off(world: World) -> None:
+    now = world.loop.now_ms
+    world.feed(effects(1, e.Wake(("soon",), now + 10_000), e.Wake(("later",), now + 60_000)))
+    hour_ms, clock = 3_600_000, world.loop.clock
+    world.runtime._timers._clock = lambda: clock() - hour_ms
+    world.loop.advance(20_000)
+    assert fired(world) == [("soon",)], "at most as much later as it had waited when the clock was set"
+    world.feed(effects(2, e.Wake(("new",), clock() - hour_ms + 1_000)))
+    world.loop.advance(1_000)
+    assert fired(world) == [("soon",), ("new",)]
+    world.loop.advance(60_000)
+    assert fired(world) == [("soon",), ("new",), ("later",)]
+
+
 def test_replaced_timers_do_not_pile_up(world: World) -> None:
     now = world.loop.now_ms
     for n in range(20):

@@ -58,6 +58,13 @@ def auction(*peers: str, rtt_ms: float = 1.0, missed: tuple[str, ...] = (), **te
     return Auction(TASK, 1, candidates, **{**bounds, **terms})
 
 
+def test_a_clock_that_is_set_back_ends_it() -> None:
+    room = auction("a", "b")
+    offer(room, "a", 1_100)
+    assert not room.is_closed(1_200) and not room.is_closed(900)
+    assert room.is_closed(-3_600_000)
+
+
 def offer(room: Auction, peer: str, at_ms: int, terms: Bid | None = None, reputation: float = 0.5) -> str:
     return room.add_bid(peer, terms or bid(), at_ms, reputation=reputation, confidence=0.4)
 
