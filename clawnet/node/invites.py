@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -151,7 +152,7 @@ class Invites:
         record = self._records.get(secret_hash(ask.secret))
         if ask.mesh != facts.mesh or record is None:
             raise NotPermittedError("no such invite")
-        again = ask.node_key in record.redeemed
+        again = _bond(ask) in record.redeemed
         if record.expires_ms < ctx.now:
             raise NotPermittedError("the invite has expired")
         if record.uses_left <= 0 and not again:
@@ -176,7 +177,7 @@ class Invites:
         if not again:
             self._first_credits(record, ask)
             record.uses_left -= 1
-            record.redeemed.append(ask.node_key)
+            record.redeemed += [ask.node_key, _bond(ask)]
             self._save(record)
             ctx.log("info", "join.admitted", name=clean_name(ask.name), ring=record.ring)
             ctx.count("joins_total", "admitted")
@@ -249,3 +250,8 @@ class Invites:
         party = {"peer_id": event.inviter, "name": answer.peers[0].name if answer.peers else "", "ring": answer.ring}
         value = {"ring": answer.ring, "inviter": party, "peers": len(answer.peers), "granted": "0"}
         ctx.out.append(Adopt(event.call, answer, value))
+
+
+def _bond(ask: JoinAsk) -> bytes:
+    """This node with this owner: a lost answer is repeated to both of them alone, else one token would make owners."""
+    return hashlib.sha256(b"clawnet/redeemed/1" + ask.node_key + ask.owner_key).digest()

@@ -167,3 +167,21 @@ def test_a_node_alone_goes_on_with_what_it_had_taken() -> None:
     mesh.run(1)
     assert alice.task(call)["state"] == "settled", "it knows what it can do only once its sandbox was probed"
     laws(mesh)
+
+
+def test_a_token_that_is_redeemed_again_gives_no_membership_to_another_owner() -> None:
+    mesh = Mesh()
+    alice, _ = pair(mesh)
+    call = alice.call("peer.invite", ring="member")
+    mesh.settle()
+    secret = invite.decode(alice.replies[call]["token"]).secret
+    answers: list[e.JoinReply] = []
+    alice._do_joinreply = answers.append  # type: ignore[attr-defined]
+    node, owner, other = (KeyPair.from_seed(hashlib.sha256(word).digest()) for word in (b"node", b"owner", b"other"))
+    facts = alice.node.rooms.members.facts
+    for number, key in enumerate((owner, owner, other)):
+        body = join_bytes(facts.mesh, secret, node.public, key.public, "dave", mesh.now_ms)
+        ask = JoinAsk(facts.mesh, secret, node.public, key.public, "dave", mesh.now_ms, node.sign(body), key.sign(body))
+        alice.feed(e.JoinAsked(number, node.peer_id, "address", ask))
+        mesh.settle()
+    assert [answer.answer.refusal for answer in answers] == ["", "", "the invite has been used"]
