@@ -6,21 +6,21 @@ import asyncio
 import gc
 import os
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clawnet import PROTOCOL_ID, __version__, config, limits, paths, rpc
+from clawnet import PROTOCOL_ID, __version__, config, handover, limits, rpc
+from clawnet.adoption import adopted, settle_in
 from clawnet.config import Config
 from clawnet.errors import ClawnetError, ConfigError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
 from clawnet.identity import membership
-from clawnet.identity.certificates import certify_node, read_charter
-from clawnet.identity.keys import KeyPair
+from clawnet.identity.certificates import read_charter
+from clawnet.identity.keys import KeyPair, peer_id_of
 from clawnet.identity.membership import LocalMembership
 from clawnet.ipc.server import IpcServer
 from clawnet.ledger.terms import LedgerTerms
@@ -35,12 +35,13 @@ from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
 from clawnet.observe import host
 from clawnet.observe.logs import Observer
-from clawnet.observe.process import rss_bytes
+from clawnet.observe.process import on_signals, rss_bytes
 from clawnet.paths import Home
 from clawnet.runtime import Runtime
 from clawnet.storage.blobs import BlobStore
 from clawnet.storage.filelock import FileLock
 from clawnet.storage.store import Store
+from clawnet.timers import every
 from clawnet.wire import events as e
 from clawnet.wire.messages import Hello
 from clawnet.wire.session import HelloFacts
@@ -72,6 +73,7 @@ def run(
     if data_dir is not None:
         home = home.with_data_dir(data_dir)
     check = settings.flag("security.check_permissions")
+    handover.settle(home, check_permissions=check)
     initial_ucr = settings.amount_ucr("market.initial_wallet_balance")
     made = membership.create_home(
         home,
@@ -112,6 +114,8 @@ class Daemon:
         self.started_ms = clock_ms()
         self.exit_code = 0
         self._worker_argv = worker_argv
+        self._next_key: KeyPair | None = None
+        self._rekeying: asyncio.Task[None] | None = None
         self._store: Store
         self._node: Node
         self._warnings: list[str] = []
@@ -136,8 +140,8 @@ class Daemon:
             self._listening(addresses)
             self.vicinity.start()
             await self.ipc.start()
-            self._handle_signals(loop)
-            self._every(SWEEP_EVERY_S, self._sweep)
+            on_signals(loop, self.drain, lambda: self._reload({}))
+            every(SWEEP_EVERY_S, self._sweep)
             metrics = await self._metrics()
             self._log("info", "daemon.ready", pid=os.getpid(), peer=self.key.peer_id, listen=" ".join(addresses))
             ready(addresses)
@@ -157,7 +161,7 @@ class Daemon:
     def _compose(self) -> None:
         """The node, the runtime and the switch around it."""
         self.runtime = Runtime(
-            self.key.peer_id,
+            peer_id_of(self._local().account(self.key.public)),
             clock=clock_ms,
             store=self._store,
             blobs=self.blobs,
@@ -170,6 +174,8 @@ class Daemon:
             fail=self._failed,
         )
         self.runtime.switch = self.switch
+        self.runtime.keep_mesh_key = self._keep_mesh_key
+        self.runtime.rotated = self._rotated
         self._node, effects = self._build()
         self.runtime.node = self._node
         self.runtime.perform(effects)
@@ -187,7 +193,7 @@ class Daemon:
             deliver=self._deliver,
             blobs=self.blobs,
             log=self.observer.log,
-            addresses_of=lambda peer: self._node.rooms.members.addresses(peer),
+            addresses_of=lambda peer: self._node.addresses(peer),
         )
 
     def _make_vicinity(self) -> Vicinity:
@@ -205,28 +211,20 @@ class Daemon:
     def _build(self) -> tuple[Node, list[e.Effect]]:
         """A node from what the database and the home hold."""
         check = self.config.flag("security.check_permissions")
-        local = membership.load_membership(self.home, check_permissions=check)
-        charter, mesh, proven = local.verified(self.key.public)
+        local = self._local()
         owner = KeyPair.load(self.home.owner_key, check_permissions=check) if self.home.owner_key.exists() else None
-        facts = MeshFacts(
-            charter=charter,
-            charter_bytes=local.charter,
-            mesh=mesh,
-            owner=proven.owner,
-            certificates=list(local.certificates),
-            mesh_key=membership.load_mesh_key(self.home, check_permissions=check),
-            inviter=local.inviter,
-            founded=local.founded,
-            imported=local.imported,
-        )
-        terms = LedgerTerms.of(charter)
+        mesh_key = membership.load_mesh_key(self.home, check_permissions=check)
+        facts = MeshFacts.of(local, self.key.public, mesh_key)
+        terms = LedgerTerms.of(facts.charter)
         place = host.stamp(self.home.database)
-        ports = Ports(secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms, place)
+        ports = Ports(
+            secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms, self.key.unseal, place
+        )
         node = Node(
             self.config,
             ports,
-            me=self.key.peer_id,
-            account=self.key.public,
+            me=peer_id_of(local.account(self.key.public)),
+            account=local.account(self.key.public),
             facts=facts,
             terms=terms,
             escrow_seed=membership.load_escrow_seed(self.home, check_permissions=check),
@@ -242,6 +240,9 @@ class Daemon:
         self._node = node
         self.vicinity.tell_again()
         return node, effects
+
+    def _local(self) -> LocalMembership:
+        return membership.load_membership(self.home, check_permissions=self.config.flag("security.check_permissions"))
 
     def _read(self, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if name.startswith("table:"):
@@ -259,11 +260,15 @@ class Daemon:
     def _socket_name(self) -> Path | str:
         return self.home.pipe_name if sys.platform == "win32" else self.home.socket
 
+    def _keep_mesh_key(self, effect: e.KeepMeshKey) -> None:
+        membership.keep_mesh_key(self.home, effect.epoch, effect.key, effect.older)
+        self.vicinity.tell_again()
+
     def _hello(self) -> HelloFacts:
         return HelloFacts(*self._node.hello_facts())
 
-    def _admit(self, peer: str, hello: Hello) -> str:
-        return self._node.admit(peer, hello)
+    def _admit(self, peer: str, hello: Hello, wanted: str) -> str:
+        return self._node.admit(peer, hello, wanted)
 
     def _deliver(self, stimulus: e.Stimulus) -> None:
         self.runtime.feed(stimulus)
@@ -285,10 +290,13 @@ class Daemon:
             return
         own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
         handler = own.get(method)
-        if handler is None:
-            self.runtime.feed(e.RpcCall(call, method, params, client, credential))
-            return
         try:
+            if method == "identity.rotate":
+                self._next_key = self._next_key or handover.begin(self.home, secrets.token_bytes)
+                params = {"key": self._next_key}
+            if handler is None:
+                self.runtime.feed(e.RpcCall(call, method, params, client, credential))
+                return
             self.ipc.reply(call, handler(params))
         except ClawnetError as error:
             self.ipc.reply(call, None, error.as_dict())
@@ -296,7 +304,9 @@ class Daemon:
     async def _ping(self, call: int, params: dict[str, Any]) -> None:
         try:
             peer = self._node.rooms.calls.named(params)
-            sent, seconds = await measure(self.switch.connection(peer), int(params.get("count") or 4))
+            sent, seconds = await measure(
+                self.switch.connection(self._node.ctx.ids.outer(peer)), int(params.get("count") or 4)
+            )
         except ClawnetError as error:
             self.ipc.reply(call, None, error.as_dict())
             return
@@ -377,26 +387,12 @@ class Daemon:
 
     async def _become_member(self, effect: e.Adopt) -> dict[str, Any]:
         answer = effect.answer
-        _, mesh = read_charter(answer.charter)
-        chain = list(answer.certificates)
-        owner = KeyPair.load(self.home.owner_key)
-        if answer.ring == "member":
-            chain.append(certify_node(owner, mesh, self.key.public, issued_ms=clock_ms(), inviter=answer.inviter))
-        local = LocalMembership(
-            charter=answer.charter,
-            certificates=tuple(chain),
-            founded=False,
-            inviter=answer.inviter,
-            ring=answer.ring,
-        )
-        local.verified(self.key.public)
+        local = adopted(self.home, self.key.public, answer, clock_ms())
+        mesh = read_charter(local.charter)[1]
         self.runtime.retire(effect.call)
         self.switch.hangup_all("this node joins another mesh")
         self._store.close()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        paths.archive(self.home, stamp, keep_owner=answer.ring == "member")
-        membership.save_mesh_key(self.home, answer.mesh_key)
-        membership.save_membership(self.home, local)
+        settle_in(self.home, local, answer.mesh_key)
         self._store = Store.open(self.home.database)
         del self._node
         self._compose()
@@ -406,16 +402,33 @@ class Daemon:
         self._log("security", "mesh.joined", mesh=mesh.hex()[:16], ring=answer.ring, inviter=answer.inviter)
         return {**effect.value, "mesh": mesh.hex()}
 
-    # --- the end
+    # --- another key
 
-    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        if sys.platform == "win32":
-            signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(self.drain, "SIGINT"))
-            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.drain, "SIGTERM"))
+    def _rotated(self, effect: e.Rotated) -> None:
+        """The chain has gone over to the new key; now the files do, and then every connection."""
+        try:
+            handover.finish(self.home, effect.row, check_permissions=self.config.flag("security.check_permissions"))
+        except ClawnetError as error:
+            self._failed(error.message)
             return
-        loop.add_signal_handler(signal.SIGTERM, self.drain, "SIGTERM")
-        loop.add_signal_handler(signal.SIGINT, self.drain, "SIGINT")
-        loop.add_signal_handler(signal.SIGHUP, self._reload, {})
+        self.key, self._next_key = effect.key, None
+        self._rekeying = asyncio.get_running_loop().create_task(self._rekey(effect))
+
+    async def _rekey(self, effect: e.Rotated) -> None:
+        await self.vicinity.stop()
+        try:
+            addresses = await self.switch.rekey(self.key, carriers(self.key, PROTOCOLS, self.switch.settings))
+        except ClawnetError as error:
+            self._failed(error.message)
+            return
+        self.vicinity = self._make_vicinity()
+        self.vicinity.start()
+        self._listening(addresses)
+        self.runtime.feed(e.Rekeyed())
+        self.runtime.perform([e.Reply(effect.call, effect.value)])
+        self._log("info", "daemon.rekeyed", peer=self.key.peer_id, listen=" ".join(addresses))
+
+    # --- the end
 
     def drain(self, why: str) -> None:
         """Stops bidding, hands back what has not started, lets the rest finish, exits; a second time: at once."""
@@ -434,6 +447,8 @@ class Daemon:
     async def _take_down(self) -> None:
         if hasattr(self, "runtime"):
             self.runtime.stopped = True
+            if self._rekeying is not None:
+                self._rekeying.cancel()
             await asyncio.gather(self.vicinity.stop(), self.switch.stop("the node stops"))
         try:
             await self.executor.close()
@@ -444,15 +459,6 @@ class Daemon:
             self.observer.close()
 
     # --- upkeep
-
-    def _every(self, seconds: float, work: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-
-        def again() -> None:
-            work()
-            loop.call_later(seconds, again)
-
-        loop.call_later(seconds, again)
 
     def _sweep(self) -> None:
         """Forgets what is past its retention and needed by nobody."""
@@ -481,16 +487,9 @@ class Daemon:
             ) from error
 
     def _gauges(self) -> dict[str, float]:
-        rooms = self._node.rooms
-        scores = [rooms.members.reputation.score(peer, clock_ms()).total for peer in self._node.ctx.links]
         rtts = [link.rtt_ms for link in self.switch.links() if link.rtt_ms]
         return {
-            "peers_connected": len(self._node.ctx.links),
-            "auctions_active": len(rooms.auctions.live),
-            "tasks_open": len(rooms.tasks.open),
-            "runs_active": len(rooms.jobs.running),
-            "wallet_balance": rooms.books.purse.available_ucr / 1_000_000,
-            "reputation_score": sum(scores) / len(scores) if scores else 0.5,
+            **self._node.rooms.views.gauges(),
             "rtt_seconds": sum(rtts) / len(rtts) / 1000 if rtts else 0.0,
             "memory_bytes": rss_bytes(),
             "storage_bytes": self._store.size() + self.blobs.total_bytes,

@@ -57,12 +57,21 @@ class Home:
         return self.keys_dir / "node.key"
 
     @property
+    def next_node_key(self) -> Path:
+        """The node's next key while `identity rotate` is under way."""
+        return self.keys_dir / "node.key.next"
+
+    @property
     def owner_key(self) -> Path:
         return self.keys_dir / "owner.key"
 
     @property
     def mesh_key(self) -> Path:
         return self.keys_dir / "mesh.key"
+
+    def old_mesh_key(self, epoch: int) -> Path:
+        """The mesh key of an epoch before the present one."""
+        return self.keys_dir / f"mesh-{epoch}.key"
 
     @property
     def escrow_seed(self) -> Path:

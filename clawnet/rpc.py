@@ -48,8 +48,10 @@ METHODS: Final[dict[str, str]] = {
     "peer.connect": "dial a multiaddr; {address}",
     "peer.disconnect": "close the link to a peer; {peer}",
     "peer.ping": "round trips to a peer; {peer, count}",
-    "peer.invite": "a token for a new member; {ring, expires_s, uses, credits}",
+    "peer.invite": "a token for a new member; {ring, expires_s, uses, credits, ephemeral}",
     "peer.join": "redeem a token; {token, leave}",
+    "peer.remove": "end a membership, for the founder; {peer, machine}",
+    "node.leave": "give back what is left and end a throw-away membership; the node then ends; {}",
     "peer.ban": "refuse a peer from now on; {peer}",
     "peer.unban": "admit it again; {peer}",
     "peer.reputation": "this node's own view of one or all peers; {peer}",
@@ -59,6 +61,7 @@ METHODS: Final[dict[str, str]] = {
     "wallet.send": "send credits; {peer, amount, memo}",
     "wallet.export": "a page of a chain, decoded and as signed; {account, from, to}",
     "wallet.resume": "write a restored chain though not all peers have answered",
+    "identity.rotate": "go on under a new key; the account, its balance and all that is open stay",
     "wallet.audit": "verify chains from their first entry; {peer}",
 }
 

@@ -69,6 +69,8 @@ class Runtime:
         self._fail = fail
         self.node: NodeLike
         self.switch: SwitchPort
+        self.rotated: Callable[[e.Rotated], None] = lambda effect: None
+        self.keep_mesh_key: Callable[[e.KeepMeshKey], None] = lambda effect: None
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(me)
         self._scheduled = False
@@ -106,6 +108,9 @@ class Runtime:
             e.JoinSend: lambda effect: self.switch.join(effect.call, effect.inviter, effect.addresses, effect.ask),
             e.JoinReply: lambda effect: self.switch.join_reply(effect.call, effect.answer),
             e.Adopt: lambda effect: self._adopt(effect),
+            e.KeepMeshKey: lambda effect: self.keep_mesh_key(effect),
+            e.Succeeded: self._succeeded,
+            e.Rotated: lambda effect: self.rotated(effect),
             e.Drained: lambda effect: self._drained(),
             e.Log: lambda effect: self.observer.log(effect.level, effect.event, effect.fields),
             e.Count: lambda effect: self.observer.count(effect.name, effect.label, effect.by),
@@ -268,6 +273,10 @@ class Runtime:
         if waiting is not None:
             self._run(waiting)
         return True
+
+    def _succeeded(self, effect: e.Succeeded) -> None:
+        self.blobs.succeeded(effect.old, effect.new)
+        self.switch.hangup(effect.old, f"its node goes on as {effect.new}")
 
     def _fetch(self, effect: e.Fetch) -> None:
         if effect.peer == self.me or all(self.blobs.has(blob) for blob, _ in effect.blobs):

@@ -95,3 +95,14 @@ class Timers:
         self._handle_ms = at_ms
         wait_ms = min(max(0, at_ms - self._clock()), TIMER_MS_MAX)
         self._handle = self._loop.call_later(wait_ms / 1000, self.fire)
+
+
+def every(seconds: float, work: Callable[[], None]) -> None:
+    """Calls `work` again and again for as long as the running loop does."""
+    loop = asyncio.get_running_loop()
+
+    def again() -> None:
+        work()
+        loop.call_later(seconds, again)
+
+    loop.call_later(seconds, again)

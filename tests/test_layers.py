@@ -40,6 +40,7 @@ FLOORS = {
     "inbox": 5,
     "runtime": 6,
     "backup": 6,
+    "handover": 6,
     "adoption": 6,
     "daemon": 7,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -28,12 +28,21 @@ ESCROW_SEED_PREFIX = "clawnet-escrow-seed-1:"
 Entropy = Callable[[int], bytes]
 
 
+class Handover(Struct, frozen=True):
+    """A change of this node's key: the key that was given up, and the rotate entry by which it went to the next one."""
+
+    key: bytes
+    entry: bytes
+
+
 class LocalMembership(Struct, frozen=True):
     """The mesh this node belongs to: the content of mesh.json; the mesh key lies in a file of its own.
 
     `certificates` is the chain from the founder to this node; `founded` says that this home's owner key founded the
     mesh; `inviter` is the peer that let this node in ("" for a founder); `ring` is what it is to that peer. `imported`
-    tells that these keys had a life elsewhere: a chain of theirs may exist that is not on this disk.
+    tells that these keys had a life elsewhere: a chain of theirs may exist that is not on this disk. `handovers` are
+    the changes of the node's key, from the first one on. `lease_s` above 0: a throw-away membership, and how long its
+    holder may be out of the inviter's sight.
     """
 
     charter: bytes
@@ -43,6 +52,20 @@ class LocalMembership(Struct, frozen=True):
     ring: str = "own"
     imported: bool = False
     v: int = VERSION
+    handovers: tuple[Handover, ...] = ()
+    lease_s: int = 0
+
+    def keys(self, node_public: bytes) -> list[bytes]:
+        """All keys that this node has had in this mesh, the present one last; the first one is its account."""
+        return [*(handover.key for handover in self.handovers), node_public]
+
+    def account(self, node_public: bytes) -> bytes:
+        """The account of this node, which stays through every change of key."""
+        return self.keys(node_public)[0]
+
+    def rotations(self) -> list[bytes]:
+        """The rotate entries that lead from the account to the present key: shown in every HELLO."""
+        return [handover.entry for handover in self.handovers]
 
     def verified(self, node_public: bytes) -> tuple[Charter, bytes, Membership]:
         """The charter, the mesh id, and what the certificates prove for this node's key.
@@ -51,12 +74,25 @@ class LocalMembership(Struct, frozen=True):
         """
         try:
             charter, mesh = read_charter(self.charter)
-            return charter, mesh, verify_chain(charter, mesh, list(self.certificates), node_public)
+            return charter, mesh, verify_keys(charter, mesh, list(self.certificates), self.keys(node_public))
         except NotPermittedError as error:
             raise ConfigError(
                 f"mesh.json does not belong to this node's key: {error.message}",
                 hint="restore keys and mesh.json from the same backup",
             ) from error
+
+
+def verify_keys(charter: Charter, mesh: bytes, chain: list[bytes], keys: Sequence[bytes]) -> Membership:
+    """As verify_chain, for a node that had several keys: its certificate may be for any of them.
+
+    Raises NotPermittedError with what is said of its present key, the last one.
+    """
+    for key in keys[:-1]:
+        try:
+            return verify_chain(charter, mesh, chain, key)
+        except NotPermittedError:
+            continue
+    return verify_chain(charter, mesh, chain, keys[-1])
 
 
 class Created(Struct, frozen=True):
@@ -100,6 +136,14 @@ def load_mesh_key(home: Home, *, check_permissions: bool = True) -> bytes:
 def save_mesh_key(home: Home, mesh_key: bytes) -> None:
     """Writes the mesh key in one step, mode 0600."""
     write_secret(home.mesh_key, MESH_KEY_PREFIX, mesh_key)
+
+
+def keep_mesh_key(home: Home, epoch: int, mesh_key: bytes, older: Mapping[int, bytes]) -> None:
+    """The mesh key of a new epoch, and those before it in files of their own: old data is still read with them."""
+    for number, key in older.items():
+        if 0 <= number < epoch and not home.old_mesh_key(number).exists():
+            write_secret(home.old_mesh_key(number), MESH_KEY_PREFIX, key)
+    save_mesh_key(home, mesh_key)
 
 
 def load_escrow_seed(home: Home, *, check_permissions: bool = True) -> bytes:

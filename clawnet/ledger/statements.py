@@ -6,6 +6,7 @@ received.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import sha256
 from typing import Annotated, ClassVar, Final, Self
 
@@ -52,6 +53,14 @@ class Statement(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_f
         """
         body, signed = cls._open(statement)
         if not verify(signer, cls.TAG + signed.payload, signed.signature):
+            raise SignatureRefused(f"the {cls.__name__.lower()} is not signed by the account it speaks for")
+        return body
+
+    @classmethod
+    def verified_by_any(cls, statement: bytes, signers: Iterable[bytes], verify: Verify) -> Self:
+        """As `verified`, for an account that had several keys: by whichever of them. Raises as that does."""
+        body, signed = cls._open(statement)
+        if not any(verify(signer, cls.TAG + signed.payload, signed.signature) for signer in signers):
             raise SignatureRefused(f"the {cls.__name__.lower()} is not signed by the account it speaks for")
         return body
 

@@ -19,7 +19,8 @@ _PRINTABLE_MIN: Final = 32
 class PeerRecord(Struct, array_like=True):
     """A member this node has met or heard of. `shown` is its pinned name; `card` the newest statement of its card.
 
-    `last_ms` 0: known by its card alone, never connected.
+    `last_ms` 0: known by its card alone, never connected. `ended`: its membership is over, and for what cause
+    (identity/revocations.py).
     """
 
     peer: str
@@ -37,6 +38,9 @@ class PeerRecord(Struct, array_like=True):
     card: bytes = b""
     signature: bytes = b""
     certificates: list[bytes] = field(default_factory=list)
+    ended: str = ""
+    rotations: list[bytes] = field(default_factory=list)
+    """The rotate entries that lead from its account, which `peer` is the id of, to the key it has now."""
 
 
 class InviteRecord(Struct, array_like=True):
@@ -51,6 +55,7 @@ class InviteRecord(Struct, array_like=True):
     created_ms: int
     redeemed: list[bytes] = field(default_factory=list)
     credential: str = ""
+    ephemeral: bool = False
 
 
 def join_bytes(mesh: bytes, secret: bytes, node_key: bytes, owner_key: bytes, name: str, time_ms: int) -> bytes:
@@ -82,20 +87,22 @@ def pin_name(wanted: str, taken: Callable[[str], bool]) -> str:
     return f"{name}~{number}"
 
 
-def resolve(text: str, records: Iterable[PeerRecord]) -> str:
+def resolve(text: str, records: Iterable[PeerRecord], present: Callable[[str], str] = lambda peer: peer) -> str:
     """The peer id that a name, an id or an unambiguous prefix (or suffix, as shown) of one stands for.
 
-    Raises NotFoundError when none matches or several do; the message lists those.
+    `present` tells the id by which a record's peer goes now. Raises NotFoundError when none matches or several do; the
+    message lists those.
     """
     found: list[PeerRecord] = []
     for record in records:
         if record.peer == text or record.shown == text:
             return record.peer
-        if len(text) >= 4 and (record.peer.startswith(text) or record.peer.endswith(text)):
+        peer = present(record.peer)
+        if len(text) >= 4 and (peer.startswith(text) or peer.endswith(text)):
             found.append(record)
     if len(found) == 1:
         return found[0].peer
     if found:
-        names = ", ".join(f"{record.shown} ({record.peer[-8:]})" for record in found[:8])
+        names = ", ".join(f"{record.shown} ({present(record.peer)[-8:]})" for record in found[:8])
         raise NotFoundError(f"{text!r} stands for several peers: {names}", hint="give more of the id, or the name")
     raise NotFoundError(f"no peer {text!r} is known", hint="clawnet peer list shows names and ids")

@@ -79,9 +79,11 @@ class LinkOwner(Protocol):
 class Link:
     """A control stream and its session, driven by the stream's data handler; no task, no future per message."""
 
-    def __init__(self, owner: LinkOwner, stream: Stream, handshake: Handshake) -> None:
+    def __init__(self, owner: LinkOwner, stream: Stream, handshake: Handshake, wanted: str = "") -> None:
         self.connection: Connection = stream.connection
         self.peer = self.connection.peer
+        self.wanted = wanted
+        """Whom this node dialled where it found another id: the peer must prove that it follows that one."""
         self.state = LinkState.GREETING
         self.hello: Hello | None = None
         self.session: Session | None = None
@@ -368,6 +370,18 @@ class Link:
             self.settled.set_exception(LinkError(reason, peer=self.peer))
             self.settled.exception()
         self._owner.link_down(self, reason)
+
+
+class Visit:
+    """One connection and what goes over it; without a link, or blobs of a peer linked elsewhere, it ends soon."""
+
+    __slots__ = ("blobs", "connection", "link", "timer")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.link: Link | None = None
+        self.blobs = 0
+        self.timer: asyncio.TimerHandle | None = None
 
 
 def _drop(data: bytes) -> None:

@@ -23,7 +23,7 @@ async def race(dial: DialOne, addresses: Sequence[Multiaddr]) -> Connection:
     """The first connection made to any of the addresses (RFC 8305, section 5).
 
     Hosts are tried in order and DIAL_STAGGER_S apart, the transports of one host at the same time. Raises LinkError
-    with every address's reason when all fail.
+    with every address's reason when all fail; its detail `found` names another peer that answered there.
     """
     hosts: dict[str, list[Multiaddr]] = {}
     for address in addresses:
@@ -31,6 +31,7 @@ async def race(dial: DialOne, addresses: Sequence[Multiaddr]) -> Connection:
     waiting = list(hosts.values())
     running: set[asyncio.Task[Connection]] = set()
     problems: list[str] = []
+    found = ""
     try:
         while waiting or running:
             if waiting:
@@ -39,6 +40,7 @@ async def race(dial: DialOne, addresses: Sequence[Multiaddr]) -> Connection:
             done, running = await asyncio.wait(running, timeout=stagger_s, return_when=asyncio.FIRST_COMPLETED)
             made = [task for task in done if task.exception() is None]
             problems += [_reason(task) for task in done if task not in made]
+            found = next((who for task in done if (who := _found(task))), found)
             if made:
                 running |= set(made[1:])
                 return made[0].result()
@@ -46,7 +48,7 @@ async def race(dial: DialOne, addresses: Sequence[Multiaddr]) -> Connection:
         for task in running:
             task.cancel()
             task.add_done_callback(_close_late)
-    raise LinkError("; ".join(dict.fromkeys(problems)) or "no address to dial")
+    raise LinkError("; ".join(dict.fromkeys(problems)) or "no address to dial", found=found)
 
 
 def _reason(task: asyncio.Task[Connection]) -> str:
@@ -55,6 +57,11 @@ def _reason(task: asyncio.Task[Connection]) -> str:
         return problem.message
     assert problem is not None
     raise problem
+
+
+def _found(task: asyncio.Task[Connection]) -> str:
+    problem = task.exception()
+    return str(problem.details.get("found") or "") if isinstance(problem, LinkError) else ""
 
 
 def _report(task: asyncio.Task[None]) -> None:
@@ -97,8 +104,8 @@ class DialOwner(Protocol):
     async def connect(self, peer: str, addresses: Sequence[str]) -> Connection:
         """A proven connection to the peer, with no control stream yet."""
 
-    async def open_link(self, connection: Connection) -> Link:
-        """The control stream over a connection of ours, not settled yet."""
+    async def open_link(self, connection: Connection, wanted: str = "") -> Link:
+        """The control stream over a connection of ours, not settled yet. `wanted`: whom it must be, or follow."""
 
     def chance(self) -> float:
         """A random number from 0 to 1."""
@@ -241,7 +248,7 @@ class Dialler:
         reason = ""
         for _ in range(2):
             try:
-                link = await self._owner.open_link(await self._owner.connect(self.peer, self.addresses))
+                link = await self._link()
                 await link.settled
                 self.peer = link.peer
                 return ""
@@ -256,3 +263,14 @@ class Dialler:
             except TimeoutError:
                 continue
         return reason or "the link could not be made"
+
+    async def _link(self) -> Link:
+        """A control stream with the peer. Where another id answers it may be the same node under its next key: then
+        that one's HELLO has to prove it."""
+        try:
+            return await self._owner.open_link(await self._owner.connect(self.peer, self.addresses))
+        except LinkError as problem:
+            found = str(problem.details.get("found") or "")
+            if not found or not self.peer:
+                raise
+        return await self._owner.open_link(await self._owner.connect(found, self.addresses), self.peer)

@@ -107,7 +107,7 @@ class FakeTransport:
         if network.is_cut(self.peer, owner.peer):
             raise LinkError(f"{address} cannot be reached", address=str(address))
         if expected is not None and expected != owner.peer:
-            raise LinkError(f"{address} is {owner.peer}, not {expected}", address=str(address))
+            raise LinkError(f"{address} is {owner.peer}, not {expected}", address=str(address), found=owner.peer)
         near = FakeConnection(self, owner.peer, str(address.with_peer(None)), inbound=False)
         far = FakeConnection(owner, self.peer, f"/ip4/127.0.0.1/tcp/{network.free_port()}", inbound=True)
         near.far, far.far = far, near

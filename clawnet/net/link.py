@@ -46,6 +46,8 @@ class Link(asyncio.BufferedProtocol):
 
     def __init__(self, plan: LinkPlan, *, inbound: bool, expected: str | None) -> None:
         self.peer = ""
+        self.found = ""
+        """Who the other side turned out to be, where another one was expected."""
         self.address = ""
         self.host = ""
         self.inbound = inbound
@@ -195,6 +197,7 @@ class Link(asyncio.BufferedProtocol):
         try:
             answer = upgrade.receive(data)
         except LinkError as error:
+            self.found = str(error.details.get("found") or "")
             self.abort(error.message)
             return
         if answer:

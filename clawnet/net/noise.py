@@ -140,7 +140,7 @@ class Handshake:
         payload = Payload.decode(raw)
         self.peer = payload.peer(self._state.rs.public_bytes)
         if self._expected is not None and self.peer != self._expected:
-            raise LinkError(f"the other side is {self.peer}, not {self._expected}", peer=self.peer)
+            raise LinkError(f"the other side is {self.peer}, not {self._expected}", found=self.peer)
         preferred, known = (self._muxers, payload.muxers) if self._initiator else (payload.muxers, self._muxers)
         self.muxer = next((muxer for muxer in preferred if muxer in known), "")
 

@@ -111,7 +111,9 @@ class QuicTransport:
             if link is not None and not ready.done():
                 link.abort("the dial was given up")
         if link.closed.done():
-            raise LinkError(f"cannot connect to {address}: {link.closed.result()}", address=str(address))
+            raise LinkError(
+                f"cannot connect to {address}: {link.closed.result()}", address=str(address), found=link.found
+            )
         return link
 
     async def listen(self, host: str, port: int, on_connection: ConnectionHandler) -> QuicListener:

@@ -154,6 +154,7 @@ class QuicLink:
         self, plan: QuicPlan, configuration: QuicConfiguration, address: Address, expected: str | None, **handshake: Any
     ) -> None:
         self.peer = ""
+        self.found = ""
         self.inbound = not configuration.is_client
         self.remote = address
         self.host = str(address[0])
@@ -260,6 +261,7 @@ class QuicLink:
             if peer == self._plan.own_peer:
                 raise WireError("the other side is this node itself")
             if self._expected is not None and peer != self._expected:
+                self.found = peer
                 raise WireError(f"it is {peer} there, not {self._expected}")
         except WireError as problem:
             self._problem = problem.message

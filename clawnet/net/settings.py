@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, structs
+
+from clawnet.identity.multiaddr import Multiaddr
 
 
 class SwitchSettings(Struct, frozen=True):
@@ -38,6 +40,13 @@ class SwitchSettings(Struct, frozen=True):
             connection_timeout_s=config.seconds("network.connection_timeout"),
             ping_interval_s=config.seconds("network.ping_interval"),
             agent=agent,
+        )
+
+    def at(self, addresses: Sequence[Multiaddr]) -> SwitchSettings:
+        """The same, at the ports where a node listens already."""
+        ports = {address.transport: address.port for address in addresses}
+        return structs.replace(
+            self, tcp_port=ports.get("tcp", self.tcp_port), quic_port=ports.get("quic-v1", self.quic_port)
         )
 
     def port(self, transport: str) -> tuple[int, bool, str]:

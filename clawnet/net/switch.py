@@ -20,7 +20,7 @@ from clawnet.identity.keys import KeyPair, public_of, verify
 from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
 from clawnet.net.bulk import BulkRoutes
-from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState
+from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState, Visit
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
@@ -37,18 +37,6 @@ PROTOCOLS = (CONTROL_PROTOCOL, BLOB_PROTOCOL, JOIN_PROTOCOL)
 """What inbound streams may speak, besides the transport's own ping and identify."""
 
 
-class Visit:
-    """One connection and what goes over it; without a link, or blobs of a peer linked elsewhere, it ends soon."""
-
-    __slots__ = ("blobs", "connection", "link", "timer")
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.link: Link | None = None
-        self.blobs = 0
-        self.timer: asyncio.TimerHandle | None = None
-
-
 class Switch:
     """See the module's first lines. Everything is called from one event loop; `deliver` and `log` must not raise."""
 
@@ -61,7 +49,7 @@ class Switch:
         entropy: Callable[[int], bytes],
         transports: Mapping[str, Transport],
         local_hello: Callable[[], HelloFacts],
-        admit: Callable[[str, Hello], str],
+        admit: Callable[[str, Hello, str], str],
         deliver: Callable[[Stimulus], None],
         blobs: BlobStore,
         log: Callable[[str, str, dict[str, Any]], None],
@@ -131,6 +119,15 @@ class Switch:
         waiting += [asyncio.ensure_future(transport.close()) for transport in self._transports.values()]
         if waiting:
             await asyncio.wait(waiting, timeout=limits.GOODBYE_S)
+
+    async def rekey(self, identity: KeyPair, transports: Mapping[str, Transport]) -> list[str]:
+        """Goes over to another key: every connection ends, and the same ports listen again. As start otherwise."""
+        self._early = []
+        self.settings = self.settings.at([where for listener in self._listeners for where in listener.addresses])
+        await self.stop("this node goes on under another key")
+        self.peer_id, self._identity, self._transports = identity.peer_id, identity, transports
+        self._stopping = False
+        return await self.start()
 
     def send(self, peer: str, items: list[Item]) -> bool:
         """These messages in one write; False when the peer is not connected (or has just been dropped)."""
@@ -270,7 +267,7 @@ class Switch:
             return "the node stops"
         if left_s := self.bans.left_s(peer, self._loop.time()):
             return f"banned for {left_s:.0f} s more"
-        if refusal := self._admit_peer(peer, hello):
+        if refusal := self._admit_peer(peer, hello, link.wanted):
             return refusal
         if peer not in self._links and len(self._links) >= self.settings.max_peers:
             return f"this node has its {self.settings.max_peers} peers already"
@@ -348,14 +345,14 @@ class Switch:
             raise LinkError(f"this node speaks {spoken}, and no address of that peer is for it")
         return await race(lambda where: self._transports[where.transport].dial(where, peer or None, timeout_s), targets)
 
-    async def open_link(self, connection: Connection) -> Link:
+    async def open_link(self, connection: Connection, wanted: str = "") -> Link:
         """See dialling.DialOwner."""
         if connection.peer in self._links or self._stopping:
             connection.close(DUPLICATE)
             raise LinkError(DUPLICATE, peer=connection.peer)
         visit = self._watch(connection)
         try:
-            return self._greet(visit, await connection.open_stream([CONTROL_PROTOCOL]))
+            return self._greet(visit, await connection.open_stream([CONTROL_PROTOCOL]), wanted)
         except (LinkError, asyncio.CancelledError):
             connection.close("no control stream")
             raise
@@ -442,7 +439,7 @@ class Switch:
         connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
         return connection
 
-    def _greet(self, visit: Visit, stream: Stream) -> Link:
+    def _greet(self, visit: Visit, stream: Stream, wanted: str = "") -> Link:
         peer = visit.connection.peer
         try:
             public = public_of(peer)
@@ -458,7 +455,7 @@ class Switch:
             sign=self._identity.sign,
             verify=partial(verify, public),
         )
-        link = visit.link = Link(self, stream, handshake)
+        link = visit.link = Link(self, stream, handshake, wanted)
         link.start()
         return link
 
@@ -475,6 +472,9 @@ class Switch:
             else:
                 async with self._bulk.route(link.connection, sum(size for _, size in blobs)) as way:
                     inline = await self._blobs.fetch(way, task_id, blobs, inline_max)
+        except asyncio.CancelledError:
+            self._deliver(BlobReady(request, "the connection was closed"))
+            raise
         except ClawnetError as problem:
             reason = problem.message
         except OSError as problem:

@@ -66,7 +66,9 @@ class TcpTransport:
             if not up:
                 link.abort("the dial was given up")
         if link.closed.done():
-            raise LinkError(f"cannot connect to {address}: {link.closed.result()}", address=str(address))
+            raise LinkError(
+                f"cannot connect to {address}: {link.closed.result()}", address=str(address), found=link.found
+            )
         return link
 
     async def listen(self, host: str, port: int, on_connection: ConnectionHandler) -> TcpListener:

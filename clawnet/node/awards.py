@@ -281,7 +281,7 @@ class Awards:
             self.close(task, attempt, attempt.state, attempt.reason)
             return
         try:
-            terms = statements.Waiver.verified(waiver, self._rooms.books.key_of(attempt.account), verify)
+            terms = statements.Waiver.verified_by_any(waiver, self._rooms.books.keys_of(attempt.account), verify)
         except RemoteError as error:
             self._ctx.log("security", "waiver.refused", peer=attempt.peer, reason=error.message)
             return

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, ConfigError, NotPermittedError
-from clawnet.identity.keys import verify
+from clawnet.errors import ClawnetError, ConfigError, NotPermittedError, SignatureRefused
+from clawnet.identity.keys import peer_id_of, verify
 from clawnet.ledger.book import Book
 from clawnet.ledger.entries import (
     Claim,
@@ -21,11 +22,14 @@ from clawnet.ledger.entries import (
     RefundItem,
     ReleaseItem,
     Send,
+    Sign,
 )
 from clawnet.ledger.lockcheck import check_release
 from clawnet.ledger.outcomes import Added, Branch, Forked, Invalid, NotYet, Outcome, Rejected, Unauditable
 from clawnet.ledger.purse import Purse, claim_item
 from clawnet.ledger.state import Payable
+from clawnet.ledger.statements import Waiver
+from clawnet.ledger.succession import recorded
 from clawnet.ledger.terms import LedgerTerms
 from clawnet.market.records import Attempt, Job, Task
 from clawnet.money import format_credits
@@ -93,9 +97,11 @@ class Books:
         view = self.book.view(account)
         return bool(view.ended or view.forked or view.upgrade)
 
-    def key_of(self, account: bytes) -> bytes:
-        """The key that signs for an account now."""
-        return self.book.view(account).key
+    def keys_of(self, account: bytes) -> list[bytes]:
+        """All keys that ever signed for an account, the present one first: what each of them stated stands."""
+        held = recorded(self.book.rotations(account)) or [account]
+        shown = self._rooms.successions.keys_of(self._rooms.members.peer_of(account) or peer_id_of(account))
+        return max(held, shown, key=len)[::-1]
 
     # --- start
 
@@ -157,8 +163,18 @@ class Books:
         """Takes a line back: with the payee's waiver, or at expiry."""
         if any(waiting.attempt is attempt for waiting in self._refunds):
             return
-        proof = Proof(1, [waiver, *self.book.rotations(attempt.account)]) if waiver else None
+        proof = Proof(1, [waiver, *self._rotations_before(attempt.account, waiver)]) if waiver else None
         self._refunds.append(_Refund(task, attempt, RefundItem(attempt.lock_seq, attempt.line, proof)))
+
+    def _rotations_before(self, account: bytes, waiver: bytes) -> list[bytes]:
+        """The rotate entries up to the key that signed this waiver: by them its proof is judged."""
+        rotations = self._rooms.successions.rotations_of(self._rooms.members.peer_of(account) or peer_id_of(account))
+        rotations = max(rotations, self.book.rotations(account), key=len)
+        for count, key in enumerate(recorded(rotations)):
+            with contextlib.suppress(SignatureRefused):
+                Waiver.verified(waiver, key, verify)
+                return rotations[:count]
+        return []
 
     def flush(self) -> None:
         """At the end of a turn: writes the entries that are due."""
@@ -431,6 +447,13 @@ class Books:
         peer = self._rooms.members.peer_of(payee)
         if peer is not None:
             self.shipping.settle({peer: None}, RELEASE, entry.seq)
+        return entry
+
+    def rotate(self, new_key: bytes, new_sign: Sign) -> Parsed:
+        """Hands the own chain to a new key; raises NotPermittedError while nothing may be written."""
+        self._check_writable()
+        entry = self.purse.rotate(new_key, new_sign, self._ctx.now)
+        self.wrote(entry)
         return entry
 
     @staticmethod

@@ -50,6 +50,8 @@ class Calls:
             "peer.disconnect": self._peer_disconnect,
             "peer.invite": rooms.invites.invite,
             "peer.join": rooms.invites.join,
+            "peer.remove": rooms.removals.remove,
+            "node.leave": rooms.throwaways.leave,
             "peer.ban": lambda call, params: self._ban(call, params, True),
             "peer.unban": lambda call, params: self._ban(call, params, False),
             "peer.reputation": self._reputation,
@@ -58,6 +60,7 @@ class Calls:
             "wallet.history": self._history,
             "wallet.send": self._send,
             "wallet.resume": self._resume,
+            "identity.rotate": rooms.successions.rotate,
             "wallet.export": lambda call, params: Export(ctx, rooms, call, params).start(),
             "wallet.audit": lambda call, params: Audit(ctx, rooms, call, params).start(),
         }
@@ -250,7 +253,8 @@ class Calls:
     def _peer_list(self, call: int, params: Params) -> None:
         views, members = self._rooms.views, self._rooms.members
         order = sorted(
-            members.records.values(), key=lambda r: (r.ring != "own", r.peer not in self._ctx.links, r.shown)
+            (r for r in members.records.values() if not r.ended),
+            key=lambda r: (r.ring != "own", r.peer not in self._ctx.links, r.shown),
         )
         self._ctx.reply(call, {"items": [views.peer(record.peer) for record in order], "next": None})
 
@@ -264,12 +268,13 @@ class Calls:
             raise DataError(
                 f"{text} does not name a peer", hint="add its /p2p/12D3KooW... part, as peer show prints it"
             )
-        if address.peer == self._ctx.me:
+        if self._rooms.members.is_me(address.peer):
             raise DataError("that is this node's own address")
-        record = self._rooms.members.records.get(address.peer)
+        peer = self._ctx.ids.inner(address.peer)
+        record = self._rooms.members.records.get(peer)
         if record is not None:
             record.muted = False
-        self._ctx.out.append(Dial(call, address.peer, (text,)))
+        self._ctx.out.append(Dial(call, peer, (text,)))
 
     def dial_ended(self, event: DialEnded) -> None:
         """A dial for a command ended; keepers that cannot be reached are not waited for."""
@@ -407,6 +412,7 @@ class Calls:
             why = books.chains.restore.sentence() or books.purse.read_only_reason
             found.append(f"the wallet is read-only: {why}")
         found.extend(self._rooms.members.warnings())
+        found.extend(self._rooms.removals.warnings())
         return found
 
     def findings(self) -> list[dict[str, str]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from clawnet import __version__, limits
 from clawnet.errors import ClawnetError, WireError
-from clawnet.identity.certificates import verify_chain
-from clawnet.identity.keys import public_of
+from clawnet.identity.keys import peer_id_of
+from clawnet.identity.membership import verify_keys
 from clawnet.market.capability import AI, capability_hash
 from clawnet.mesh.roster import PeerRecord
 from clawnet.node.context import Context
@@ -53,7 +55,7 @@ class Cards:
         jobs = getattr(self._rooms, "jobs", None)
         members = self._rooms.members
         return PeerCard(
-            peer=self._ctx.me,
+            peer=self._ctx.wire_me,
             serial=self._serial,
             name=members.name,
             version=f"clawnet/{__version__}",
@@ -71,6 +73,7 @@ class Cards:
             shell_rings=shell,
             certificates=members.facts.certificates,
             prompt_rings=prompts,
+            rotations=members.facts.rotations,
         )
 
     def refresh(self) -> None:
@@ -116,11 +119,12 @@ class Cards:
 
     def load(self, record: PeerRecord) -> None:
         """The card of a stored peer; one that this version cannot read is told again when its author is connected."""
-        if not record.card or record.banned:
+        if not record.card or record.banned or record.ended:
             return
         try:
             relayed = decode_struct(Relayed, record.card, RELAYED_BYTES_MAX)
-            self._rooms.members.index.put(decode_struct(PeerCard, relayed.body), record.ring)
+            card = decode_struct(PeerCard, relayed.body)
+            self._rooms.members.index.put(msgspec.structs.replace(card, peer=record.peer), record.ring)
         except WireError:
             record.card = record.signature = b""
 
@@ -168,6 +172,8 @@ class Cards:
         card = decode_struct(PeerCard, read.body)
         if card.peer != read.author:
             raise WireError(f"a card of {card.peer[-8:]} stated by {read.author[-8:]}")
+        keys = self._rooms.successions.keys_shown(card.peer, card.rotations)
+        card = msgspec.structs.replace(card, peer=peer_id_of(keys[0]))
         known = members.index.card(card.peer)
         travels = message.hops < limits.RELAY_HOPS_MAX
         if known is not None and (known.serial > card.serial or (known.serial == card.serial and not travels)):
@@ -176,9 +182,13 @@ class Cards:
             self._ctx.count("relayed_refused_total", "card_age")
             return
         relay.check(message, read)
-        record = members.records.get(card.peer) or self._meet(card)
-        if record is None or record.banned:
+        if self._rooms.successions.refusal(keys, ""):
+            self._ctx.count("relayed_refused_total", "key_given_up")
             return
+        record = members.records.get(card.peer) or self._meet(card, keys)
+        if record is None or record.banned or record.ended:
+            return
+        self._rooms.successions.learn(keys, card.rotations)
         if travels and relay.fresh(read):
             relay.pass_on(message, card.peer, event.peer)
         if members.index.put(card, record.ring) or not record.card:
@@ -189,15 +199,20 @@ class Cards:
             else:
                 members.redial(record)
 
-    def _meet(self, card: PeerCard) -> PeerRecord | None:
+    def _meet(self, card: PeerCard, keys: list[bytes]) -> PeerRecord | None:
         """A member we only heard of: its certificates are in its card, so it is known before it is ever connected."""
         members = self._rooms.members
         try:
-            proven = verify_chain(members.facts.charter, members.facts.mesh, card.certificates, public_of(card.peer))
+            proven = verify_keys(members.facts.charter, members.facts.mesh, card.certificates, keys)
         except ClawnetError as error:
             self._ctx.count("relayed_refused_total", error.code)
             return None
-        return members.remember(card.peer, card.name, card.certificates, proven)
+        if self._rooms.removals.reason(card.certificates):
+            self._ctx.count("relayed_refused_total", "membership_over")
+            return None
+        record = members.remember(card.peer, card.name, card.certificates, proven)
+        record.rotations = list(card.rotations)
+        return record
 
 
 def _merge(card: PeerCard, record: PeerRecord) -> list[str]:

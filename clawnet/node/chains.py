@@ -137,8 +137,12 @@ class Chains:
     def keepers(self) -> list[str]:
         """Own machines first, then the inviter, then members known longest: three in all."""
         members = self._rooms.members
-        inviter = members.facts.inviter
-        known = [record for record in members.records.values() if record.last_ms and not record.banned]
+        inviter = self._ctx.ids.inner(members.facts.inviter)
+        known = [
+            record
+            for record in members.records.values()
+            if record.last_ms and not (record.banned or record.ended or self._rooms.throwaways.holds(record.account))
+        ]
         known.sort(key=lambda r: (r.ring != "own", r.peer != inviter, r.first_ms, r.peer))
         return [record.peer for record in known[: limits.KEEPERS]]
 

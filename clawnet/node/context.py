@@ -13,6 +13,7 @@ from clawnet import limits
 from clawnet.config import Config
 from clawnet.errors import ClawnetError
 from clawnet.identity.keys import KeyPair
+from clawnet.mesh.ids import PeerIds
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.events import (
     NEVER,
@@ -43,6 +44,8 @@ class Ports(Struct, frozen=True):
     owner: KeyPair | None = None
     skew_ms: Callable[[str], int | None] | None = None
     """How far a peer's clock is ahead of ours by its last answer to a ping; None while unknown: then HELLO counts."""
+    unseal: Callable[[bytes], bytes | None] = lambda sealed: None
+    """Opens what was sealed to this node's key; None when it was not."""
     host: str = ""
     """Where the database lies, "machine file" (observe/host.py): another place may be a copy. Empty: not told."""
 
@@ -75,6 +78,10 @@ class Context:
 
     def __init__(self, me: str, account: bytes, config: Config, ports: Ports) -> None:
         self.me = me
+        """This node within: its first id, which is its account's."""
+        self.wire_me = me
+        """The same as others see it: the id of its present key."""
+        self.ids = PeerIds()
         self.account = account
         self.config = config
         self.ports = ports

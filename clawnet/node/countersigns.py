@@ -77,9 +77,8 @@ class Countersigns:
     def _auditors(self) -> list[bytes]:
         """Keys whose countersign counts for this node: issuers', and its own machines'."""
         books, members = self._rooms.books, self._rooms.members
-        issuers = [books.key_of(account) for account in books.terms.issuers]
-        own = [books.key_of(record.account) for record in members.records.values() if record.ring == "own"]
-        return [*issuers, *own, books.key_of(self._ctx.account)]
+        own = [record.account for record in members.records.values() if record.ring == "own"]
+        return [key for account in (*books.terms.issuers, *own, self._ctx.account) for key in books.keys_of(account)]
 
     def message(self, peer: str, message: Countersign) -> None:
         """A request, an answer to ours, or a checkpoint shown to us."""
@@ -107,9 +106,9 @@ class Countersigns:
         kept = self.own
         if kept is None or (message.account, message.seq, message.hash) != (self._ctx.account, kept.seq, kept.hash):
             return
-        signer = self._rooms.books.key_of(self._rooms.members.account_of(peer))
+        signers = self._rooms.books.keys_of(self._rooms.members.account_of(peer))
         try:
-            said = Statement.verified(message.statement, signer, verify)
+            said = Statement.verified_by_any(message.statement, signers, verify)
         except RemoteError as error:
             self._ctx.log("security", "countersign.bad", peer=peer, reason=error.message)
             return

@@ -40,9 +40,9 @@ class Draining:
     def ended(self) -> bool:
         """True once: nothing runs, and nothing is owed that a connected peer could take now."""
         ctx = self._ctx
-        if not ctx.draining or self._done or self._rooms.jobs.running:
+        if not ctx.draining or self._done or self._rooms.jobs.running or self._rooms.throwaways.busy:
             return False
-        if not self._over and self._owed():
+        if not self._over and self.owed():
             if not self._settling:
                 self._settling = True
                 ctx.wake(("drain_settle",), ctx.now + limits.DRAIN_SETTLE_MS)
@@ -50,7 +50,7 @@ class Draining:
         self._done = True
         return True
 
-    def _owed(self) -> bool:
+    def owed(self) -> bool:
         """Whether a peer that is connected still has to take, to pay or to open something."""
         ctx, rooms = self._ctx, self._rooms
         if any(ctx.connected(row.peer) for row in rooms.outbox.rows.values()):

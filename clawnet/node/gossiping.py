@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, WireError
-from clawnet.identity.certificates import verify_chain
-from clawnet.identity.keys import public_of
+from clawnet.identity.membership import verify_keys
 from clawnet.market.records import Task
 from clawnet.node.context import Context
 from clawnet.wire.codec import decode_struct, encode
@@ -99,7 +98,7 @@ class Gossiping:
         """An own offer, to RELAY_DEGREE of those who may see it."""
         rooms, ctx = self._rooms, self._ctx
         cards = rooms.cards.own
-        body = encode(OpenOffer(offer, ring, cards.addresses, cards.certificates))
+        body = encode(OpenOffer(offer, ring, cards.addresses, cards.certificates, cards.rotations))
         message = Gossip(*rooms.relay.state(Kind.MARKET_TASK_ANNOUNCE, body), 0)
         ctx.count("offers_gossiped_total")
         rooms.relay.pass_on(message, ctx.me, "", self._hearers(ring))
@@ -119,7 +118,7 @@ class Gossiping:
             ctx.count("relayed_refused_total", "carrier_rate")
             return
         read = rooms.relay.read(Kind.MARKET_TASK_ANNOUNCE, message)
-        if read is None or rooms.members.banned(read.author):
+        if read is None or rooms.members.banned(ctx.ids.inner(read.author)):
             return
         called = decode_struct(OpenOffer, read.body, limits.GOSSIP_BYTES_MAX)
         if called.ring not in RINGS:
@@ -132,21 +131,27 @@ class Gossiping:
         if not ring or (called.ring == "own" and ring != "own"):
             ctx.count("relayed_refused_total", "ring")
             return
-        if not self._authors.take(read.author, ctx.now):
+        author = ctx.ids.inner(read.author)
+        if not self._authors.take(author, ctx.now):
             ctx.count("relayed_refused_total", "author_rate")
             return
-        if rooms.relay.fresh(read) and not self._bids(read.author, called, ring):
-            rooms.relay.pass_on(message, read.author, event.peer, self._hearers(called.ring))
+        if rooms.relay.fresh(read) and not self._bids(author, called, ring):
+            rooms.relay.pass_on(message, author, event.peer, self._hearers(called.ring))
 
     def _ring_of(self, read: Relayed, called: OpenOffer) -> str:
         """The author's ring here, by its certificates; "" for who is no member."""
         members = self._rooms.members
         facts = members.facts
         try:
-            proven = verify_chain(facts.charter, facts.mesh, called.certificates, public_of(read.author))
+            keys = self._rooms.successions.keys_shown(read.author, called.rotations)
+            proven = verify_keys(facts.charter, facts.mesh, called.certificates, keys)
         except ClawnetError as error:
             self._ctx.count("relayed_refused_total", error.code)
             return ""
+        if self._rooms.successions.refusal(keys, ""):
+            self._ctx.count("relayed_refused_total", "key_given_up")
+            return ""
+        self._rooms.successions.learn(keys, called.rotations)
         return "own" if proven.owner == facts.owner else "member"
 
     def _bids(self, author: str, called: OpenOffer, ring: str) -> bool:

@@ -268,9 +268,9 @@ class Jobs:
         if job.state == "queued" and job.job in self._queue_of(job):
             self._queue_of(job).remove(job.job)
 
-    def stop_for(self, account: bytes) -> None:
-        """A fork is proven against this requester: nothing more runs for it."""
-        for job in [job for job in self.jobs.values() if job.account == account and job.ring != "own"]:
+    def stop_for(self, account: bytes, *, own: bool = False) -> None:
+        """A fork is proven against this requester, or its membership is over: nothing more runs for it."""
+        for job in [job for job in self.jobs.values() if job.account == account and (own or job.ring != "own")]:
             if job.state == "running":
                 job.cancelled = True
                 self.touch(job)

@@ -23,16 +23,20 @@ from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
+from clawnet.node.mesh_keys import MeshKeys
 from clawnet.node.neighbours import Neighbours
 from clawnet.node.offers import Offers
 from clawnet.node.pay import Pay
 from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
+from clawnet.node.removals import Removals
 from clawnet.node.results import Results
 from clawnet.node.spending import ROW, Spending
 from clawnet.node.streaming import Streaming
+from clawnet.node.succession import Successions
 from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
+from clawnet.node.throwaways import Throwaways
 from clawnet.node.twins import STATED_KEY, Twins
 from clawnet.node.views import Views
 from clawnet.node.writes import Writes
@@ -76,8 +80,12 @@ class Rooms:
     loads: Loads
     relay: Relay
     twins: Twins
+    successions: Successions
     members: Members
     neighbours: Neighbours
+    removals: Removals
+    mesh_keys: MeshKeys
+    throwaways: Throwaways
     cards: Cards
     reaching: Reaching
     offers: Offers
@@ -128,8 +136,13 @@ class Node:
         rooms.taking = Taking(self.ctx, rooms)
         rooms.twins = Twins(self.ctx, rooms)
         rooms.relay = Relay(self.ctx, rooms)
+        rooms.successions = Successions(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
+        self.ctx.wire_me = rooms.successions.present()
         rooms.neighbours = Neighbours(self.ctx, rooms)
+        rooms.removals = Removals(self.ctx, rooms)
+        rooms.mesh_keys = MeshKeys(self.ctx, rooms)
+        rooms.throwaways = Throwaways(self.ctx, rooms)
         rooms.cards = Cards(self.ctx, rooms)
         rooms.reaching = Reaching(self.ctx, rooms)
         rooms.offers = Offers(self.ctx, rooms)
@@ -158,6 +171,12 @@ class Node:
         fresh = self._load_ledger(read)
         for row in read("table:peers", ()):
             rooms.members.load(row[-1])
+        for row in read("table:statements", ()):
+            rooms.removals.load(row[-1])
+        for row in read("table:leases", ()):
+            rooms.throwaways.load(row[-1])
+        rooms.removals.start()
+        rooms.mesh_keys.adopt()
         stored_host = ""
         for peer, since_ms in read("table:awaited", ()):
             rooms.books.chains.restore.load_awaited(peer, since_ms)
@@ -256,9 +275,14 @@ class Node:
     def step(self, now_ms: int, stimulus: e.Stimulus) -> list[e.Effect]:
         """What follows from one stimulus. Effects come from end_turn, except that callers may ask for them at once."""
         self.ctx.now = now_ms
-        self._stimuli[type(stimulus)](stimulus)
+        told = self.rooms.successions.inward(stimulus)
+        if told is not None:
+            self._stimuli[type(told)](told)
+        return self._effects()
+
+    def _effects(self) -> list[e.Effect]:
         out, self.ctx.out = self.ctx.out, []
-        return out
+        return self.rooms.successions.outward(out) if self.ctx.ids else out
 
     def end_turn(self, now_ms: int) -> list[e.Effect]:
         """Opens waiting auctions, starts queued jobs, writes the ledger entries and rows that the turn owes."""
@@ -267,6 +291,7 @@ class Node:
 
     def _close_turn(self) -> list[e.Effect]:
         rooms = self.rooms
+        rooms.throwaways.pump()
         rooms.auctions.pump()
         rooms.jobs.pump()
         rooms.writes.flush()
@@ -277,8 +302,7 @@ class Node:
         if rooms.draining.ended():
             rooms.books.snapshot(force=True)
             self.ctx.out.append(e.Drained())
-        out, self.ctx.out = self.ctx.out, []
-        return out
+        return self._effects()
 
     def _stimulus_table(self) -> dict[type[e.Stimulus], Callable[[Any], None]]:
         rooms = self.rooms
@@ -302,6 +326,7 @@ class Node:
             e.CapacityChanged: rooms.cards.capacity_changed,
             e.Listening: rooms.cards.listening,
             e.MeetPeers: rooms.members.meet,
+            e.Rekeyed: lambda event: rooms.members.start(),
             e.NeighbourSeen: rooms.neighbours.seen,
             e.NeighbourGone: rooms.neighbours.gone,
             e.Reloaded: rooms.members.reloaded,
@@ -329,11 +354,15 @@ class Node:
             m.Countersign: lambda event: r.books.countersigns.message(event.peer, event.message),  # type: ignore[arg-type]
             m.Gossip: lambda event: r.gossiping.heard(event, event.message),  # type: ignore[arg-type]
             m.PeerInfo: lambda event: r.cards.heard(event, event.message),  # type: ignore[arg-type]
+            m.Membership: self._membership,
             m.Ack: self._ack,
         }
 
     def _message(self, event: e.MessageIn) -> None:
         handler = self._messages.get(type(event.message))
+        if self.rooms.removals.silent(event.peer):
+            self.ctx.count("messages_refused_total", "membership_over")
+            return
         if handler is None:
             self.ctx.count("messages_ignored_total", type(event.message).__name__)
             return
@@ -346,6 +375,12 @@ class Node:
                 "security", "message.refused", peer=event.peer, kind=type(event.message).__name__, reason=error.message
             )
             self.ctx.count("messages_refused_total", error.code)
+
+    def _membership(self, event: e.MessageIn) -> None:
+        """Ends of memberships and mesh keys, or nodes that go on under another key."""
+        message = event.message
+        assert isinstance(message, m.Membership)
+        (self.rooms.successions if message.successions else self.rooms.removals).told(event, message)
 
     def _output(self, event: e.MessageIn) -> None:
         """A preview for the requester; without data, its question for what it lacks."""
@@ -397,6 +432,9 @@ class Node:
             rooms.books.chains.gossip_heads()
             rooms.books.refund_orphans()
             rooms.members.keep_up()
+            rooms.removals.keep_up()
+            rooms.mesh_keys.keep_up()
+            rooms.throwaways.keep_up()
         elif what == "keepers":
             rooms.books.push_keepers()
         elif what == "start_check":
@@ -426,13 +464,16 @@ class Node:
 
     def hello_facts(self) -> tuple[bytes, str, list[bytes], list[bytes]]:
         """(mesh id, name, certificates, rotate entries) for the HELLO of a new control stream."""
-        members = self.rooms.members
-        rotations = self.rooms.books.book.rotations(self.ctx.account)
-        return members.facts.mesh, members.name, members.facts.certificates, rotations
+        facts = self.rooms.members.facts
+        return facts.mesh, self.rooms.members.name, facts.certificates, facts.rotations
 
-    def admit(self, peer: str, hello: m.Hello) -> str:
-        """ "" when the peer may speak on the control stream, else the refusal."""
-        return self.rooms.members.admit(peer, hello)
+    def admit(self, peer: str, hello: m.Hello, wanted: str = "") -> str:
+        """ "" when the peer may speak on the control stream, else the refusal. `wanted`: see Members.admit."""
+        return self.rooms.members.admit(peer, hello, wanted)
+
+    def addresses(self, peer: str) -> list[str]:
+        """Where a peer says that it listens, whichever of its ids is named."""
+        return self.rooms.members.addresses(self.ctx.ids.inner(peer))
 
     def kept_ids(self) -> frozenset[bytes]:
         """Ids of tasks and jobs that an open line, an unclaimed release or the outbox still needs."""

@@ -10,8 +10,9 @@ import msgspec
 from clawnet import limits
 from clawnet.errors import DataError, NotPermittedError, RemoteError
 from clawnet.identity import multiaddr
-from clawnet.identity.certificates import Charter, Membership, verify_chain
-from clawnet.identity.keys import public_of
+from clawnet.identity.certificates import Charter, Membership
+from clawnet.identity.keys import peer_id_of, public_of
+from clawnet.identity.membership import LocalMembership, verify_keys
 from clawnet.market.capability import CapabilityIndex
 from clawnet.market.records import Attempt, Task
 from clawnet.mesh.roster import PeerRecord, pin_name, resolve
@@ -39,6 +40,26 @@ class MeshFacts(msgspec.Struct, frozen=True):
     inviter: str
     founded: bool
     imported: bool = False
+    lease_s: int = 0
+    rotations: list[bytes] = []
+
+    @classmethod
+    def of(cls, local: LocalMembership, node_public: bytes, mesh_key: bytes) -> MeshFacts:
+        """What lies in the home, checked for this key. Raises ConfigError."""
+        charter, mesh, proven = local.verified(node_public)
+        return cls(
+            charter=charter,
+            charter_bytes=local.charter,
+            mesh=mesh,
+            owner=proven.owner,
+            certificates=list(local.certificates),
+            mesh_key=mesh_key,
+            inviter=local.inviter,
+            founded=local.founded,
+            imported=local.imported,
+            lease_s=local.lease_s,
+            rotations=local.rotations(),
+        )
 
 
 class Members:
@@ -63,6 +84,7 @@ class Members:
         self.records[record.peer] = record
         self._accounts[record.account] = record.peer
         self._shown.add(record.shown)
+        self._rooms.successions.load(record)
         self._rooms.cards.load(record)
 
     def save(self, record: PeerRecord) -> None:
@@ -73,8 +95,8 @@ class Members:
         """Dials every member whose address is known, and the bootstrap peers of the configuration."""
         for text in self._ctx.config.words("node.bootstrap_peers"):
             address = multiaddr.parse(text)
-            if address.peer is not None and address.peer != self._ctx.me:
-                self._ctx.out.append(Dial(0, address.peer, (text,)))
+            if address.peer is not None and not self.is_me(address.peer):
+                self._ctx.out.append(Dial(0, self._ctx.ids.inner(address.peer), (text,)))
         self.redial_all()
 
     def redial_all(self) -> None:
@@ -111,24 +133,34 @@ class Members:
 
     # --- admission and links
 
-    def admit(self, peer: str, hello: Hello) -> str:
-        """ "" when this peer may speak on the control stream, else the refusal it is told (read-only)."""
+    def admit(self, peer: str, hello: Hello, wanted: str = "") -> str:
+        """ "" when this peer may speak on the control stream, else the refusal it is told (read-only).
+
+        `wanted` is whom this node dialled where it found another id: only who follows that one may speak then.
+        """
         if hello.mesh != self.facts.mesh:
             return "another mesh"
-        if self.banned(peer):
-            return "banned"
         try:
-            verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(peer))
+            keys = self._rooms.successions.keys_shown(peer, hello.rotations)
+            if self.banned(peer_id_of(keys[0])):
+                return self._rooms.removals.reason(hello.certificates) or "banned"
+            verify_keys(self.facts.charter, self.facts.mesh, hello.certificates, keys)
         except (NotPermittedError, DataError, RemoteError) as error:
             return f"not a member: {error.message}"
-        return ""
+        return self._rooms.removals.reason(hello.certificates) or self._rooms.successions.refusal(keys, wanted)
 
     def up(self, event: PeerUp) -> None:
         """A member is connected: it is remembered, told our card and heads, and what we owe it goes out."""
         ctx = self._ctx
         hello = event.hello
-        proven = verify_chain(self.facts.charter, self.facts.mesh, hello.certificates, public_of(event.peer))
+        over = self._rooms.removals.reason(hello.certificates)
+        if over:  # it was admitted before this node learnt of it
+            ctx.out.append(Hangup(event.peer, over))
+            return
+        keys = self._rooms.successions.keys_shown(hello.peer, hello.rotations)
+        proven = verify_keys(self.facts.charter, self.facts.mesh, hello.certificates, keys)
         record = self.remember(event.peer, hello.name, hello.certificates, proven)
+        record.rotations = list(hello.rotations)
         if event.address and not event.inbound and event.address not in record.addresses:
             record.addresses = [event.address, *record.addresses][:16]
         missed_ms = ctx.now - record.last_ms
@@ -151,6 +183,7 @@ class Members:
         self._rooms.reaching.up(event.peer)
         if missed_ms > limits.CARDS_MISSED_MS:
             self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
+        self._rooms.removals.peer_up(event.peer)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
@@ -189,11 +222,16 @@ class Members:
         idle = (r for r in self.records.values() if r.peer not in self._ctx.links and not r.banned)
         oldest = min(idle, key=lambda record: record.last_ms, default=None)
         if oldest is not None:
-            del self.records[oldest.peer]
-            self._accounts.pop(oldest.account, None)
-            self._shown.discard(oldest.shown)
-            self.index.remove(oldest.peer)
-            self._ctx.delete("peers", oldest.peer)
+            self.forget(oldest)
+
+    def forget(self, record: PeerRecord) -> None:
+        """Nothing is remembered of a peer that is not connected; its name is free."""
+        del self.records[record.peer]
+        self._accounts.pop(record.account, None)
+        self._shown.discard(record.shown)
+        self.index.remove(record.peer)
+        self._ctx.ids.forget(record.peer)
+        self._ctx.delete("peers", record.peer)
 
     def down(self, event: PeerDown) -> None:
         """The link is gone: auctions do not wait for it; the switch redials."""
@@ -204,6 +242,7 @@ class Members:
         if record is not None:
             record.last_ms = self._ctx.now
             self.save(record)
+        self._rooms.removals.peer_down(event.peer)
         self._rooms.reaching.down(event.peer, event.reason)
         self._rooms.auctions.peer_down(event.peer)
         self._rooms.books.peer_down(event.peer)
@@ -212,8 +251,8 @@ class Members:
     def meet(self, event: MeetPeers) -> None:
         """Members the inviter named: they are dialled; their certificates are checked at the handshake."""
         for peer in event.peers:
-            if peer.peer != self._ctx.me and peer.addresses:
-                self._ctx.out.append(Dial(0, peer.peer, tuple(peer.addresses)))
+            if not self.is_me(peer.peer) and peer.addresses:
+                self._ctx.out.append(Dial(0, self._ctx.ids.inner(peer.peer), tuple(peer.addresses)))
 
     def reloaded(self, event: Reloaded) -> None:
         """The configuration changed: what the card says may have, and every figure that is not read when it is used."""
@@ -245,6 +284,10 @@ class Members:
         """The peer of an account, where known."""
         return self._accounts.get(account)
 
+    def is_me(self, peer: str) -> bool:
+        """Whether this is an id of this node, the present one or an earlier one."""
+        return peer in map(peer_id_of, self._rooms.successions.keys_of(self._ctx.me))
+
     def ring_of(self, peer: str) -> str:
         """own (this node included), member or stranger."""
         if peer == self._ctx.me:
@@ -257,22 +300,23 @@ class Members:
         if peer == self._ctx.me:
             return self.name
         record = self.records.get(peer)
-        return record.shown if record is not None else peer[-8:]
+        return record.shown if record is not None else self._ctx.ids.outer(peer)[-8:]
 
     def resolve(self, text: str) -> str:
         """A peer id from a name, id or part of one; raises NotFoundError."""
-        if text in (self._ctx.me, self.name, "self"):
+        if text in (self.name, "self") or self.is_me(text):
             return self._ctx.me
-        return resolve(text, self.records.values())
+        return resolve(self._ctx.ids.inner(text), self.records.values(), self._ctx.ids.outer)
 
     def party(self, peer: str) -> dict[str, Any]:
         """A peer as JSON answers show it."""
         ring = "own" if peer == self._ctx.me else self.ring_of(peer)
-        return {"peer_id": peer, "name": self.name_of(peer), "ring": ring}
+        present = self._ctx.wire_me if peer == self._ctx.me else self._ctx.ids.outer(peer)
+        return {"peer_id": present, "name": self.name_of(peer), "ring": ring}
 
     def rtt_ms(self, peer: str) -> float:
         """The last measured round trip; 0 for this node itself or when unknown."""
-        return 0.0 if peer == self._ctx.me else self._ctx.ports.rtt_ms(peer)
+        return 0.0 if peer == self._ctx.me else self._ctx.ports.rtt_ms(self._ctx.ids.outer(peer))
 
     def pick(self, count: int) -> int:
         """A random number below `count`, from the injected entropy."""
@@ -283,9 +327,11 @@ class Members:
         return not self.banned(peer)
 
     def banned(self, peer: str) -> bool:
-        """A local refusal, by hand or after a proof of fraud."""
+        """A local refusal, by hand or after a proof of fraud, or the end of its membership."""
         record = self.records.get(peer)
-        return record is not None and (record.banned or self._rooms.books.convicted(record.account))
+        return record is not None and (
+            record.banned or bool(record.ended) or self._rooms.books.convicted(record.account)
+        )
 
     def ban(self, peer: str, on: bool) -> bool:
         """Refuses a peer from now on (or no longer); False when it was so before."""
@@ -325,7 +371,8 @@ class Members:
         self._ctx.put("reputation", receipt.peer, self.reputation.to_bytes(receipt.peer))
 
     def _skew_of(self, link: Link) -> int:
-        measured = self._ctx.ports.skew_ms(link.peer) if self._ctx.ports.skew_ms is not None else None
+        measure = self._ctx.ports.skew_ms
+        measured = measure(self._ctx.ids.outer(link.peer)) if measure is not None else None
         return link.skew_ms if measured is None else measured
 
     def skew_ms(self) -> int | None:

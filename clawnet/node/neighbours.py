@@ -47,7 +47,7 @@ class Neighbours:
 
     def tag(self) -> bytes:
         """This node's own; empty for a member without the mesh's key, whom no tag can tell from a stranger."""
-        return b"" if self._keyless() else mesh_tag(self._rooms.members.facts.mesh_key, self._ctx.me)
+        return b"" if self._keyless() else mesh_tag(self._rooms.members.facts.mesh_key, self._ctx.wire_me)
 
     def is_ours(self, peer: str, tag: bytes) -> bool:
         """Whether whoever announces this peer with this tag holds the mesh's key."""
@@ -66,7 +66,7 @@ class Neighbours:
         if fresh:
             self._ctx.log("info", "neighbour.seen", peer=event.peer, same_mesh=ours, addresses=len(event.addresses))
         if ours:
-            self._rooms.members.reach(event.peer, event.addresses[: limits.NEIGHBOUR_DIALLED_MAX])
+            self._rooms.members.reach(self._ctx.ids.inner(event.peer), event.addresses[: limits.NEIGHBOUR_DIALLED_MAX])
 
     def gone(self, event: NeighbourGone) -> None:
         """It announces itself no longer; who was never met is dialled no more."""
@@ -74,7 +74,8 @@ class Neighbours:
         if known is None:
             return
         self._ctx.log("info", "neighbour.gone", peer=event.peer, same_mesh=known.ours)
-        if known.ours and event.peer not in self._rooms.members.records and event.peer not in self._ctx.links:
+        peer = self._ctx.ids.inner(event.peer)
+        if known.ours and peer not in self._rooms.members.records and peer not in self._ctx.links:
             self._ctx.out.append(Hangup(event.peer, "it left the network"))
 
     def items(self) -> list[dict[str, Any]]:
@@ -84,9 +85,9 @@ class Neighbours:
         return [
             {
                 "peer_id": one.peer,
-                "name": members.name_of(one.peer) if one.peer in members.records else None,
+                "name": members.name_of(peer) if (peer := self._ctx.ids.inner(one.peer)) in members.records else None,
                 "same_mesh": one.ours,
-                "state": self._state(one.peer),
+                "state": self._state(self._ctx.ids.inner(one.peer)),
                 "addresses": list(one.addresses),
                 "since": time_text(one.since_ms),
             }

@@ -46,7 +46,7 @@ class Relay:
         """A statement of this node's own: (statement, signature)."""
         ctx = self._ctx
         return make_relayed(
-            ctx.me, kind, body, identifier=self._rooms.twins.identifier(), time_ms=ctx.now, sign=ctx.ports.sign
+            ctx.wire_me, kind, body, identifier=self._rooms.twins.identifier(), time_ms=ctx.now, sign=ctx.ports.sign
         )
 
     def read(self, kind: Kind, message: PeerInfo) -> Relayed | None:
@@ -55,13 +55,20 @@ class Relay:
         Raises WireError.
         """
         read = read_relayed(kind, message.statement)
-        if read.author == self._ctx.me:
+        if read.author == self._ctx.wire_me:
             self._rooms.twins.heard(message, read)
+            return None
+        if kind is not Kind.MEMBERSHIP and (self._ctx.ids.given_up(read.author) or self._own_before(read.author)):
+            self._ctx.count("relayed_refused_total", "key_given_up")
             return None
         if self.window.seen(read.author, read.id):
             self._ctx.count("relayed_repeated_total", kind.name)
             return None
         return read
+
+    def _own_before(self, author: str) -> bool:
+        """Whether this node gave up the key of this id: what is still said under it is not its word."""
+        return self._ctx.me != self._ctx.wire_me and self._rooms.members.is_me(author)
 
     @staticmethod
     def check(message: PeerInfo, read: Relayed) -> None:

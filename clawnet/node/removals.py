@@ -246,11 +246,11 @@ class Removals:
         ctx.out.append(Hangup(peer, WORDS[cause]))
         rooms.members.index.remove(peer)
         rooms.jobs.stop_for(record.account, own=True)
-        rooms.invites.forget_redeemer(record.account)
         rooms.throwaways.ended(record.account)
         rooms.books.chains.restore.answered(peer)
         record.ended = cause
         if cause == "removed":
+            rooms.invites.forget_redeemer(record.account)
             record.card = record.signature = b""
             rooms.members.save(record)
         else:

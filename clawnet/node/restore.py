@@ -76,7 +76,7 @@ class Restore:
 
     def _await_everybody(self) -> None:
         for record in self._rooms.members.records.values():
-            if record.last_ms and not record.banned:
+            if record.last_ms and not record.banned and not record.ended:
                 self._await(record.peer)
                 self._books.chains.pull(record.peer, self._ctx.account)
 

@@ -66,7 +66,8 @@ class Results:
     def _note_wrong(self, attempt: Attempt, message: Result) -> str:
         """Why nothing can be released for this note; "" when it is the payee's word for this line and these bytes."""
         try:
-            note = statements.Note.verified(message.note, self._rooms.books.key_of(attempt.account), verify)
+            keys = self._rooms.books.keys_of(attempt.account)
+            note = statements.Note.verified_by_any(message.note, keys, verify)
         except RemoteError as error:
             return error.message
         place = (self._rooms.books.mesh, self._ctx.account, attempt.lock_hash, attempt.line, 1)
@@ -85,7 +86,7 @@ class Results:
         """Whether this frees what of the line is not paid; else that stays bound, and counts as open, to its end."""
         books = self._rooms.books
         try:
-            terms = statements.Waiver.verified(waiver, books.key_of(attempt.account), verify)
+            terms = statements.Waiver.verified_by_any(waiver, books.keys_of(attempt.account), verify)
         except RemoteError:
             return False
         bound = (books.mesh, self._ctx.account, attempt.lock_hash, attempt.line, 1)

@@ -243,7 +243,9 @@ class Views:
         record = members.records[peer]
         link = ctx.links.get(peer)
         card = members.index.card(peer)
-        state = "banned" if members.banned(peer) else "connected" if link is not None else "known"
+        state = "connected" if link is not None else "known"
+        if members.banned(peer):
+            state = "removed" if record.ended else "banned"
         rtt_ms = members.rtt_ms(peer) if link is not None else 0.0
         return {
             **members.party(peer),
@@ -266,7 +268,7 @@ class Views:
             "load": min(1.0, card.running / card.slots) if card and card.slots else 0.0,
             "account": record.account.hex(),
             "owner": record.owner.hex(),
-            "inviter": record.inviter,
+            "inviter": ctx.ids.outer(record.inviter),
             "version": card.version if card else "",
             "notes": members.reputation.notes(peer),
         }
@@ -341,6 +343,19 @@ class Views:
 
     # --- the node
 
+    def gauges(self) -> dict[str, float]:
+        """The node's part of the metrics."""
+        ctx, rooms = self._ctx, self._rooms
+        scores = [rooms.members.reputation.score(peer, ctx.now).total for peer in ctx.links]
+        return {
+            "peers_connected": len(ctx.links),
+            "auctions_active": len(rooms.auctions.live),
+            "tasks_open": len(rooms.tasks.open),
+            "runs_active": len(rooms.jobs.running),
+            "wallet_balance": rooms.books.purse.available_ucr / 1_000_000,
+            "reputation_score": sum(scores) / len(scores) if scores else 0.5,
+        }
+
     def status(self) -> dict[str, Any]:
         """The node's half of `daemon status`; the daemon adds what only a process knows."""
         ctx, rooms = self._ctx, self._rooms
@@ -351,7 +366,7 @@ class Views:
             "running": True,
             "version": self._version,
             "protocol": PROTOCOL_ID,
-            "peer_id": ctx.me,
+            "peer_id": ctx.wire_me,
             "name": rooms.members.name,
             "mesh": rooms.books.mesh.hex(),
             "account": ctx.account.hex(),

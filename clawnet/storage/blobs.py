@@ -223,6 +223,13 @@ class BlobStore:
                 del self._uses[blob]
                 self.delete(blob)
 
+    def succeeded(self, old: str, new: str) -> None:
+        """A peer goes by another id: what was granted under the old one is granted under the new one instead."""
+        for granted in self._grants.values():
+            moved = [pair for pair in granted if pair[0] == old]
+            granted.difference_update(moved)
+            granted.update((new, blob) for _, blob in moved)
+
     def may_fetch(self, peer: str, task_id: bytes, blob: bytes) -> bool:
         """Whether this peer was granted this blob for this task."""
         return (peer, blob) in self._grants.get(task_id, ())

@@ -39,6 +39,13 @@ STEPS: Final[tuple[Step, ...]] = (
             "PRIMARY KEY (author, id)) WITHOUT ROWID",
         ),
     ),
+    Step(
+        "memberships can end: by the founder, by leaving, or by a lease that ran out",
+        (
+            "CREATE TABLE statements (hash BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (hash))",
+            "CREATE TABLE leases (account BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (account)) WITHOUT ROWID",
+        ),
+    ),
 )
 """Step n brings schema n + 1 to n + 2. New steps go to the end; those that were released never change."""
 

@@ -79,6 +79,9 @@ TABLES: Final[dict[str, Table]] = {
         Table("reputation", 1, ("peer TEXT", "body BLOB")),
         Table("durations", 1, ("key TEXT", "body BLOB")),
         Table("invites", 1, ("invite BLOB", "body BLOB")),
+        # What ended memberships, and the newest mesh key as sealed to the members (mesh/ends.py).
+        Table("statements", 1, ("hash BLOB", "body BLOB"), wide=True),
+        Table("leases", 1, ("account BLOB", "body BLOB")),
         Table("blob_grants", 3, ("task_id BLOB", "peer TEXT", "blob BLOB")),
         Table("outputs", 3, ("task_id BLOB", "stream INTEGER", "offset INTEGER", "data BLOB"), wide=True),
     )

@@ -206,6 +206,10 @@ class NeighbourGone(Stimulus, frozen=True, gc=False):
     peer: str
 
 
+class Rekeyed(Stimulus, frozen=True, gc=False):
+    """The switch listens again, under this node's new key; nothing is dialled yet."""
+
+
 class MeetPeers(Stimulus, frozen=True, gc=False):
     """Members named by the inviter: connect to them."""
 
@@ -400,6 +404,36 @@ class Adopt(Effect, frozen=True, gc=False):
     call: int
     answer: JoinAnswer
     value: Any
+
+
+class Succeeded(Effect, frozen=True, gc=False):
+    """A peer goes on as `new`: connections with its key `old` are closed, and what was lent to `old` is lent to `new`.
+
+    Both are ids as the wire knows them.
+    """
+
+    old: str
+    new: str
+
+
+class Rotated(Effect, frozen=True, gc=False):
+    """This node's rotate entry is durable: its files and its connections go over to the new `key`.
+
+    `row` is the HandoverRow (mesh/ids.py) of that turn. `value` is the answer to `call`, sent once the node listens.
+    """
+
+    call: int
+    key: Any
+    row: Any
+    value: Any
+
+
+class KeepMeshKey(Effect, frozen=True, gc=False):
+    """Write the mesh key of this epoch; `older` are those before it, by their numbers."""
+
+    epoch: int
+    key: bytes
+    older: dict[int, bytes]
 
 
 class Drained(Effect, frozen=True, gc=False):

@@ -1,4 +1,4 @@
-"""What an offer that is passed on says: the body of a relayed statement of kind MARKET_TASK_ANNOUNCE."""
+"""What statements say that are passed on for others: the bodies of Relayed of kinds that have no other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from clawnet.wire.messages import Address, Message, Offer, Statement, Word
+from clawnet.wire.messages import Address, Message, Offer, Rotations, Statement, Word
 
 
 class OpenOffer(Message, frozen=True):
@@ -19,3 +19,10 @@ class OpenOffer(Message, frozen=True):
     ring: Word
     addresses: Annotated[list[Address], Meta(max_length=16)]
     certificates: Annotated[list[Statement], Meta(max_length=3)]
+    rotations: Rotations = []
+
+
+class Rotated(Message, frozen=True):
+    """Kind MEMBERSHIP: all rotate entries of the author's account up to the one that gave the author's key up."""
+
+    rotations: Rotations

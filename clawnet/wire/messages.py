@@ -29,6 +29,7 @@ Statement = Annotated[bytes, Meta(max_length=4 * limits.KIB)]
 EntryBytes = Annotated[bytes, Meta(min_length=64, max_length=limits.ENTRY_BYTES_MAX + 64)]
 Entries = Annotated[list[EntryBytes], Meta(max_length=4_096)]
 Words = Annotated[list[Word], Meta(max_length=limits.LIST_ITEMS_MAX)]
+Rotations = Annotated[list[EntryBytes], Meta(max_length=limits.ROTATIONS_MAX)]
 RELAYED_BYTES_MAX: Final = limits.CARD_BYTES_MAX + limits.KIB
 
 
@@ -124,10 +125,7 @@ class PeerInfo(Message, frozen=True):
 
 
 class PeerCard(Message, frozen=True):
-    """What a node can do and where it listens. Of two cards of one peer the higher `serial` (Unix ms) wins.
-
-    `certificates` is the chain from the mesh's founder to its node key, as in Hello.
-    """
+    """What a node can do, where it listens, and what its Hello proves. Of two cards the higher `serial` (ms) wins."""
 
     peer: Address
     serial: U64
@@ -147,6 +145,7 @@ class PeerCard(Message, frozen=True):
     shell_rings: Words
     certificates: Annotated[list[Statement], Meta(max_length=4)] = []
     prompt_rings: Words = []
+    rotations: Rotations = []
 
 
 class Disconnect(Message, frozen=True):
@@ -158,8 +157,8 @@ class Disconnect(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First message on a control stream, from both sides; signed as a whole (wire/session.py).
 
-    `certificates` is the chain from the mesh's founder to this node key; `remote` is whom the sender believes to be
-    the other end.
+    `certificates` is the chain from the mesh's founder to this node's key or one before it, to which its `rotations`
+    (rotate entries) lead; `remote` is whom the sender believes to be the other end.
     """
 
     version: Annotated[list[U32], Meta(min_length=2, max_length=2)]
@@ -171,13 +170,17 @@ class Hello(Message, frozen=True):
     time_ms: U64
     name: Name
     certificates: Annotated[list[Statement], Meta(max_length=4)]
-    rotations: Annotated[list[EntryBytes], Meta(max_length=16)]
+    rotations: Rotations
 
 
 class Ack(Message, frozen=True):
     """The obligation named was durably taken (or had been before)."""
 
     obligation: Bytes16
+
+
+class Succession(PeerInfo, frozen=True):
+    """A node goes on under another key: `statement` is a Relayed by the key given up, its body a Rotated."""
 
 
 class Membership(Message, frozen=True):
@@ -189,6 +192,7 @@ class Membership(Message, frozen=True):
 
     statements: Annotated[list[Statement], Meta(max_length=limits.MEMBERSHIP_MESSAGE_STATEMENTS)]
     digest: Annotated[list[U64], Meta(max_length=limits.MEMBERSHIP_BUCKETS)] = []
+    successions: Annotated[list[Succession], Meta(max_length=limits.SUCCESSIONS_IN_MESSAGE)] = []
 
 
 class Error(Message, frozen=True):

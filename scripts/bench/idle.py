@@ -64,7 +64,7 @@ class Peer:
             entropy=os.urandom,
             transports={kind: TRANSPORTS[kind](self.key, PROTOCOLS, "idle")},
             local_hello=lambda: HelloFacts(mesh, f"idle-{self.key.peer_id[-6:]}", [certificate]),
-            admit=lambda peer, hello: "",
+            admit=lambda peer, hello, wanted: "",
             deliver=self._deliver,
             blobs=NoBlobs(),  # type: ignore[arg-type]
             log=lambda level, event, fields: None,

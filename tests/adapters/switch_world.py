@@ -122,7 +122,7 @@ class SwitchNode:
             addresses_of=lambda peer: self.known.get(peer, []),
         )
 
-    def _admit(self, peer: str, hello: Hello) -> str:
+    def _admit(self, peer: str, hello: Hello, wanted: str) -> str:
         return self.refuse.get(peer, "" if hello.mesh == MESH else "another mesh")
 
     def _deliver(self, stimulus: Stimulus) -> None:

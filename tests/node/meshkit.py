@@ -15,7 +15,7 @@ from typing import Any
 from clawnet.config import Config
 from clawnet.execution import bundle
 from clawnet.identity.certificates import certify_node, certify_owner, read_charter
-from clawnet.identity.keys import KeyPair, verify
+from clawnet.identity.keys import KeyPair, peer_id_of, verify
 from clawnet.identity.membership import LocalMembership, found_mesh
 from clawnet.ledger.book import FOREVER_MS, Book
 from clawnet.ledger.terms import LedgerTerms
@@ -27,24 +27,10 @@ from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Hello, Message
+from tests.node.meshruns import Entropy, Runner, go_over, settle_key
 from tests.node.outcomes import echo, stopped, unreachable
 
 START_MS = 1_800_000_000_000
-
-
-class Entropy:
-    """Bytes from a seed, the same under every PYTHONHASHSEED."""
-
-    def __init__(self, seed: str) -> None:
-        self._seed = seed.encode()
-        self._count = 0
-
-    def __call__(self, count: int) -> bytes:
-        self._count += 1
-        return hashlib.shake_128(self._seed + self._count.to_bytes(8, "big")).digest(count)
-
-
-Runner = Callable[["Member", e.Run], "e.TaskExited | None"]
 
 
 class Member:
@@ -67,6 +53,8 @@ class Member:
         self.replies: dict[int, Any] = {}
         self.notes: dict[int, list[tuple[str, Any]]] = {}
         self.logs: list[e.Log] = []
+        self.mesh_keys: list[e.KeepMeshKey] = []
+        self.drained = 0
         self.runner: Runner = echo
         self.stopper: Callable[[Member, bytes], e.TaskExited | None] = lambda member, job: stopped(job)
         self.runs: list[e.Run] = []
@@ -78,6 +66,7 @@ class Member:
         self.inline_max = 2**19
         self.skew_ms = 0
         self.turns = 0
+        self.next_key: KeyPair | None = None
         self.crash_at = 0
         self.crash_after_commit = False
         self.power_cut = False
@@ -98,26 +87,39 @@ class Member:
     def peer(self) -> str:
         return self.key.peer_id
 
+    @property
+    def account(self) -> bytes:
+        """The first key, which every change of key leaves as it is."""
+        return self.local.account(self.key.public)
+
+    def rotate(self) -> int:
+        """`identity rotate`, as the daemon does it: the next key first, then the node's entry."""
+        self.next_key = KeyPair.generate(self.entropy)
+        return self.call("identity.rotate", key=self.next_key)
+
+    def _do_rotated(self, effect: e.Rotated) -> None:
+        others = self.mesh.linked(self)
+        for other in others:
+            self.mesh.cut(self, other)
+        go_over(self, effect.row)
+        self.feed(e.Listening((f"/ip4/127.0.0.1/tcp/{4000 + len(self.mesh.members)}",)))
+        self.mesh.relink += [(self, other) for other in others]
+        self._do_reply(e.Reply(effect.call, effect.value))
+
+    def _do_succeeded(self, effect: e.Succeeded) -> None:
+        for granted in self.grants.values():
+            granted |= {(effect.new, blob) for peer, blob in granted if peer == effect.old}
+
     def boot(self) -> None:
-        """A start: a new node from what the disk holds."""
-        charter, mesh, proven = self.local.verified(self.key.public)
-        facts = MeshFacts(
-            charter,
-            self.local.charter,
-            mesh,
-            proven.owner,
-            list(self.local.certificates),
-            bytes(32),
-            self.local.inviter,
-            self.local.founded,
-            self.local.imported,
-        )
-        terms = LedgerTerms(issuers=frozenset(charter.issuers), grant_max_ucr=charter.grant_max_ucr)
+        """A start: a new node from what the disk holds; a change of key cut short is finished or taken back."""
+        settle_key(self)
+        facts = MeshFacts.of(self.local, self.key.public, bytes(32))
+        terms = LedgerTerms(issuers=frozenset(facts.charter.issuers), grant_max_ucr=facts.charter.grant_max_ucr)
         self.node = Node(
             self.config,
-            Ports(self.entropy, self.key.sign, lambda peer: 1.0, self.owner),
-            me=self.peer,
-            account=self.key.public,
+            Ports(self.entropy, self.key.sign, lambda peer: 1.0, self.owner, unseal=self.key.unseal),
+            me=peer_id_of(self.account),
+            account=self.account,
             facts=facts,
             terms=terms,
             escrow_seed=hashlib.sha256(self.name.encode()).digest(),
@@ -314,6 +316,12 @@ class Member:
 
     def _do_log(self, effect: e.Log) -> None:
         self.logs.append(effect)
+
+    def _do_drained(self, effect: e.Drained) -> None:
+        self.drained += 1
+
+    def _do_keepmeshkey(self, effect: e.KeepMeshKey) -> None:
+        self.mesh_keys.append(effect)
 
     # --- what tests ask
 

@@ -61,7 +61,7 @@ def paid(mesh: Mesh) -> dict[bytes, int]:
         lines: dict[tuple[int, int], bytes] = {}
         for row in member.store.load_all("entries"):
             entry = parse(row[-1])
-            if entry.account != member.key.public:
+            if entry.account != member.account:
                 continue
             for number, line in enumerate(getattr(entry.body, "lines", ())):
                 lines[(entry.seq, number)] = line.task
@@ -75,7 +75,7 @@ def paid(mesh: Mesh) -> dict[bytes, int]:
 def claims(member: Member) -> int:
     """How many releases the member has claimed."""
     entries = [parse(row[-1]) for row in member.store.load_all("entries")]
-    mine = [entry.body for entry in entries if entry.account == member.key.public and isinstance(entry.body, Claim)]
+    mine = [entry.body for entry in entries if entry.account == member.account and isinstance(entry.body, Claim)]
     return sum(item.key is not None for body in mine for item in body.items)
 
 
@@ -87,7 +87,7 @@ def laws(mesh: Mesh) -> None:
             assert all(attempt.closed for attempt in task.attempts), [a.state for a in task.attempts]
         assert not member.node.rooms.outbox.rows, (member.name, member.node.rooms.outbox.rows)
         assert not list(member.store.load_all("outbox"))
-        assert not member.node.rooms.books.book.open_lines(member.key.public), member.name
+        assert not member.node.rooms.books.book.open_lines(member.account), member.name
         assert not member.node.rooms.jobs.jobs, (member.name, [j.state for j in member.node.rooms.jobs.jobs.values()])
         assert not member.node.rooms.tasks.open
         assert not list(member.store.load_all("blob_grants")), member.name
