@@ -20,7 +20,7 @@ _OPEN_TASKS: Final = f"SELECT task_id FROM old.tasks WHERE {TASK_OPEN_SQL} UNION
 _OPEN_JOBS: Final = f"SELECT job FROM old.jobs WHERE {JOB_OPEN_SQL}"
 
 _KEPT: Final[dict[str, str]] = {
-    "meta": "key = 'checkpoint'",
+    "meta": "key = 'checkpoint' OR key LIKE 'spent:%'",
     **dict.fromkeys(("entries", "segments", "accounts", "balances", "proofs", "peers", "reputation", "durations"), "1"),
     "tasks": f"task_id IN ({_OPEN_TASKS}) OR idempotency_key <> ''",
     "unsettled": "1",
