@@ -186,6 +186,12 @@ class MessageTooOld(RemoteError):
     wire_code = 102
 
 
+class Replayed(MessageTooOld):
+    """A message that was taken before, overtaken, or of another session (code 102)."""
+
+    code = "replayed"
+
+
 class RateLimited(RemoteError):
     """More than the limit allows (code 103)."""
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.errors import LinkError, MessageTooOld, RemoteError, SignatureRefused, WireError
+from clawnet.errors import LinkError, MessageTooOld, RemoteError, Replayed, SignatureRefused, WireError
 from clawnet.net.port import Connection, Stream
-from clawnet.net.ratelimit import Patience, TokenBucket
+from clawnet.net.rates import CLASS_OF, SESSION, Rates, Verdict
 from clawnet.wire.batch import BATCH_OVERHEAD_BYTES, Batch, Frames
 from clawnet.wire.envelope import Envelope, decode_envelope
 from clawnet.wire.messages import Disconnect, Error, Hello, Kind, Message, Ping, Pong
@@ -33,6 +33,13 @@ class LinkState(Enum):
     WELCOMING = "welcoming"
     UP = "up"
     CLOSED = "closed"
+
+
+_REFUSED: Final[dict[type[RemoteError], tuple[str, str]]] = {
+    SignatureRefused: ("batches_forged", "signature.invalid"),
+    Replayed: ("batches_replayed", "message.replayed"),
+    MessageTooOld: ("batches_too_old", "message.too_old"),
+}
 
 
 class LinkInfo(Struct, frozen=True):
@@ -104,9 +111,9 @@ class Link:
         self._pings = 0
         self._probing = 0
         self._offences = 0
-        self._control = TokenBucket(limits.RATE_CONTROL_PER_S, 4 * limits.RATE_CONTROL_PER_S, self._heard_s)
-        self._output = TokenBucket(limits.RATE_OUTPUT_BYTES_PER_S, 4 * limits.RATE_OUTPUT_BYTES_PER_S, self._heard_s)
-        self._patience = Patience()
+        self._rates = Rates(self._heard_s)
+        self._resume: asyncio.TimerHandle | None = None
+        self._frame_since_s: float | None = None
         self._timer: asyncio.TimerHandle = loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self._greeting_late)
 
     def start(self) -> None:
@@ -171,8 +178,10 @@ class Link:
             self._end(self._lost_reason(), "")
             return
         self._heard_s = self._loop.time()
+        taken = False
         try:
             for body in self._frames.feed(data):
+                taken = True
                 if self.state is LinkState.GREETING:
                     self._on_hello(body)
                 elif self.state is not LinkState.CLOSED:
@@ -185,6 +194,13 @@ class Link:
             if self.state is LinkState.UP:
                 self._owner.ban(self.peer, problem.message)
             self.close(problem.message)
+            return
+        if not self._frames.unfinished:
+            self._frame_since_s = None
+        elif self._frame_since_s is None or taken:
+            self._frame_since_s = self._heard_s
+        if self._rates.pause_s:
+            self._back_off()
 
     def _on_hello(self, body: bytes) -> None:
         try:
@@ -192,7 +208,8 @@ class Link:
         except RemoteError as problem:
             self.session = self._handshake.session
             level = "warn" if isinstance(problem, (LinkError, MessageTooOld)) else "security"
-            self._owner.note(level, "hello.refused", peer=self.peer, problem=problem.message)
+            event = "signature.invalid" if isinstance(problem, SignatureRefused) else "hello.refused"
+            self._owner.note(level, event, peer=self.peer, address=self.connection.address, problem=problem.message)
             self._owner.count("hellos_refused")
             self.close(problem.message)
             return
@@ -215,8 +232,9 @@ class Link:
         try:
             batch = self.session.open(body, self._owner.clock())
         except (SignatureRefused, MessageTooOld) as problem:
-            self._owner.count("batches_too_old" if isinstance(problem, MessageTooOld) else "batches_forged")
-            self._owner.note("security", "batch.refused", peer=self.peer, problem=problem.message)
+            counter, event = _REFUSED[type(problem)]
+            self._owner.count(counter)
+            self._owner.note("security", event, peer=self.peer, problem=problem.message)
             self._offend(problem.message)
             return
         self._owner.count("batches_received")
@@ -272,21 +290,33 @@ class Link:
                 self._owner.link_message(self, envelope, message)
 
     def _within_rate(self, envelope: Envelope, size: int) -> bool:
-        now_s = self._heard_s
-        if envelope.kind == Kind.TASK_OUTPUT:
-            within = self._output.take(size, now_s)
-        else:
-            within = self._control.take(1, now_s)
-        if within:
+        verdict = self._rates.take(envelope.kind, size, self._heard_s)
+        if verdict is Verdict.PASS:
             return True
+        name = CLASS_OF.get(envelope.kind, SESSION)
         self._owner.count("messages_over_rate")
-        if self._patience.over(now_s):
-            self._owner.note("security", "rate.exceeded", peer=self.peer, kind=envelope.kind)
+        self._owner.count(f"messages_over_rate_{name}")
+        if verdict is Verdict.TELL:
+            self._owner.note("security", "rate.exceeded", peer=self.peer, of=name, kind=envelope.kind)
             self._answer(Error(103, "slow down: messages over the rate limit are dropped"), envelope.id)
-        elif self._patience.strained(now_s):
-            self._owner.ban(self.peer, "rate limit")
-            self.close("rate limit exceeded for too long")
+        elif verdict is Verdict.BAN:
+            self._owner.ban(self.peer, f"rate limit of {name} messages")
+            self.close(f"rate limit of {name} messages exceeded for too long")
         return False
+
+    def _back_off(self) -> None:
+        """The stream is not read for a while: the sender's own queue fills, and what it sends is late, not lost."""
+        pause_s, self._rates.pause_s = self._rates.pause_s, 0.0
+        self._owner.count("links_held_back")
+        self._stream.pause_reading()
+        self._resume = self._loop.call_later(pause_s, self._go_on)
+
+    def _go_on(self) -> None:
+        self._resume = None
+        self._heard_s = self._loop.time()
+        if self._frame_since_s is not None:
+            self._frame_since_s = self._heard_s
+        self._stream.resume_reading()
 
     def _on_pong(self, pong: Pong) -> None:
         if self._ping is None or pong.nonce != self._ping[0]:
@@ -337,6 +367,11 @@ class Link:
             self._owner.count("links_timed_out")
             self._end(f"no sign of life for {silent_s:.0f} s", "ping timeout", reset=True)
             return
+        if self._frame_since_s is not None and now_s - self._frame_since_s > limits.FRAME_TIMEOUT_S:
+            self._owner.count("links_dripping")
+            self._owner.note("security", "link.dripping", peer=self.peer, address=self.connection.address)
+            self._end(f"a batch was not whole after {limits.FRAME_TIMEOUT_S:g} s", "too slow", reset=True)
+            return
         self._timer = self._loop.call_later(self._owner.ping_interval_s, self._tick)
         self._send_ping()
 
@@ -362,6 +397,8 @@ class Link:
         self.state = LinkState.CLOSED
         self.reason = reason
         self._timer.cancel()
+        if self._resume is not None:
+            self._resume.cancel()
         self._stream.set_data_handler(_drop)
         if reset:
             self._stream.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from clawnet import limits
 
 
@@ -26,9 +28,21 @@ class TokenBucket:
         self._tokens -= units
         return True
 
+    def left(self, now_s: float) -> float:
+        """How much may pass now."""
+        return min(self._depth, self._tokens + max(0.0, now_s - self._then_s) * self._rate)
+
+    def owe(self, units: float, now_s: float) -> float:
+        """Lets that much pass in any case; after how many seconds it would have been within the rate, 0 if it is."""
+        if now_s > self._then_s:
+            self._tokens = min(self._depth, self._tokens + (now_s - self._then_s) * self._rate)
+            self._then_s = now_s
+        self._tokens -= units
+        return max(0.0, -self._tokens / self._rate)
+
 
 class Patience:
-    """How long one peer has been over its limit without a break; `strained` says when it has lasted too long."""
+    """How long one peer has been over its limit without a break."""
 
     __slots__ = ("_last_s", "_since_s")
 
@@ -44,9 +58,9 @@ class Patience:
         self._last_s = now_s
         return fresh
 
-    def strained(self, now_s: float) -> bool:
-        """Whether the present spell has lasted longer than anyone is given."""
-        return self._since_s is not None and now_s - self._since_s > limits.RATE_SPELL_S
+    def lasted_s(self, now_s: float) -> float:
+        """How long the present spell is going on; 0 when there is none."""
+        return now_s - self._since_s if self._since_s is not None else 0.0
 
 
 class Bans:
@@ -75,6 +89,17 @@ class Bans:
         self._bans.pop(peer, None)
 
 
+def place_of(host: str) -> str:
+    """What counts as one address in a limit: an IPv4 address, or the /64 network of an IPv6 one."""
+    if ":" not in host:
+        return host
+    try:
+        address = ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
 class Arrivals:
     """Counts arrivals by address over the last minute; nobody gets more than `per_minute`, and the table is bounded."""
 
@@ -92,6 +117,11 @@ class Arrivals:
             bucket = (TokenBucket(self._per_minute / 60, self._per_minute, now_s), now_s)
         self._buckets[address] = (bucket[0], now_s)
         return bucket[0].take(1, now_s)
+
+    def spent(self, address: str, now_s: float) -> bool:
+        """Whether one more from there would not be let in; takes nothing."""
+        bucket = self._buckets.get(address)
+        return bucket is not None and bucket[0].left(now_s) < 1
 
     def _forget(self, now_s: float) -> None:
         while self._buckets:

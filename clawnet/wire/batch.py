@@ -150,6 +150,11 @@ class Frames:
             start += 4 + length
         pending += data[start:]
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a frame has begun that is not whole yet."""
+        return bool(self._pending)
+
     def _complete(self, pending: bytearray) -> bool:
         return len(pending) >= 4 and len(pending) - 4 >= self._length(pending, 0)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from clawnet import limits
-from clawnet.errors import InternalError, LinkError, MessageTooOld, SignatureRefused, WireError
+from clawnet.errors import InternalError, LinkError, MessageTooOld, Replayed, SignatureRefused, WireError
 from clawnet.wire.batch import (
     BATCH_OVERHEAD_BYTES,
     ENVELOPE_OVERHEAD_BYTES,
@@ -215,7 +215,8 @@ class Session:
     def open(self, body: bytes, now_ms: int) -> Batch:
         """The batch in a frame, proven to be the peer's, new, and of now. Payloads are still undecoded.
 
-        WireError, SignatureRefused (not the peer's, or out of its place) or MessageTooOld otherwise, each counted.
+        WireError, SignatureRefused (not the peer's), Replayed (out of its place) or MessageTooOld otherwise, each
+        counted.
         """
         try:
             batch = decode_batch(body)
@@ -224,7 +225,7 @@ class Session:
             raise
         if batch.session != self.id or batch.seq <= self._seq_in:
             self.refused.sequence += 1
-            raise SignatureRefused(f"batch {batch.seq} of {self.remote} is out of sequence or of another session")
+            raise Replayed(f"batch {batch.seq} of {self.remote} is out of sequence or of another session")
         if not self._verify(
             signed_bytes(batch.session, batch.seq, batch.time_ms, hashes_of(batch.envelopes)), batch.signature
         ):

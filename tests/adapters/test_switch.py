@@ -365,7 +365,8 @@ def test_forged_replayed_and_old_batches_are_dropped_counted_and_at_last_punishe
         await rogue.say(Ack(b"a" * 16))
         await victim.find(MessageIn, message=Ack(b"a" * 16))
         assert victim.messages(rogue.key.peer_id) == [PULL, Ack(bytes(16)), Ack(b"a" * 16)]
-        assert (counters["batches_forged"], counters["batches_too_old"]) == (2, 1)
+        assert (counters["batches_replayed"], counters["batches_too_old"]) == (2, 1)
+        assert [fields["peer"] for fields in victim.events("message.replayed")] == 2 * [rogue.key.peer_id]
         for _ in range(limits.OFFENCES_MAX):
             await rogue.stream.write(sealed)
         assert "too many refused" in (await victim.find(PeerDown, peer=rogue.key.peer_id)).reason
@@ -401,8 +402,11 @@ def test_a_wrong_clock_or_mesh_is_refused_with_the_reason(off_ms: int, mesh: byt
 
 
 def test_over_the_rate_messages_are_dropped_then_the_peer_is_banned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "RATE_CONTROL_PER_S", 5)
+    monkeypatch.setattr(limits, "RATE_LEDGER_PER_S", 5)
     monkeypatch.setattr(limits, "RATE_SPELL_S", 0.05)
+    monkeypatch.setattr(limits, "RATE_DROP_S", 0.01)
+    monkeypatch.setattr(limits, "RATE_PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(limits, "RATE_PAUSE_MAX_S", 0.02)
 
     async def body(rogue: Rogue, victim: SwitchNode) -> None:
         await rogue.welcome()

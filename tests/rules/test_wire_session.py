@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawnet import limits
-from clawnet.errors import LinkError, MessageTooOld, SignatureRefused, WireError
+from clawnet.errors import LinkError, MessageTooOld, Replayed, SignatureRefused, WireError
 from clawnet.identity.keys import KeyPair, public_of, verify
 from clawnet.wire.batch import Batch, Frames, decode_batch, frame, verify_evidence
 from clawnet.wire.codec import encode
@@ -136,7 +136,7 @@ def test_a_batch_is_valid_once_and_in_order() -> None:
     first, second = (body(alice.seal([(Ping(n, 0), None, None)], NOW_MS)) for n in range(2))
     bob.open(second, NOW_MS)
     for replayed in (second, first):
-        with pytest.raises(SignatureRefused, match="out of sequence"):
+        with pytest.raises(Replayed, match="out of sequence"):
             bob.open(replayed, NOW_MS)
     assert bob.refused.sequence == 2
 
@@ -147,7 +147,7 @@ def test_a_batch_of_another_session_or_sent_back_to_its_author_is_refused() -> N
     later = handshake(BOB, ALICE, nonce=bytes(32))
     later.receive(body(handshake(ALICE, BOB).frame), NOW_MS)
     assert later.session is not None
-    with pytest.raises(SignatureRefused):
+    with pytest.raises(Replayed):
         later.session.open(sealed, NOW_MS)
     with pytest.raises(SignatureRefused):
         alice.open(sealed, NOW_MS)
@@ -160,7 +160,7 @@ def test_a_batch_with_any_byte_changed_is_refused_and_leaves_no_trace(data: st.D
     sealed = bytearray(body(alice.seal([(Disconnect("bye"), None, None), (Ping(1, 2), None, None)], NOW_MS)))
     at = data.draw(st.integers(0, len(sealed) - 1))
     sealed[at] ^= data.draw(st.integers(1, 255))
-    with pytest.raises((SignatureRefused, WireError)):
+    with pytest.raises((SignatureRefused, Replayed, WireError)):
         bob.open(bytes(sealed), NOW_MS)
     refused = bob.refused
     assert refused.format + refused.signature + refused.sequence == 1
