@@ -29,6 +29,8 @@ from clawnet.answers_market import (
     TaskList,
     Why,
 )
+from clawnet.answers_mesh import *  # noqa: F403
+from clawnet.answers_mesh import MESH_ANSWERS
 
 Level = Literal["ok", "warn", "error"]
 
@@ -69,7 +71,7 @@ class BatchLine(Answer):
 
 
 class Peer(Answer):
-    """A peer this node knows. `state` is connected, connecting, known or banned."""
+    """A peer this node knows. `state` is connected, connecting, known, banned or removed."""
 
     peer_id: str
     name: str
@@ -145,6 +147,7 @@ class Invite(Answer):
     uses: int
     credits: str
     mesh: str
+    ephemeral: bool = False
 
 
 class Joined(Answer):
@@ -390,13 +393,6 @@ class DaemonStatus(Answer):
     warnings: list[str] = field(default_factory=list)
 
 
-class Stopped(Answer):
-    """The daemon goes: `pid` is watched by the command until it is gone."""
-
-    pid: int
-    draining: bool
-
-
 class Reloaded(Answer):
     """Keys that changed at once, and those that wait for a restart."""
 
@@ -439,9 +435,9 @@ class Hello(Answer):
 
 ANSWERS: Final[dict[str, Any]] = {
     **LOCAL_ANSWERS,
+    **MESH_ANSWERS,
     "daemon start": DaemonStatus,
     "daemon status": DaemonStatus,
-    "daemon stop": Stopped,
     "daemon restart": DaemonStatus,
     "demo": Demo,
     "doctor": DoctorReport,

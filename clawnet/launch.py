@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -64,22 +65,63 @@ def start(
     or TimedOutError after DAEMON_START_TIMEOUT_S.
     """
     fresh = not (home.node_key.exists() and home.mesh_file.exists())
+    token = environ.get("CLAWNET_JOIN", "") if create_home else ""
     if fresh and not create_home:
         raise ConfigError(f"{home.dir} is no clawnet home yet", hint="`clawnet init` makes one")
     for directory in (home.dir, home.run_dir):
         paths.make_private_dir(directory)
     deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
     with _open_lock(home.autostart_lock) as lock:
+        joins = bool(token) and (fresh or _to_join(home).exists())
         while not _try_lock(lock):
-            if _answers(home):
+            if _answers(home) and not joins:
                 return False
             _pause(deadline, home)
         if _answers(home):
             return False
         if fresh and not home.mesh_file.exists():
             say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
+            if token:
+                paths.write_private(_to_join(home), b"")
         _wait(home, spawn(home, environ, program), deadline)
+        if token and _to_join(home).exists():
+            _join_or_stop(home, token)
     return True
+
+
+def _to_join(home: Home) -> Path:
+    """A mark in a home that was made with CLAWNET_JOIN: until it has joined, every start tries to."""
+    return home.run_dir / "to-join"
+
+
+def mark_to_join(home: Home) -> None:
+    """This home, which is about to be made, is to join a mesh before it is of use."""
+    paths.make_private_dir(home.run_dir)
+    paths.write_private(_to_join(home), b"")
+
+
+def join(home: Home, token: str) -> str:
+    """Lets the daemon of a home that was marked redeem an invite; the mesh's id, "" for a home without the mark.
+
+    Raises what peer.join answers; the mark stays then.
+    """
+    if not _to_join(home).exists():
+        return ""
+    with api.Client(home, autostart=False) as client:
+        found = client.call("peer.join", {"token": token.strip(), "leave": False}, timeout_s=limits.JOIN_WAIT_S)
+    _to_join(home).unlink(missing_ok=True)
+    return str(found["mesh"])
+
+
+def _join_or_stop(home: Home, token: str) -> None:
+    """A node that was made to join does not go on in a mesh of its own when it cannot."""
+    try:
+        join(home, token)
+    except ClawnetError as error:
+        with contextlib.suppress(ClawnetError), api.Client(home, autostart=False) as client:
+            client.call("daemon.stop")
+        error.message = f"joining by CLAWNET_JOIN failed, and the daemon was stopped: {error.message}"
+        raise
 
 
 _program = program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from .render import clean, json_line, pairs, seconds, short, write
 POLL_S = 0.05
 FOLLOW_S = 0.2
 STOP_TIMEOUT_S = 90.0
+LEAVE_TIMEOUT_S = 120.0
+LOST = (("bound", "bound in open escrow lines"), ("kept", "that could not be sent"))
 TAIL_LINES = 20
 
 app = group("The node as a process: run, start, stop, restart, status, logs.", invoke_without_command=True)
@@ -47,7 +50,10 @@ def serve(invocation: Invocation) -> int:
     from clawnet import daemon as node
     from clawnet.home import initialise, is_ready
 
+    token = os.environ.pop("CLAWNET_JOIN", "")
     if not is_ready(invocation.home):
+        if token:
+            launch.mark_to_join(invocation.home)
         invocation.warn(f"making a new home in {invocation.home.dir} with defaults (`clawnet config show`)")
         now_ms = time.time_ns() // 1_000_000
         initialise(invocation.home, os.environ, invocation.flags, entropy=os.urandom, now_ms=now_ms)
@@ -55,11 +61,26 @@ def serve(invocation: Invocation) -> int:
 
     def ready(addresses: list[str]) -> None:
         invocation.say(f"the node is ready; it listens at {', '.join(addresses) or 'no address'}")
+        if token:
+            threading.Thread(target=joins, daemon=True).start()
+
+    def joins() -> None:
+        try:
+            if mesh := launch.join(invocation.home, token):
+                invocation.say(f"joined the mesh {mesh}")
+        except ClawnetError as error:
+            refused.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    refused: list[ClawnetError] = []
 
     deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
     while True:
         try:
-            return node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
+            code = node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
+            if refused:
+                break
+            return code
         except ClawnetError as error:
             # Of two that start at once one has the home; when that one answers, this is no failure.
             holder = str(error.details.get("pid") or "")
@@ -69,6 +90,7 @@ def serve(invocation: Invocation) -> int:
             if not holder or time.monotonic() > deadline:
                 raise
             time.sleep(POLL_S)  # it was ended before it answered, and the home is free again
+    raise refused[0]
 
 
 def _comes_up(invocation: Invocation, *, holder: int) -> bool:
@@ -127,13 +149,32 @@ def start(context: typer.Context) -> None:
 
 
 @app.command(cls=NodeCommand)
-def stop(context: typer.Context) -> None:
+def stop(
+    context: typer.Context,
+    leave: Annotated[
+        bool,
+        typer.Option("--leave", help="A throw-away member: return what is left to the inviter, and leave the mesh."),
+    ] = False,
+) -> None:
     """Let the node finish or hand back what runs, and end it; returns when it is gone."""
     invocation = here(context)
+    left = _leave(invocation) if leave else None
     pid = _stop(invocation)
     if invocation.json:
-        write(json_line({"pid": pid, "draining": False}))
-    invocation.say("stopped" if pid else "no daemon runs")
+        write(json_line({"pid": pid, "draining": False, "left": left}))
+    invocation.say("stopped" if pid or left else "no daemon runs")
+
+
+def _leave(invocation: Invocation) -> dict[str, Any]:
+    """The node gives back what it can, tells the mesh that it leaves, and then ends by itself."""
+    with invocation.client(autostart=False) as client:
+        found: dict[str, Any] = client.call("node.leave", timeout_s=invocation.timeout_s or LEAVE_TIMEOUT_S)
+    accepted = "" if found["accepted"] or found["returned"] == "0" else ", which has not acknowledged it"
+    invocation.say(f"returned {found['returned']} credits to {found['inviter']['name']}{accepted}")
+    lost = [f"{found[word]} {what}" for word, what in LOST if found[word] != "0"]
+    if lost:
+        invocation.warn(f"lost to the mesh with this home: {', '.join(lost)} (credits)")
+    return found
 
 
 @app.command(cls=NodeCommand)

@@ -103,6 +103,32 @@ def unban(context: typer.Context, peer: o.PEER_ARGUMENT) -> None:
     _change(context, "peer.unban", {"peer": peer})
 
 
+@app.command(cls=NodeCommand)
+def remove(
+    context: typer.Context,
+    peer: o.PEER_ARGUMENT,
+    machine: Annotated[
+        bool, typer.Option("--machine", help="This machine alone; its owner and the owner's other machines stay.")
+    ] = False,
+) -> None:
+    """End a membership for good, in the whole mesh: an owner with all its machines. The founder's alone."""
+    invocation = here(context)
+    found = invocation.call("peer.remove", {"peer": peer, "machine": machine})
+    invocation.say("its key never comes back; whoever is to return joins from a new home")
+    show(
+        invocation,
+        found,
+        bare=(found["peer"]["peer_id"], found["removed"]),
+        lines=[
+            ("removed", who(found["peer"])),
+            ("with it", ", ".join(who(one) for one in found["machines"] if one != found["peer"])),
+            ("stay", ", ".join(who(one) for one in found["kept"])),
+            ("mesh key", f"number {found['key_epoch']}, sealed to those who remain"),
+            ("told", f"{found['told']} connected peers; the others as they meet one"),
+        ],
+    )
+
+
 def _change(context: typer.Context, method: str, params: dict[str, Any]) -> None:
     invocation = here(context)
     found = invocation.call(method, params)
@@ -151,6 +177,10 @@ def invite(
     ring: Annotated[str, typer.Option("--ring", metavar="own|member", help="What the newcomer becomes.")] = "member",
     expires: Annotated[str, typer.Option("--expires", metavar="DURATION", help="How long it can be used.")] = "1h",
     uses: Annotated[int, typer.Option("--uses", metavar="N", min=1, max=1000, help="How often.")] = 1,
+    ephemeral: Annotated[
+        bool,
+        typer.Option("--ephemeral", help="Each join makes a throw-away member: for CI jobs, with credits of yours."),
+    ] = False,
     credits: Annotated[  # noqa: A002 - typer names the option after it
         str | None, typer.Option("--credits", metavar="CREDITS", help="What each newcomer is given.")
     ] = None,
@@ -165,11 +195,14 @@ def invite(
         "ring": ring,
         "expires_s": units.parse_duration_ms(expires, what="--expires") / 1000,
         "uses": uses,
+        "ephemeral": ephemeral,
     }
     if credits is not None:
         params["credits"] = money.format_credits(money.parse_credits(credits, what="--credits"))
     found = invocation.call("peer.invite", params)
     grants = "full control of this owner's machines" if ring == "own" else "membership"
+    if ephemeral:
+        grants = "throw-away membership"
     invocation.say(
         f"grants {grants} ({found['uses']} use{'s' if found['uses'] != 1 else ''}, {found['credits']} credits, "
         f"until {found['expires_at']}); this node must be online when it is used"
@@ -191,6 +224,7 @@ def join(
     """Join the mesh of whoever made the token."""
     invocation = here(context)
     text = _token(token)
+    os.environ.pop("CLAWNET_JOIN", None)  # the daemon that this may start is told below, with --leave or without
     with invocation.client(create_home=True) as client:
         timeout_s = invocation.timeout_s or JOIN_TIMEOUT_S
         found = client.call("peer.join", {"token": text, "leave": leave}, timeout_s=timeout_s)
