@@ -241,7 +241,7 @@ class Awards:
         if attempt.state in ("awarded", "locked"):
             self.accept(event, Accept(message.task_id, message.attempt))
         self._rooms.leases.heard(task, attempt)
-        if attempt.paying and attempt.state in RUNNING:
+        if attempt.paying and attempt.state in RUNNING and task.state not in FINAL_STATES:
             self._rooms.tasks.followers.progress(task, message)
 
     def output(self, event: MessageIn, message: Output) -> None:

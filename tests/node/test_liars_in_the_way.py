@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from clawnet import limits
+from clawnet.ledger.entries import Send
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Head, LedgerPush, PeerInfo
 from tests.node.meshkit import Member, Mesh
+from tests.node.test_market_hostile import forged, head
 from tests.node.trades import CREDIT, compute, only, pair, shell, tasks, three
 
 
@@ -106,3 +108,34 @@ def test_a_note_for_less_that_gives_the_rest_not_back_is_not_taken() -> None:
         (spent,) = alice.node.rooms.spending._spent.values()
         assert spent.open_ucr == 0, (withheld, spent)
         mesh.check()
+
+
+def test_news_of_a_task_that_is_over_leaves_nothing_behind() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    bob.runner = lambda member, run: None
+    bob.stopper = lambda member, job: None
+    for _ in range(3):
+        call = shell(alice, "long", deadline_s=600)
+        mesh.run(1)
+        alice.call("task.cancel", task=alice.replies[call]["task_id"])
+        mesh.run(31)
+    assert not alice.node.rooms.tasks.followers._previews
+
+
+def test_a_payment_of_a_forker_does_not_hold_up_the_claims_on_others() -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    seq, prev = head(bob, carol)
+    one, two = (forged(carol, seq + 1, prev, Send(bob.key.public, amount, bytes(32))) for amount in (1, 2))
+    three_ = forged(carol, seq + 2, one.hash, Send(bob.key.public, 3, bytes(32)))
+    before = bob.node.rooms.books.available()
+    alice.call("wallet.send", peer="bob", amount="5")
+    alice.turn()
+    for entry in (one, two, three_):
+        kind, payload = encode_payload(LedgerPush(carol.key.public, [entry.raw]))
+        bob.feed(e.MessageIn(carol.peer, bytes(16), decode_payload(int(kind), payload), None, bytes(16)))
+    mesh.run(5)
+    assert bob.node.rooms.books.book.proof(carol.key.public)
+    assert bob.node.rooms.books.available() >= before + 5 * CREDIT
+    assert not [log for log in bob.logs if log.event == "ledger.entry_refused"]
