@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from clawnet import limits
-from clawnet.errors import NoBidError, TimedOutError
+from clawnet.errors import FundsError, NoBidError, TimedOutError
 from clawnet.market import taskspec
 from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record, weights_from
 from clawnet.market.capability import AI
 from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.market.waiting import Waiting
+from clawnet.money import format_credits
 from clawnet.node.context import Context
 from clawnet.wire.messages import Bid, Decline
 
@@ -53,6 +54,7 @@ class Auctions:
         self._held_until_ms = 0
         self._away: dict[str, int] = {}
         self._parked: dict[bytes, None] = {}
+        self._short: dict[bytes, FundsError] = {}
         self._minute = 0
         self._bids_in: dict[bytes, dict[str, int]] = {}
         self.reloaded()
@@ -119,6 +121,7 @@ class Auctions:
         """The task is final: its auction, if any, is over."""
         self._bids_in.pop(task.task_id, None)
         self._parked.pop(task.task_id, None)
+        self._short.pop(task.task_id, None)
         self.waiting.forget(task.task_id)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
@@ -168,13 +171,26 @@ class Auctions:
         bound = sum(a.released_ucr or a.price_ucr for a in task.attempts if a.paying or a.released_seq >= 0)
         return max(0, task.max_budget_ucr - bound)
 
+    def _affordable(self, task: Task, budget_ucr: int) -> int:
+        """What of a budget members may be offered; what keeps it below that is remembered, to be told at the end."""
+        available_ucr = max(0, self._rooms.books.available())
+        offered_ucr = self._rooms.spending.capped(task, min(budget_ucr, available_ucr))
+        self._short.pop(task.task_id, None)
+        if offered_ucr < budget_ucr:
+            short = self._rooms.spending.blocked(task, budget_ucr) if offered_ucr < available_ucr else None
+            self._short[task.task_id] = short or FundsError(
+                f"{format_credits(available_ucr)} credits are available, and nobody does it for that",
+                hint="clawnet wallet escrows shows what is bound, and until when",
+            )
+        return offered_ucr
+
     def _announce(self, task: Task, ring: str, candidates: list[str], gossip_ms: int = 0) -> None:
         ctx = self._ctx
         task.round += 1
         close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
         budget = self.budget_left(task)
         if ring == "member":
-            budget = self._rooms.spending.capped(task, min(budget, max(0, self._rooms.books.available())))
+            budget = self._affordable(task, budget)
         auction = Auction(
             task.task_id,
             task.round,
@@ -387,9 +403,9 @@ class Auctions:
             )
             self._rooms.tasks.finish(task, "timed_out", error)
             return
-        blocked = self._rooms.spending.blocked(task, max(1, self.budget_left(task)))
-        if blocked is not None and {SPEND, "price"} & set(refusals):
-            self._rooms.tasks.finish(task, "failed", blocked)
+        short = self._short.get(task.task_id) or self._rooms.spending.blocked(task, max(1, self.budget_left(task)))
+        if short is not None and {SPEND, "price"} & set(refusals):
+            self._rooms.tasks.finish(task, "failed", short)
             return
         reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))
         asked = f"nobody can take it ({reasons})" if reasons else "nobody allowed to see it can do it"

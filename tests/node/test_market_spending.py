@@ -10,7 +10,7 @@ import pytest
 from clawnet.config import Config
 from clawnet.ledger.entries import Lock, Refund, Release, Send, parse
 from clawnet.market.spending import DAY_MS
-from clawnet.money import parse_credits
+from clawnet.money import format_credits, parse_credits
 from clawnet.wire.events import RpcCall
 from tests.node.meshkit import Member, Mesh, stopped
 from tests.node.trades import CREDIT, SELFLESS, compute, laws, pair, tasks, three
@@ -290,6 +290,32 @@ def test_a_dearer_bid_than_the_rest_of_the_day_leaves_the_cheaper_one(mesh: Mesh
     cheap.runs.clear()
     reconfigure(alice, **{DAY: in_credits(2 * price)})
     assert outcome(mesh, alice) == "settled" and len(cheap.runs) == 1
+
+
+def test_who_could_offer_too_little_hears_of_the_limit_though_it_is_free_again(mesh: Mesh) -> None:
+    alice, _ = pair(mesh)
+    price = price_of_one(mesh, alice)
+    reconfigure(alice, **{OPEN: in_credits(price // 2)})
+    call = submit(alice, deadline_s=60)
+    while alice.turn():
+        pass
+    assert alice.node.rooms.auctions.live, "bob is asked and has not answered"
+    reconfigure(alice, **{OPEN: "none"})
+    mesh.run(2)
+    error = alice.task(call)["error"]
+    assert error["exit_code"] == 79 and OPEN in error["message"], error
+
+
+def test_a_balance_below_every_price_is_no_matter_of_the_budget(mesh: Mesh) -> None:
+    alice, bob = pair(mesh)
+    price = price_of_one(mesh, alice)
+    too_much = alice.node.rooms.books.available() - price // 2
+    as_user(alice, "", "wallet.send", peer=bob.peer, amount=in_credits(too_much))
+    mesh.run(1)
+    call = submit(alice)
+    mesh.run(2)
+    error = alice.task(call)["error"]
+    assert error["exit_code"] == 79 and f"{format_credits(price // 2)} credits are available" in error["message"], error
 
 
 def test_a_moved_slot_is_judged_anew(mesh: Mesh) -> None:
