@@ -1,31 +1,32 @@
-"""The collector of cycles, which would walk over the whole mesh again and again: it looks at what is new, and seldom."""
+"""Cycles of dead objects, for which the whole mesh would be searched again and again: seldom, and memory is bounded."""
 
 from __future__ import annotations
 
 import gc
 from types import TracebackType
 
-NEW_MAX = 2_000_000
-"""So many new containers may live before they are searched for dead cycles."""
+NEW_MIN = 1_000_000
+"""So many containers more than there were, or twice as many if that is more: then dead cycles are looked for."""
 
 
 class SeldomCollected:
-    """While a mesh runs nothing is collected but by `tidy`; what survives that is not looked at again before the end."""
+    """While a mesh runs nothing is collected but by `tidy`."""
+
+    def __init__(self) -> None:
+        self._most = NEW_MIN
 
     def __enter__(self) -> SeldomCollected:
         gc.collect()
-        gc.freeze()
         gc.disable()
         return self
 
     def tidy(self) -> None:
         """Between two stretches of simulated time."""
-        if gc.get_count()[0] > NEW_MAX:
+        if gc.get_count()[0] > self._most:
             gc.collect()
-            gc.freeze()
+            self._most = max(NEW_MIN, len(gc.get_objects()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        gc.unfreeze()
         gc.enable()
