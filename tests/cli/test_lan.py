@@ -73,8 +73,12 @@ def test_another_mesh_is_seen_nearby_and_left_alone(lan: Lan) -> None:
 
 
 def test_who_leaves_is_noticed(lan: Lan) -> None:
-    """With a goodbye at once; killed, when the broken link makes its neighbour ask and nobody answers."""
-    alice, bob, carol = (lan.host(name).start() for name in ("alice", "bob", "carol"))
+    """With a goodbye at once; killed, when the broken link makes its neighbour ask and nobody answers.
+
+    TCP tells at once that a process is gone; over QUIC its silence does, after two pings.
+    """
+    tcp = {"CLAWNET_NETWORK_ENABLE_QUIC": "false"}
+    alice, bob, carol = (lan.host(name, **tcp).start() for name in ("alice", "bob", "carol"))
     for node in (bob, carol):
         join(alice, node)
         alice.until("sees it", lambda node=node: nearby(alice).get(node.peer_id, {}).get("same_mesh"))
