@@ -409,17 +409,5 @@ class Link:
         self._owner.link_down(self, reason)
 
 
-class Visit:
-    """One connection and what goes over it; without a link, or blobs of a peer linked elsewhere, it ends soon."""
-
-    __slots__ = ("blobs", "connection", "link", "timer")
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.link: Link | None = None
-        self.blobs = 0
-        self.timer: asyncio.TimerHandle | None = None
-
-
 def _drop(data: bytes) -> None:
     """What comes after the end is nobody's."""

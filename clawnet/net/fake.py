@@ -11,6 +11,7 @@ from clawnet.errors import LinkError
 from clawnet.identity.keys import public_of
 from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net import identify, ping
+from clawnet.net.doors import Doors
 from clawnet.net.port import Bytes, ConnectionHandler, StreamHandler, expected_peer
 from clawnet.net.streams import BufferedStream, StreamDesk
 
@@ -86,6 +87,7 @@ class FakeTransport:
 
     def __init__(self, network: FakeNetwork, peer: str, protocols: Sequence[str], agent: str) -> None:
         self.network = network
+        self.doors = Doors()
         self.peer = peer
         self.protocols = tuple(protocols)
         self.identify = identify.answerer(public_of(peer), (*protocols, ping.PROTOCOL, identify.PROTOCOL), agent)
@@ -135,6 +137,7 @@ class FakeConnection:
     """One end of a connection; `far` is the other."""
 
     transport = "fake"
+    offence = ""
     far: FakeConnection
 
     def __init__(self, owner: FakeTransport, peer: str, address: str, *, inbound: bool) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Awaitable, Callable
 
 from clawnet import limits
 from clawnet.errors import DataError, LinkError, WireError
 from clawnet.identity import multiaddr
+from clawnet.net import ratelimit
 from clawnet.net.port import Connection, Stream
 from clawnet.net.ratelimit import Arrivals
 from clawnet.wire.batch import frame
@@ -17,6 +17,10 @@ from clawnet.wire.events import JoinAnswered, JoinAsked, Stimulus
 from clawnet.wire.messages import JoinAnswer, JoinAsk
 
 JOIN_PROTOCOL = "/clawnet/join/1.0.0"
+_ANOTHER = (
+    "another key answers there than the token names: the inviter has changed its key since, so ask for a new token, or "
+    "another machine has that address now"
+)
 
 Connecting = Awaitable[Connection]
 
@@ -65,7 +69,7 @@ class JoinDesk:
         except TimeoutError:
             error = f"the inviter gave no answer within {limits.JOIN_TIMEOUT_S:g} s"
         except (LinkError, WireError) as problem:
-            error = problem.message
+            error = _ANOTHER if problem.details.get("found") else problem.message
         self._deliver(JoinAnswered(call, answer, error, inviter))
 
     async def _answer(self, stream: Stream) -> JoinAnswer:
@@ -107,9 +111,6 @@ async def read_frame(stream: Stream, bytes_max: int) -> bytes:
 def place_of(address: str) -> str:
     """What counts as one address in a rate limit: an IPv4 address, or the /64 network of an IPv6 one."""
     try:
-        host = multiaddr.parse(address).host
-        if ":" in host:
-            return str(ipaddress.ip_network(f"{host}/64", strict=False))
-        return host
-    except (DataError, ValueError):
+        return ratelimit.place_of(multiaddr.parse(address).host)
+    except DataError:
         return address

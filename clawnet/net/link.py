@@ -54,6 +54,7 @@ class Link(asyncio.BufferedProtocol):
         loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[str] = loop.create_future()
         self.ready = False
+        self.offence = ""
         self._loop = loop
         self._plan = plan
         self._upgrade: Upgrade | None = Upgrade(plan.identity, initiator=not inbound, expected=expected)
@@ -122,7 +123,7 @@ class Link(asyncio.BufferedProtocol):
         if not self._plan.may_start(self):
             self.abort("too many handshakes at once")
             return
-        self._timer = self._loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self.abort, "the handshake took too long")
+        self._timer = self._loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self._too_slow)
         assert self._upgrade is not None
         first = self._upgrade.start()
         if first:
@@ -147,6 +148,7 @@ class Link(asyncio.BufferedProtocol):
             if self._channel is not None:
                 self._on_frames(self._channel)
         except WireError as error:
+            self.offence = error.message
             self._end(f"the peer broke the protocol: {error.message}", yamux.PROTOCOL_ERROR)
         finally:
             self._receiving = False
@@ -187,6 +189,10 @@ class Link(asyncio.BufferedProtocol):
         self._finish(reason)
         if self._socket is not None:
             self._socket.abort()
+
+    def _too_slow(self) -> None:
+        self.offence = "the handshake took too long"
+        self.abort(self.offence)
 
     # --- receiving
 
@@ -295,7 +301,8 @@ class Link(asyncio.BufferedProtocol):
             # Streams stop by themselves; what still grows are answers to a peer that asks and never reads.
             waiting = self._socket.get_write_buffer_size()
             if waiting > limits.SOCKET_BUFFER_BYTES + limits.UNREAD_ANSWER_BYTES_MAX:
-                self.abort("the peer reads no answers")
+                self.offence = "the peer reads no answers"
+                self.abort(self.offence)
 
     # --- life and end
 
@@ -307,6 +314,7 @@ class Link(asyncio.BufferedProtocol):
         self._asked = not self._heard
         self._heard = False
         if self._session is not None:
+            self._session.refused = 0
             self._session.ping()
         self._timer = self._loop.call_later(limits.KEEPALIVE_S, self._keep_alive)
 

@@ -17,6 +17,7 @@ from clawnet.errors import LinkError
 
 if TYPE_CHECKING:
     from clawnet.identity.multiaddr import Multiaddr
+from clawnet.net.doors import Doors
 
 Bytes = bytes | bytearray | memoryview
 DataHandler = Callable[[bytes], None]
@@ -123,6 +124,10 @@ class Connection(Protocol):
         """Resolves, never fails, with the reason once nothing more can be sent or received."""
 
     @property
+    def offence(self) -> str:
+        """What the peer did against the protocol, for which this side ended the connection, or the handshake."""
+
+    @property
     def rtt_s(self) -> float:
         """The transport's own smoothed round trip; 0.0 while unknown."""
 
@@ -157,6 +162,8 @@ class Listener(Protocol):
 
 class Transport(Protocol):
     """Makes connections for one identity. `protocols` are what inbound streams may speak besides ping and identify."""
+
+    doors: Doors
 
     @property
     def name(self) -> str:

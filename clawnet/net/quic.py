@@ -12,7 +12,6 @@ import socket
 import ssl
 import struct
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -37,9 +36,11 @@ from clawnet.errors import LinkError
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.multiaddr import Multiaddr, of_socket
 from clawnet.net import identify, ping
+from clawnet.net.doors import Doors
 from clawnet.net.port import ConnectionHandler, expected_peer
 from clawnet.net.quic_link import Address, QuicLink, QuicPlan
 from clawnet.net.quic_tls import make_certificate
+from clawnet.net.ratelimit import TokenBucket
 
 _ALPN = "libp2p"
 _CID_BYTES = 8
@@ -80,6 +81,7 @@ class QuicTransport:
         }
         self.accepting = QuicConfiguration(is_client=False, **common)
         self._dialling = QuicConfiguration(is_client=True, **common)
+        self.doors = Doors()
         self._endpoints: dict[Endpoint, None] = {}
         self._links: dict[QuicLink, asyncio.Future[None]] = {}
         logging.getLogger("quic").setLevel(logging.CRITICAL)
@@ -211,8 +213,11 @@ class Endpoint(asyncio.DatagramProtocol):
         self._socket: asyncio.DatagramTransport | None = None
         self._links: dict[bytes, QuicLink] = {}
         self._cids: dict[QuicLink, set[bytes]] = {}
-        self._handshakes: dict[QuicLink, None] = {}
-        self._by_host: Counter[str] = Counter()
+        self._handshakes: dict[QuicLink, bool] = {}
+        """Inbound handshakes under way, and whether their address was proven before they began."""
+        self._doors = transport.doors
+        now_s = asyncio.get_running_loop().time()
+        self._answers = TokenBucket(limits.STATELESS_ANSWERS_PER_S, limits.STATELESS_ANSWERS_PER_S, now_s)
         self._retry = QuicRetryTokenHandler()
         self._stopped = False
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -322,7 +327,7 @@ class Endpoint(asyncio.DatagramProtocol):
             return None
         if header.version != QuicProtocolVersion.VERSION_1:
             versions: list[int] = [QuicProtocolVersion.VERSION_1]
-            self.send(
+            self._answer(
                 encode_quic_version_negotiation(
                     source_cid=header.destination_cid, destination_cid=header.source_cid, supported_versions=versions
                 ),
@@ -331,16 +336,13 @@ class Endpoint(asyncio.DatagramProtocol):
             return None
         if header.packet_type != QuicPacketType.INITIAL:
             return None
-        host = str(addr[0])
-        if (
-            self.on_connection is None
-            or len(self._handshakes) >= limits.PENDING_HANDSHAKES_MAX
-            or self._by_host[host] >= limits.PENDING_HANDSHAKES_PER_ADDRESS_MAX
-        ):
-            self.send(_refusal(header), addr)
-            return None
+        return self._admit(header, addr)
+
+    def _admit(self, header: Any, addr: Address) -> QuicLink | None:
+        """The first datagram of a handshake: a link for it, or an answer that keeps nothing of it."""
+        host, now_s = str(addr[0]), asyncio.get_running_loop().time()
         handshake: dict[str, Any] = {"original_destination_connection_id": header.destination_cid}
-        if header.token or 4 * len(self._handshakes) >= limits.PENDING_HANDSHAKES_MAX:
+        if self.on_connection is not None and (header.token or self._doors.is_strict(host, now_s)):
             proven = self._proven(header, addr)
             if proven is None:
                 return None
@@ -348,11 +350,16 @@ class Endpoint(asyncio.DatagramProtocol):
                 "original_destination_connection_id": proven,
                 "retry_source_connection_id": header.destination_cid,
             }
+        enter = (
+            partial(self._doors.enter, now_s=now_s) if "retry_source_connection_id" in handshake else self._doors.begin
+        )
+        if self.on_connection is None or enter(host):
+            self._answer(_refusal(header), addr)
+            return None
         plan = self._owner.plan(self, self._ready)
         link = QuicLink(plan, self._owner.accepting, addr, None, **handshake)
         self._owner.accepted(link)
-        self._handshakes[link] = None
-        self._by_host[host] += 1
+        self._handshakes[link] = "retry_source_connection_id" in handshake
         self.add(link, (header.destination_cid, *link.cids))
         return link
 
@@ -380,13 +387,21 @@ class Endpoint(asyncio.DatagramProtocol):
             original_destination_cid=header.destination_cid,
             retry_token=token,
         )
-        self.send(retry, addr)
+        self._answer(retry, addr)
         return None
 
+    def _answer(self, data: bytes, address: Address) -> None:
+        """To a datagram that nothing is kept of; whose address it bears may be anybody's, so not without end."""
+        if self._answers.take(1, asyncio.get_running_loop().time()):
+            self.send(data, address)
+
     def _ready(self, link: QuicLink) -> None:
+        late = self._handshakes.get(link) is False
         self._settle(link)
         if self.on_connection is None:
             link.abort("this node stops listening")
+        elif late and (refusal := self._doors.prove(link.host, asyncio.get_running_loop().time())):
+            link.abort(refusal)
         else:
             self.on_connection(link)
 
@@ -394,9 +409,7 @@ class Endpoint(asyncio.DatagramProtocol):
         """An inbound handshake is over, one way or the other."""
         if link in self._handshakes:
             del self._handshakes[link]
-            self._by_host[link.host] -= 1
-            if not self._by_host[link.host]:
-                del self._by_host[link.host]
+            self._doors.leave(link.host, "" if link.ready else link.offence)
 
     def _unreachable(self) -> list[Address]:
         """The destinations in the socket's error queue (Linux)."""

@@ -57,6 +57,14 @@ class _Core(QuicConnection):
         bidi.value = bidi.sent = limits.STREAMS_PER_CONNECTION_MAX
         uni.value = uni.sent = 0
 
+    def close(
+        self, error_code: int = QuicErrorCode.NO_ERROR, frame_type: int | None = None, reason_phrase: str = ""
+    ) -> None:
+        """Ends the connection; with an error code it is the core that found the peer at fault."""
+        if error_code != QuicErrorCode.NO_ERROR and self._close_event is None:
+            self._link.offence = reason_phrase or f"a breach of QUIC, error {error_code:#x}"
+        super().close(error_code, frame_type, reason_phrase)
+
     @property
     def over(self) -> bool:
         """Closed by either side, or about to be."""
@@ -160,6 +168,7 @@ class QuicLink:
         self.host = str(address[0])
         self.ready = False
         self.gone = False
+        self.offence = ""
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[str] = self._loop.create_future()
         self.waiting: dict[QuicStream, None] = {}
@@ -174,15 +183,14 @@ class QuicLink:
         self._outbound = 0
         self._backlog = 0
         self._opened = 0
+        self._refused = 0
         self._heard = False
         self._asked = False
         self._flush_due = False
         self._receiving = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._limit: asyncio.TimerHandle | None = self._loop.call_later(
-            limits.HANDSHAKE_TIMEOUT_S, self.abort, "the handshake took too long"
-        )
+        self._limit: asyncio.TimerHandle | None = self._loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self._too_slow)
 
     # --- port.Connection
 
@@ -363,10 +371,16 @@ class QuicLink:
         if self.closed.done() or number % 4 != (0 if self.inbound else 1) or self._core.dropped(number):
             return None
         self._opened += 1
-        if self._opened > limits.STREAMS_OPENED_PER_KEEPALIVE_MAX:
-            self.abort("it opens streams without end")
+        full = self._backlog >= limits.STREAM_BACKLOG_MAX
+        self._refused += full
+        if (
+            self._opened > limits.STREAMS_OPENED_PER_KEEPALIVE_MAX
+            or self._refused > limits.STREAMS_REFUSED_PER_KEEPALIVE_MAX
+        ):
+            self.offence = "it opens streams without end"
+            self.abort(self.offence)
             return None
-        if self._backlog >= limits.STREAM_BACKLOG_MAX:
+        if full:
             self._core.stop(number)
             return None
         stream = QuicStream(self, number, inbound=True)
@@ -414,12 +428,16 @@ class QuicLink:
         if self._asked and not self._heard:
             self.abort(f"no sign of life for {2 * limits.KEEPALIVE_S:g} s")
             return
-        self._opened = 0
+        self._opened = self._refused = 0
         self._asked = not self._heard
         self._heard = False
         self._core.send_ping(0)
         self._flush()
         self._limit = self._loop.call_later(limits.KEEPALIVE_S, self._keep_alive)
+
+    def _too_slow(self) -> None:
+        self.offence = "the handshake took too long"
+        self.abort(self.offence)
 
     def _say_goodbye(self) -> None:
         """Tells the peer, whatever it has not acknowledged."""

@@ -20,13 +20,14 @@ from clawnet.identity.keys import KeyPair, public_of, verify
 from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
 from clawnet.net.bulk import BulkRoutes
-from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo, LinkState, Visit
+from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
 from clawnet.net.port import Connection, Listener, Stream, Transport
 from clawnet.net.ratelimit import Bans
 from clawnet.net.settings import SwitchSettings
+from clawnet.net.visits import Visit, Visits
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.envelope import Envelope
 from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
@@ -74,7 +75,7 @@ class Switch:
         self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
-        self._visits: dict[Connection, Visit] = {}
+        self._visits = Visits(self, self._blobs.forget)
         self._diallers: dict[str, Dialler] = {}
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -88,6 +89,7 @@ class Switch:
         self._loop = asyncio.get_running_loop()
         settings = self.settings
         for name, transport in self._transports.items():
+            transport.doors.tell = self._visits.at_the_door
             self._listeners += await listen(name, transport, settings, self._on_connection, self.note)
         early, self._early = self._early or [], None
         for asked in early:
@@ -107,7 +109,7 @@ class Switch:
         for listener in self._listeners:
             await listener.close()
         self._listeners.clear()
-        visits = list(self._visits.values())
+        visits = list(self._visits)
         for visit in visits:
             if visit.link is not None:
                 visit.link.close(reason)
@@ -184,7 +186,7 @@ class Switch:
         dialler = self._diallers.pop(peer, None)
         if dialler is not None:
             dialler.cancel(reason)
-        for visit in list(self._visits.values()):
+        for visit in self._visits:
             if visit.connection.peer == peer:
                 if visit.link is not None:
                     visit.link.close(reason)
@@ -192,7 +194,7 @@ class Switch:
 
     def hangup_all(self, reason: str) -> None:
         """Ends every link and all dialling, but goes on listening: the node is about to be another one."""
-        for peer in {*self._diallers, *(visit.connection.peer for visit in self._visits.values())}:
+        for peer in {*self._diallers, *(visit.connection.peer for visit in self._visits)}:
             self.hangup(peer, reason)
 
     def network_changed(self) -> None:
@@ -268,6 +270,7 @@ class Switch:
         if left_s := self.bans.left_s(peer, self._loop.time()):
             return f"banned for {left_s:.0f} s more"
         if refusal := self._admit_peer(peer, hello, link.wanted):
+            self.note("security", "membership.refused", peer=peer, address=link.connection.address, reason=refusal)
             return refusal
         if peer not in self._links and len(self._links) >= self.settings.max_peers:
             return f"this node has its {self.settings.max_peers} peers already"
@@ -291,6 +294,7 @@ class Switch:
                 return
             current.close("replaced by a newer connection")
         self._links[peer] = link
+        self._visits.linked(link.connection)
         self.note("info", "link.up", peer=peer, address=link.connection.address, inbound=link.connection.inbound)
         self.count("links_up")
         self._deliver(_up(link))
@@ -343,7 +347,12 @@ class Switch:
         if not targets:
             spoken = " and ".join(self._transports) or "no transport"
             raise LinkError(f"this node speaks {spoken}, and no address of that peer is for it")
-        return await race(lambda where: self._transports[where.transport].dial(where, peer or None, timeout_s), targets)
+
+        async def dial(where: Multiaddr) -> Connection:
+            self._visits.may_dial(where.host, self._loop.time())
+            return await self._transports[where.transport].dial(where, peer or None, timeout_s)
+
+        return await race(dial, targets)
 
     async def open_link(self, connection: Connection, wanted: str = "") -> Link:
         """See dialling.DialOwner."""
@@ -374,37 +383,21 @@ class Switch:
     # --- connections and streams
 
     def _on_connection(self, connection: Connection) -> None:
-        room = self.settings.max_peers + limits.PENDING_HANDSHAKES_MAX
-        if self._stopping or len(self._visits) >= room:
-            self.count("connections_refused")
-            connection.close("this node has no room for more connections")
-            return
-        self._watch(connection)
+        if self._stopping:
+            connection.close("the node stops")
+        elif self._visits.welcome(connection, self.settings.max_peers, known=connection.peer in self._links):
+            self._watch(connection)
 
     def _watch(self, connection: Connection) -> Visit:
-        visit = self._visits[connection] = Visit(connection)
-        visit.timer = self._loop.call_later(limits.CONNECTION_IDLE_S, self._visit_over, visit)
-        connection.closed.add_done_callback(lambda _: self._visit_ended(visit))
+        visit = self._visits.watch(connection, known=connection.peer in self._links)
         connection.set_stream_handler(partial(self._on_stream, visit))
         return visit
 
-    def _visit_over(self, visit: Visit) -> None:
-        if visit.blobs:
-            visit.timer = self._loop.call_later(limits.CONNECTION_IDLE_S, self._visit_over, visit)
-        elif visit.link is None or visit.link.state is not LinkState.UP:
-            visit.connection.close(f"no membership shown within {limits.CONNECTION_IDLE_S:g} s")
-
     def _drop_unlinked(self, peer: str) -> None:
         """Connections for bulk data alone go with the link that vouched for them."""
-        for visit in list(self._visits.values()):
+        for visit in self._visits:
             if visit.connection.peer == peer and visit.link is None and visit.blobs:
                 visit.connection.close("its link is gone")
-
-    def _visit_ended(self, visit: Visit) -> None:
-        self._visits.pop(visit.connection, None)
-        self._blobs.forget(visit.connection)
-        if visit.timer is not None:
-            visit.timer.cancel()
 
     def _on_stream(self, visit: Visit, stream: Stream) -> None:
         connection = visit.connection
@@ -437,6 +430,7 @@ class Switch:
             raise LinkError("this node does not speak TCP")
         connection = await race(lambda where: transport.dial(where, peer, limits.BULK_DIAL_S), addresses)
         connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
+        connection.closed.add_done_callback(lambda _: self._visits.cut(connection))
         return connection
 
     def _greet(self, visit: Visit, stream: Stream, wanted: str = "") -> Link:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ from clawnet.errors import LinkError
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.multiaddr import Multiaddr, of_socket
 from clawnet.net import identify, ping
+from clawnet.net.doors import Doors
 from clawnet.net.link import Link, LinkPlan
 from clawnet.net.port import Connection, ConnectionHandler, expected_peer
 
@@ -38,12 +38,12 @@ class TcpTransport:
         known = (*self._protocols, ping.PROTOCOL, identify.PROTOCOL)
         self._identify = identify.answerer(identity.public, known, agent)
         self._links: dict[Link, asyncio.Future[None]] = {}
-        self._handshakes: Counter[str] = Counter()
+        self.doors = Doors()
 
     @property
     def handshakes(self) -> int:
         """Inbound handshakes under way."""
-        return self._handshakes.total()
+        return self.doors.pending
 
     async def dial(self, address: Multiaddr, peer: str | None, timeout_s: float = limits.HANDSHAKE_TIMEOUT_S) -> Link:
         """See port.Transport.dial."""
@@ -115,12 +115,8 @@ class TcpTransport:
         self._links[link] = asyncio.get_running_loop().create_future()
         if listened is None:
             return True
-        if (
-            self._handshakes.total() >= limits.PENDING_HANDSHAKES_MAX
-            or self._handshakes[link.host] >= limits.PENDING_HANDSHAKES_PER_ADDRESS_MAX
-        ):
+        if self.doors.enter(link.host, asyncio.get_running_loop().time()):
             return False
-        self._handshakes[link.host] += 1
         listened.add(link)
         return True
 
@@ -138,9 +134,7 @@ class TcpTransport:
         """A handshake is over, one way or the other."""
         if listened is not None and link in listened:
             listened.remove(link)
-            self._handshakes[link.host] -= 1
-            if not self._handshakes[link.host]:
-                del self._handshakes[link.host]
+            self.doors.leave(link.host, "" if link.ready else link.offence)
 
 
 class TcpListener:

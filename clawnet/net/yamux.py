@@ -53,6 +53,7 @@ class Session:
         self.streams: dict[int, MuxedStream] = {}
         self.rtt_s = 0.0
         self.gone_away = False
+        self.refused = 0
         self.send = send
         self.is_open = is_open
         self.now = now
@@ -203,6 +204,9 @@ class Session:
             raise WireError(f"the peer opens a stream with the number {number}, which is not free to it")
         full = self._inbound >= limits.STREAMS_PER_CONNECTION_MAX or self._backlog >= limits.STREAM_BACKLOG_MAX
         if full or self.gone_away:
+            self.refused += 1
+            if self.refused > limits.STREAMS_REFUSED_PER_KEEPALIVE_MAX:
+                raise WireError("it opens streams without end")
             self.frame(WINDOW, RST, number, 0)
             return
         stream = MuxedStream(self, self._connection, number, inbound=True)
