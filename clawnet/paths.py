@@ -235,7 +235,7 @@ def archive(home: Home, stamp: str, *, keep_owner: bool, keys: bool = False) -> 
         number += 1
         target = target.with_name(f"{stamp}.{number}")
     make_private_dir(target)
-    names = [home.mesh_file, home.mesh_key]
+    names = [home.mesh_file, home.mesh_key, *sorted(home.keys_dir.glob("mesh-*.key"))]
     names += [home.database.with_name(home.database.name + suffix) for suffix in ("", "-wal", "-shm")]
     if not keep_owner:
         names.append(home.owner_key)

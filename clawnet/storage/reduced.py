@@ -29,7 +29,7 @@ _KEPT: Final[dict[str, str]] = {
     "bids": f"task_id IN ({_OPEN_TASKS})",
     "results": f"task_id IN ({_OPEN_TASKS})",
     "jobs": JOB_OPEN_SQL,
-    "outbox": "1",
+    **dict.fromkeys(("outbox", "statements", "leases"), "1"),
 }
 """Which rows of which tables; blobs, output previews and unredeemed invites stay behind."""
 
