@@ -7,7 +7,6 @@ file that was cut short is known for one. The line is authenticated with every p
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -104,7 +103,7 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
         )
         written = 0
         if isinstance(target, Path):
-            with _private(target) as file:
+            with paths.whole(target) as file:
                 written = _write(file, contents, draft, passphrase)
         else:
             written = _write(target, contents, draft, passphrase)
@@ -136,22 +135,6 @@ def _not_again(body: bytes) -> tuple[str, bytes] | None:
     task.error_code, task.error_hint = "restored", "submit it again if it must run"
     task.error_text = "the task was open when the backup was made; how it ended is not known here"
     return task.state, encode(task)
-
-
-@contextlib.contextmanager
-def _private(target: Path) -> Iterator[BinaryIO]:
-    """A file 0600 that appears under its name only when it is complete and synced."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.new")
-    try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-        paths.sync_directory(target.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, contents: Contents, database: Path, passphrase: str) -> int:

@@ -6,8 +6,10 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from clawnet.errors import ConfigError, StorageFullError
 
@@ -208,19 +210,36 @@ def write_private(path: Path, data: bytes) -> None:
 
     Raises StorageFullError when the disk is full, ConfigError for everything else that stands in the way.
     """
+    try:
+        with whole(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise _refused(f"cannot write {path}", error) from error
+
+
+@contextmanager
+def whole(path: Path, mode: int = _PRIVATE_FILE) -> Iterator[BinaryIO]:
+    """A file that appears under its name, or where a link of that name leads, only when it is complete and synced.
+
+    What is no file (a device, a pipe) is written as it is: it must not be replaced by one. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as device:
+            yield device
+        return
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         draft.unlink(missing_ok=True)
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), _PRIVATE_FILE)
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
         sync_directory(path.parent)
-    except OSError as error:
+    finally:
         draft.unlink(missing_ok=True)
-        raise _refused(f"cannot write {path}", error) from error
 
 
 def archive(home: Home, stamp: str, *, keep_owner: bool, keys: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clawnet import errors
+from clawnet import errors, paths
 from clawnet.errors import ClawnetError, DataError
 
 from .invocation import Invocation
@@ -83,13 +82,10 @@ def summary(invocation: Invocation, task: dict[str, Any]) -> None:
 
 def write_status(path: str, value: dict[str, Any]) -> None:
     """Writes the status file so that whoever reads it finds the old content or the whole new one."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
-        draft.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        draft.replace(target)
+        with paths.whole(Path(path), mode=0o666) as file:
+            file.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise DataError(f"cannot write the status file {path}: {error.strerror}") from error
 
 

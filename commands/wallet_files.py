@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clawnet import paths
 from clawnet.errors import DataError, NotFoundError, NotPermittedError, StorageFullError, UsageError
 from clawnet.paths import Home
 
@@ -192,23 +193,16 @@ def _csv(entries: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 def _to_file(target: Path, lines: Iterable[str]) -> int:
     """Writes the lines so that the file is there whole or not at all; how many there were."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.new")
     count = 0
     try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with paths.whole(target) as file:
             for line in lines:
-                file.write(line)
+                file.write(line.encode())
                 count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"cannot write {target}: {error.strerror}", hint="make room on the disk") from error
         raise DataError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
     return count
 
 

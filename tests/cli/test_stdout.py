@@ -1,7 +1,8 @@
-"""Standard output that is closed or full, standard input that is closed: an exit code and a sentence, never a defect."""
+"""Standard output closed or full, standard input closed, files that are none: a code and a sentence, no defect."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,19 @@ def test_a_wallet_goes_to_a_file_though_stdout_is_closed(node: Node, tmp_path: P
 def test_a_closed_stdin_is_said(nodes: Nodes, tmp_path: Path, words: tuple[str, ...]) -> None:
     node = redirected(nodes("alice"), "<&-")
     node(*words).failed(64)
+
+
+def test_a_pipe_that_is_named_is_written_and_stays_one(node: Node, tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    for words, begins in (
+        (("run", "--status-file", str(pipe), "--", "true"), b"{"),
+        (("wallet", "export", "--output", str(pipe)), b'{"'),
+    ):
+        with node.popen(*words) as process:
+            assert pipe.read_bytes().startswith(begins)
+            assert process.wait(60) == 0
+        assert pipe.is_fifo()
+    link.symlink_to(file)
+    assert node("wallet", "export", "--output", str(link)).code == 0
+    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
