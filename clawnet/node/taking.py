@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CANCELLED_KEPT_MAX: Final = 4_096
 OVER_KEPT_MAX: Final = 65_536
 WAITING_BYTES_MAX: Final = 64 * limits.MIB
+WAITING_OF_PEER_MAX: Final = 256
 WORD_CHARS_MAX: Final = 64
 
 
@@ -48,6 +49,7 @@ class Taking:
         self._rooms = rooms
         self._waiting: OrderedDict[bytes, Award] = OrderedDict()
         self._waiting_bytes = 0
+        self._waiting_of: dict[str, dict[bytes, int]] = {}
         self._cancelled: OrderedDict[bytes, None] = OrderedDict()
         self._over: OrderedDict[bytes, None] = OrderedDict()
 
@@ -76,8 +78,14 @@ class Taking:
             award.lock = earlier.lock
         self._waiting[identifier] = award
         self._waiting_bytes += len(award.raw)
+        mine = self._waiting_of.setdefault(event.peer, {})
+        mine[identifier] = len(award.raw)
+        if len(mine) > WAITING_OF_PEER_MAX:
+            self._drop(next(iter(mine)))
         while len(self._waiting) > limits.QUEUED_OFFERS_MAX or self._waiting_bytes > WAITING_BYTES_MAX:
-            self._drop(next(iter(self._waiting)))
+            # Whoever fills the room makes place: one that floods pushes out nobody but itself.
+            most = max(self._waiting_of.values(), key=lambda held: sum(held.values()))
+            self._drop(next(iter(most)))
         if award.lock is not None:
             self._check(award)
 
@@ -157,13 +165,19 @@ class Taking:
 
     def book_moved(self, account: bytes) -> None:
         """Entries of this account came in: awards that waited for them are judged now."""
-        for award in [a for a in self._waiting.values() if a.job.account == account and a.lock is not None]:
-            self._check(award)
+        mine = self._waiting_of.get(self._rooms.members.peer_of(account) or "", {})
+        for award in [self._waiting[identifier] for identifier in mine]:
+            if award.lock is not None:
+                self._check(award)
 
     def _drop(self, identifier: bytes) -> Award | None:
         award = self._waiting.pop(identifier, None)
         if award is not None:
             self._waiting_bytes -= len(award.raw)
+            mine = self._waiting_of[award.job.peer]
+            del mine[identifier]
+            if not mine:
+                del self._waiting_of[award.job.peer]
         return award
 
     # --- the worker's list

@@ -6,9 +6,10 @@ import msgspec
 
 from clawnet import limits
 from clawnet.ledger.entries import Send
+from clawnet.ledger.taskdoc import encode
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_payload, encode_payload
-from clawnet.wire.messages import Head, LedgerPush, PeerInfo
+from clawnet.wire.messages import EscrowLock, Head, LedgerPush, PeerInfo, Winner
 from tests.node.meshkit import Member, Mesh
 from tests.node.test_market_hostile import forged, head
 from tests.node.trades import CREDIT, compute, only, pair, shell, tasks, three
@@ -139,3 +140,23 @@ def test_a_payment_of_a_forker_does_not_hold_up_the_claims_on_others() -> None:
     assert bob.node.rooms.books.book.proof(carol.key.public)
     assert bob.node.rooms.books.available() >= before + 5 * CREDIT
     assert not [log for log in bob.logs if log.event == "ledger.entry_refused"]
+
+
+def test_awards_without_locks_push_out_nobody_elses() -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    mesh.fate = lambda one, other, message: 0 if isinstance(message, EscrowLock) else 1
+    compute(alice, peer=["bob"])
+    mesh.settle()
+    taking = bob.node.rooms.taking
+    (honest,) = taking._waiting.values()
+    for big in (False, True):
+        for number in range(1_000):
+            payload = msgspec.msgpack.encode({**honest.payload, "stdin": bytes(250_000 * big)})
+            padded = msgspec.structs.replace(honest.document, payload=payload)
+            task_id = number.to_bytes(16, "big")
+            winner = Winner(task_id, 0, encode(padded), 1, 0, 0, False, True, "")
+            bob.feed(e.MessageIn(carol.peer, bytes(16), winner, None, bytes(16)))
+        bob.turn()
+        assert honest.job.job in taking._waiting
+        assert len(taking._waiting) <= 257
