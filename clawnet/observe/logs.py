@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from clawnet.config import Config
 from clawnet.limits import KIB, MIB
 from clawnet.observe.logfile import LogFile, LogStream
+from clawnet.observe.security import SecurityLog
 from clawnet.paths import Home
 
 LEVELS: Final = {"debug": 10, "info": 20, "warn": 30, "error": 40, "security": 30}
@@ -20,9 +21,7 @@ LEVELS: Final = {"debug": 10, "info": 20, "warn": 30, "error": 40, "security": 3
 FIELD_CHARS_MAX: Final = 8 * KIB
 FIELD_ITEMS_MAX: Final = 64
 FIELD_DEPTH_MAX: Final = 4
-# A peer that forges signatures all day must not be able to fill the disk with the proof of it.
-SECURITY_LINES_A_MINUTE: Final = 600
-# Nor may the same warning again and again drive everything else out of the log.
+# The same warning again and again may not drive everything else out of the log.
 LINES_OF_EVENT_A_MINUTE: Final = 120
 LABELS_MAX: Final = 4096
 
@@ -68,9 +67,7 @@ class Observer:
         self._render = json_line if as_json else text_line
         self._clock = clock
         self._lost_told = 0
-        self._minute = 0
-        self._security_lines = 0
-        self._suppressed = 0
+        self._security_log = SecurityLog(security, _security_line) if security is not None else None
         self._log_minute = 0
         self._warned: dict[str, int] = {}
 
@@ -129,18 +126,8 @@ class Observer:
 
     def _secure(self, at: float, event: str, plain: dict[str, Any]) -> None:
         self.count("security_events_total", event)
-        if self._security is None:
-            return
-        minute = int(at) // 60
-        if minute != self._minute:
-            if self._suppressed:
-                self._security.write(json_line(at, "security", "security.suppressed", {"lines": self._suppressed}))
-            self._minute, self._security_lines, self._suppressed = minute, 0, 0
-        self._security_lines += 1
-        if self._security_lines > SECURITY_LINES_A_MINUTE:
-            self._suppressed += 1
-            return
-        self._security.write(json_line(at, "security", event, plain))
+        if self._security_log is not None:
+            self._security_log.write(at, event, plain)
 
     def set_level(self, level: str) -> None:
         """From now on the least that is written; KeyError for a word that is no level."""
@@ -153,7 +140,9 @@ class Observer:
         return (self._sink.lost if self._sink else 0) + (self._security.lost if self._security else 0)
 
     def close(self) -> None:
-        """Lets the files go."""
+        """Lets the files go; what the security log left out is told before."""
+        if self._security_log is not None:
+            self._security_log.sum_up(self._clock())
         for sink in (self._sink, self._security):
             if sink is not None:
                 sink.close()
@@ -178,6 +167,10 @@ def text_line(at: float, level: str, event: str, fields: dict[str, Any]) -> str:
     parts = [_stamp(at), f"{level:<5}", _escaped(event)]
     parts += [f"{_escaped(name)}={_word(value)}" for name, value in fields.items()]
     return " ".join(parts)
+
+
+def _security_line(at: float, event: str, fields: dict[str, Any]) -> str:
+    return json_line(at, "security", event, fields)
 
 
 def json_line(at: float, level: str, event: str, fields: dict[str, Any]) -> str:

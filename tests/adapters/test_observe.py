@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clawnet.config import Config
-from clawnet.observe import logs
+from clawnet.observe import logs, security
 from clawnet.observe.logfile import LOOK_EVERY_S, LogFile
 from clawnet.observe.logs import Observer
 from clawnet.paths import Home
@@ -136,10 +136,10 @@ def test_levels_filter_and_change() -> None:
 
 
 def test_security_goes_to_both_logs_whatever_the_level() -> None:
-    sink, security = Lines(), Lines()
-    observer = Observer(sink, security, level="error", clock=Clock())
+    sink, secure = Lines(), Lines()
+    observer = Observer(sink, secure, level="error", clock=Clock())
     observer.log("security", "signature.bad", {"peer": "p"})
-    assert json.loads(security.lines[0])["event"] == "signature.bad"
+    assert json.loads(secure.lines[0])["event"] == "signature.bad"
     assert sink.lines == []
     observer.set_level("info")
     observer.log("security", "signature.bad", {"peer": "p"})
@@ -148,15 +148,40 @@ def test_security_goes_to_both_logs_whatever_the_level() -> None:
 
 
 def test_a_flood_of_security_events_is_summed_up() -> None:
-    clock, security = Clock(), Lines()
-    observer = Observer(None, security, clock=clock)
-    for _ in range(logs.SECURITY_LINES_A_MINUTE + 50):
-        observer.log("security", "signature.bad", {})
-    assert len(security.lines) == logs.SECURITY_LINES_A_MINUTE
+    clock, lines = Clock(), Lines()
+    observer = Observer(None, lines, clock=clock)
+    for n in range(security.LINES_A_MINUTE + 50):
+        observer.log("security", "signature.bad", {"peer": f"p{n}"})
+    assert len(lines.lines) == security.LINES_A_MINUTE
     clock.now += 60
     observer.log("security", "replay", {})
-    told, last = (json.loads(line) for line in security.lines[-2:])
+    told, last = (json.loads(line) for line in lines.lines[-2:])
     assert (told["event"], told["lines"], last["event"]) == ("security.suppressed", 50, "replay")
+
+
+def test_repeats_of_one_author_are_summed_up_and_hide_no_other() -> None:
+    clock, lines = Clock(), Lines()
+    observer = Observer(None, lines, clock=clock)
+    most = security.LINES_OF_ONE_A_MINUTE
+    for n in range(100_000):
+        observer.log("security", "rate.exceeded", {"peer": "mallory", "n": n})
+    observer.log("security", "rate.exceeded", {"peer": "trudy"})
+    observer.log("security", "ban", {"peer": "mallory"})
+    observer.log("security", "connection.refused", {"address": "192.0.2.1"})
+    assert len(lines.lines) == most + 3
+    clock.now += 60
+    observer.log("security", "rate.exceeded", {"peer": "mallory"})
+    told = json.loads(lines.lines[-2])
+    assert (told["event"], told["of"], told["peer"], told["lines"]) == (
+        "security.repeated",
+        "rate.exceeded",
+        "mallory",
+        100_000 - most,
+    )
+    for _ in range(most):
+        observer.log("security", "rate.exceeded", {"peer": "mallory"})
+    observer.close()
+    assert json.loads(lines.lines[-1])["lines"] == 1
 
 
 def test_a_flood_of_one_warning_is_summed_up_and_hides_no_other() -> None:
