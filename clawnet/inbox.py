@@ -69,6 +69,9 @@ class Inbox:
         if self._alone:
             yield self._alone.popleft()
             return
+        if not self._foreign:
+            yield from self._of_here(limits.INBOX_TURN_MAX)
+            return
         left = limits.INBOX_TURN_MAX
         foreign = max(left // 2, left - len(self._local))
         while foreign and self._lanes:
@@ -82,7 +85,11 @@ class Inbox:
                 yield lane.popleft()
             if not lane:
                 del self._lanes[peer]
-        for _ in range(min(left, len(self._local))):
+        if self._local:
+            yield from self._of_here(left)
+
+    def _of_here(self, most: int) -> Iterator[e.Stimulus]:
+        for _ in range(min(most, len(self._local))):
             stimulus = self._local.popleft()
             if type(stimulus) is e.RpcCall:
                 self.calls -= 1

@@ -130,7 +130,9 @@ class Runtime:
         if kind in _OF_RUNS and self._is_stale(stimulus):  # type: ignore[arg-type]
             return
         self._inbox.put(stimulus)
-        self._schedule()
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
 
     def _refuse(self, stimulus: e.Stimulus) -> bool:
         if type(stimulus) is e.RpcCall:

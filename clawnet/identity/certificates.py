@@ -8,6 +8,7 @@ that owner's node keys. A charter's payload, hashed, is the mesh id.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Annotated, Final, NamedTuple
 
 from msgspec import Meta, Struct
@@ -128,7 +129,12 @@ def verify_chain(charter: Charter, mesh: bytes, chain: list[bytes], node_public:
     """
     if not 1 <= len(chain) <= CHAIN_OWNERS_MAX + 1:
         raise NotPermittedError(f"a membership has 1 to {CHAIN_OWNERS_MAX + 1} certificates, not {len(chain)}")
-    owners = verify_owners(charter, mesh, chain[:-1])
+    return _proven(charter, mesh, tuple(chain), node_public)
+
+
+@lru_cache(maxsize=4_096)
+def _proven(charter: Charter, mesh: bytes, chain: tuple[bytes, ...], node_public: bytes) -> Membership:
+    owners = verify_owners(charter, mesh, list(chain[:-1]))
     owner, may_invite = (owners[-1].owner, owners[-1].may_invite) if owners else (charter.founder, True)
     parts = open_statement(chain[-1], "node certificate")
     node = decode_body(parts.payload, NodeCertificate, "node certificate")

@@ -81,6 +81,8 @@ class Book(Records):
         outcomes, self._outcomes = self._outcomes, []
         for account in self._aside.due(now_ms):
             self._ready[account] = None
+        if not self._ready:
+            return outcomes
         while self._ready:
             account = next(iter(self._ready))
             del self._ready[account]
@@ -189,10 +191,11 @@ class Book(Records):
             if held is not None:
                 held.pass_cursor(entry.account, cursor)
                 self._dirty[payer] = None
-        self._aside.take(entry.account, entry.seq)
         self._note(state, urgent=change.void_ucr > 0)
-        if self._aside.holds(entry.account):
-            self._ready[entry.account] = None
+        if len(self._aside):
+            self._aside.take(entry.account, entry.seq)
+            if self._aside.holds(entry.account):
+                self._ready[entry.account] = None
         for waiter in self._aside.waiting_for(entry.account):
             self._ready[waiter] = None
         payables = change.consumed if change.cursors else change.payables

@@ -281,8 +281,9 @@ def parse(raw: bytes) -> Parsed:
 def _later_construct(body: Body) -> str:
     """Names what in this body only a later increment can judge; empty for everything of this one."""
     if isinstance(body, Claim):
-        if any(item.proof is not None for item in body.items):
-            return "a claim by certificate"
+        for item in body.items:
+            if item.proof is not None:
+                return "a claim by certificate"
     elif isinstance(body, Refund):
         if any(item.proof is not None and item.proof.form != WAIVER_FORM for item in body.items):
             return "a refund by certificate"

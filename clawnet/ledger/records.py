@@ -155,7 +155,7 @@ class Records:
         state = self._accounts.get(account)
         if state is None or seq > state.seq:
             return "behind"
-        held = state.tail.get(seq)
+        held = state.hash if seq == state.seq else state.tail.get(seq)
         if held is None:
             return "lookup"
         if held != entry_hash:

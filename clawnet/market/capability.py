@@ -41,8 +41,12 @@ def capability_hash(card: PeerCard) -> bytes:
 
     A bid carries it, so that a requester sees whether the bidder's claims are those of the card it was chosen by.
     """
-    claims = (
-        "clawnet/capability/1",
+    return hashlib.sha256(msgspec.msgpack.encode(("clawnet/capability/1", *_claims(card)))).digest()
+
+
+def _claims(card: PeerCard) -> tuple[object, ...]:
+    """What a card says its node can do, whatever the order in which it says so."""
+    return (
         sorted(card.capabilities),
         sorted(card.labels),
         card.os,
@@ -54,7 +58,6 @@ def capability_hash(card: PeerCard) -> bytes:
         sorted(card.shell_rings),
         sorted(card.prompt_rings),
     )
-    return hashlib.sha256(msgspec.msgpack.encode(claims)).digest()
 
 
 def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> Reason | None:
@@ -117,16 +120,20 @@ class CapabilityIndex:
                 self._rings[card.peer] = ring
                 self._fitting.clear()
             return False
-        claims = capability_hash(card)
-        if known is None or self._hashes[card.peer] != claims or self._rings[card.peer] != ring:
+        if known is None or self._rings[card.peer] != ring or _claims(known) != _claims(card):
             self._fitting.clear()
             self._unlist(card.peer)
+            self._hashes.pop(card.peer, None)
+            by_word, peer = self._by_word, card.peer
             for word in card.capabilities:
-                self._by_word.setdefault(_canonical(word), {})[card.peer] = None
+                word = _SYNONYMS.get(word, word)
+                peers = by_word.get(word)
+                if peers is None:
+                    peers = by_word[word] = {}
+                peers[peer] = None
         self._cards.pop(card.peer, None)
         self._cards[card.peer] = card
         self._rings[card.peer] = ring
-        self._hashes[card.peer] = claims
         if len(self._cards) > self._cards_max:
             self.remove(next(iter(self._cards)))
         return True
@@ -135,7 +142,8 @@ class CapabilityIndex:
         """Forgets a peer (removed from the mesh, banned, or no room)."""
         if peer in self._cards:
             self._unlist(peer)
-            del self._cards[peer], self._rings[peer], self._hashes[peer]
+            del self._cards[peer], self._rings[peer]
+            self._hashes.pop(peer, None)
             self._fitting.clear()
 
     def _unlist(self, peer: str) -> None:
@@ -157,8 +165,11 @@ class CapabilityIndex:
         return list(islice(fresh, count))
 
     def capability_hash(self, peer: str) -> bytes | None:
-        """capability_hash of the newest card of a peer."""
-        return self._hashes.get(peer)
+        """capability_hash of the newest card of a peer; made when it is first asked for."""
+        found = self._hashes.get(peer)
+        if found is None and peer in self._cards:
+            found = self._hashes[peer] = capability_hash(self._cards[peer])
+        return found
 
     def unmet(self, kind: str, requirements: Requirements, peer: str) -> Reason | None:
         """Why this peer does not fit (see `unmet`); OTHER for a peer without a card."""

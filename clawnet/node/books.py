@@ -178,8 +178,7 @@ class Books:
 
     def flush(self) -> None:
         """At the end of a turn: writes the entries that are due."""
-        waiting = len(self._releases) + len(self._refunds) + len(self._claim_from)
-        if not (waiting or self.locks.waiting) or self.chains.waiting:
+        if not (self._releases or self._refunds or self._claim_from or self.locks.waiting) or self.chains.waiting:
             return
         held = self.held_reason()
         if held:

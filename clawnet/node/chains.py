@@ -308,8 +308,9 @@ class Chains:
     def pushed(self, peer: str, message: LedgerPush) -> None:
         """Entries, heads and proofs from a peer."""
         books = self._books
-        for key in [key for key in self._pulls if key[0] == peer and key[1].startswith(message.account)]:
-            del self._pulls[key]
+        if self._pulls:
+            for key in [key for key in self._pulls if key[0] == peer and key[1].startswith(message.account)]:
+                del self._pulls[key]
         for proof in message.proofs:
             outcome = books.book.learn_proof(proof)
             if isinstance(outcome, Forked):
@@ -329,6 +330,8 @@ class Chains:
             self._own_head(peer, head)
             return
         relation = book.compare_head(head.account, head.seq, head.hash)
+        if relation in ("same", "ahead") and self._rooms.members.account_of(peer) != head.account:
+            return
         if self._books.convicted(head.account):
             return  # both branches are known of; to ask each other for them would never end
         if relation in ("differs", "lookup"):
@@ -336,7 +339,7 @@ class Chains:
         elif relation == "behind":
             if self._wanted(peer, head.account):
                 self.pull(peer, head.account)
-        elif self._rooms.members.account_of(peer) == head.account:
+        else:
             held = book.head(head.account)
             assert held is not None, "a head that is not behind has an account here"
             ctx.send(peer, LedgerPush(head.account, [], [Head(head.account, *held)]))

@@ -66,7 +66,6 @@ class MemoryStore:
         self.fail_next: StorageError | None = None
         self.commits_total = 0
         self.durable_total = 0
-        self._bytes = 0
         # The rows as they were at the last durable commit, for those written since.
         self._undo: dict[tuple[str, Row], Row | None] = {}
 
@@ -80,11 +79,12 @@ class MemoryStore:
         changes: dict[tuple[str, Row], Row | None] = {}
         for table, pending in fold(rows).items():
             self._changes(table, pending.deletes, pending.puts, changes)
-        grown = sum(_bytes(row) for row in changes.values()) - sum(
-            _bytes(self.tables[table].get(key)) for table, key in changes
-        )
-        if self.bytes_max is not None and grown > 0 and self._bytes + grown > self.bytes_max:
-            raise StorageFullError("cannot write to the database: the simulated disk is full")
+        if self.bytes_max is not None:
+            grown = sum(_bytes(row) for row in changes.values()) - sum(
+                _bytes(self.tables[table].get(key)) for table, key in changes
+            )
+            if grown > 0 and self.size() + grown > self.bytes_max:
+                raise StorageFullError("cannot write to the database: the simulated disk is full")
         for (table, key), row in changes.items():
             held = self.tables[table]
             self._undo.setdefault((table, key), held.get(key))
@@ -92,7 +92,6 @@ class MemoryStore:
                 held.drop(key)
             else:
                 held.put(key, row)
-        self._bytes += grown
         self.commits_total += 1
         self.durable_total += durable
         if durable:
@@ -144,7 +143,7 @@ class MemoryStore:
 
     def size(self) -> int:
         """Bytes of all values held."""
-        return self._bytes
+        return sum(_bytes(row) for held in self.tables.values() for row in held.values())
 
     def close(self) -> None:
         """Nothing to let go; the rows stay, so that a test can open a new node on the same disk."""
@@ -153,7 +152,6 @@ class MemoryStore:
         """A store of its own with the same rows."""
         copy = MemoryStore(self.bytes_max)
         copy.tables = {name: Table(rows) for name, rows in self.tables.items()}
-        copy._bytes = self._bytes
         return copy
 
     def cut_power(self) -> None:
@@ -164,7 +162,6 @@ class MemoryStore:
             else:
                 self.tables[table].put(key, row)
         self._undo.clear()
-        self._bytes = sum(_bytes(row) for held in self.tables.values() for row in held.values())
 
 
 def _bytes(row: Row | None) -> int:
