@@ -207,7 +207,8 @@ class Watched:
         """Node.step."""
         machine = self._machine
         machine.steps_total += 1
-        machine.world.clock.tell(machine.name, _shown(stimulus, machine.world.names))
+        world = machine.world
+        world.clock.tell(machine.name, _shown(stimulus, world.names))
         return self.node.step(now_ms, stimulus)
 
     def end_turn(self, now_ms: int) -> list[e.Effect]:
@@ -468,7 +469,7 @@ def _fields(fields: dict[str, Any]) -> str:
 
 def _shown(stimulus: e.Stimulus, names: dict[str, str]) -> str:
     """A stimulus in a few words."""
-    if isinstance(stimulus, e.MessageIn):
+    if type(stimulus) is e.MessageIn:
         return f"<- {names.get(stimulus.peer, '?')}: {type(stimulus.message).__name__}"
     if isinstance(stimulus, e.TimerFired):
         key = stimulus.key

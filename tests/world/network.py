@@ -10,7 +10,7 @@ from clawnet import limits
 from clawnet.errors import WireError
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.events import BlobReady, MessageIn, PeerDown, PeerUp
-from clawnet.wire.messages import Hello
+from clawnet.wire.messages import Hello, Result
 from tests.world.clock import Clock, LawBroken
 
 if TYPE_CHECKING:
@@ -219,15 +219,17 @@ class Network:
             return False
         batch: list[Encoded] = []
         size = 0
+        sending = machine.world.sending
         for message, reply_to, obligation in items:
             kind, payload = encode_payload(message)
-            machine.world.sending(machine, peer, message, payload)
+            if type(message) is Result:
+                sending(machine, peer, message, payload)
             batch.append((int(kind), payload, reply_to, obligation))
             size += len(payload) + 40
         self.messages_total += len(batch)
         self.bytes_total += size
         clock = self.clock
-        kinds = " ".join(type(item[0]).__name__ for item in items)
+        kinds = " ".join([type(item[0]).__name__ for item in items])
         clock.tell(machine.name, f"-> {link.ends[1 - side].name}: {kinds} ({size})")
         if edge.dead[side]:
             self.lost_total += len(batch)
@@ -291,14 +293,14 @@ class Network:
             self.seen["batch refused, overtaken" if number in link.late[side] else "batch refused, a duplicate"] += 1
             return
         link.taken[side] = number
-        sender = link.ends[side].peer
+        sender, feed = link.ends[side].peer, end.runtime.feed
         for kind, payload, reply_to, obligation in batch:
             self._ids += 1
             try:
                 message = decode_payload(kind, payload)
             except WireError as error:
                 raise LawBroken(f"{link.ends[side].name} sends what nobody can read: {error}") from error
-            end.runtime.feed(MessageIn(sender, self._ids.to_bytes(16, "big"), message, reply_to, obligation))
+            feed(MessageIn(sender, self._ids.to_bytes(16, "big"), message, reply_to, obligation))
 
     # --- blobs
 
