@@ -103,6 +103,8 @@ class Auctions:
 
     def pump(self) -> None:
         """At the end of a turn: opens waiting auctions while there is room."""
+        if not self.waiting:
+            return
         if self._ctx.now < self._held_until_ms <= self._ctx.now + RESUME_MS or not self._rooms.cards.capacity.cpu:
             return  # the others, or what this node itself can do, are not known yet
         while len(self.live) < self._live_max:
