@@ -229,7 +229,7 @@ def _heads(tables: Tables) -> list[Row]:
 
 
 def _expired(tables: Tables, before_ms: int, limit: int, *, with_results: bool) -> list[Row]:
-    holding = {key[0] for table in ("results", "outputs") for key in tables[table]}
+    holding = {key[0] for key in tables["results"]}
     rows = [
         row
         for key, row in tables["tasks"].items()
@@ -256,9 +256,6 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "bids": lambda t, task_id: _of(t, "bids", task_id),
     "results": lambda t, task_id: _of(t, "results", task_id),
     "result": lambda t, task_id, attempt: _of(t, "results", task_id, attempt),
-    "outputs": lambda t, task_id, stream, offset, bytes_max: _capped(
-        [row for row in _of(t, "outputs", task_id, stream) if row[2] + len(row[3]) > offset], 3, bytes_max
-    ),
     "jobs_open": lambda t: [row for row in _of(t, "jobs") if row[1] not in JOB_FINAL],
     "jobs_page": lambda t, *args: _page(t, "jobs", 2, *args),
     "job": lambda t, job: _of(t, "jobs", job),

@@ -46,6 +46,7 @@ STEPS: Final[tuple[Step, ...]] = (
             "CREATE TABLE leases (account BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (account)) WITHOUT ROWID",
         ),
     ),
+    Step("output lies in files and results; its table was never filled", ("DROP TABLE outputs",)),
 )
 """Step n brings schema n + 1 to n + 2. New steps go to the end; those that were released never change."""
 

@@ -111,12 +111,6 @@ QUERIES: Final[dict[str, Query]] = {
     "result": Query(
         f"SELECT {_columns('results')} FROM results WHERE task_id = ? AND attempt = ?", ("task_id", "attempt")
     ),
-    "outputs": Query(
-        f"SELECT {_columns('outputs')} FROM outputs WHERE task_id = ? AND stream = ? "
-        "AND offset + length(data) > ? ORDER BY offset",
-        ("task_id", "stream", "from_offset", "bytes_max"),
-        bytes_column=3,
-    ),
     # jobs: tasks run for somebody
     "jobs_open": Query(
         f"SELECT {_JOBS} FROM jobs INDEXED BY jobs_open WHERE {JOB_OPEN_SQL} ORDER BY job", (), quick=False
@@ -161,7 +155,7 @@ QUERIES: Final[dict[str, Query]] = {
     ),
     "results_expired": Query(
         # From the results to their tasks: there are many more tasks than results of them.
-        "SELECT task_id FROM (SELECT task_id FROM results UNION SELECT task_id FROM outputs) CROSS JOIN tasks "
+        "SELECT task_id FROM (SELECT DISTINCT task_id FROM results) CROSS JOIN tasks "
         f"USING (task_id) WHERE created_ms < ? AND updated_ms < ? AND state IN {_words(TASK_FINAL)} "
         "AND task_id NOT IN (SELECT task_id FROM unsettled) ORDER BY created_ms, task_id LIMIT ?",
         ("before_ms", "limit"),

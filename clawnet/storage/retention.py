@@ -14,8 +14,8 @@ from clawnet.wire.events import Delete, Put
 SWEEP_ROWS_MAX: Final = 256
 
 # A task's rows, and of these the ones that hold its result.
-TASK_TABLES: Final = ("tasks", "documents", "transitions", "bids", "results", "outputs", "blob_grants")
-RESULT_TABLES: Final = ("results", "outputs", "blob_grants")
+TASK_TABLES: Final = ("tasks", "documents", "transitions", "bids", "results", "blob_grants")
+RESULT_TABLES: Final = ("results", "blob_grants")
 
 
 class Rule(Struct, frozen=True):

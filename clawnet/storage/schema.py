@@ -83,7 +83,6 @@ TABLES: Final[dict[str, Table]] = {
         Table("statements", 1, ("hash BLOB", "body BLOB"), wide=True),
         Table("leases", 1, ("account BLOB", "body BLOB")),
         Table("blob_grants", 3, ("task_id BLOB", "peer TEXT", "blob BLOB")),
-        Table("outputs", 3, ("task_id BLOB", "stream INTEGER", "offset INTEGER", "data BLOB"), wide=True),
     )
 }
 

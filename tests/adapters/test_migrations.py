@@ -82,6 +82,7 @@ def test_an_old_database_ends_like_a_new_one_with_its_rows(old: Path, tmp_path: 
     assert shape(old) == shape(tmp_path / "new" / "clawnet.db")
     after = content(old)
     assert set(after) == set(TABLES)
+    assert before.pop("outputs") == [], "the table that goes held nothing"
     assert {name: after[name] for name in before} == before
 
 
@@ -112,7 +113,7 @@ def test_a_step_that_fails_changes_nothing(old: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_a_kill_in_the_middle_leaves_the_old_schema_to_begin_with_again(old: Path) -> None:
-    before = content(old)
+    before = {name: rows for name, rows in content(old).items() if name in TABLES}
     done = subprocess.run([sys.executable, "-c", KILLED, str(old)], capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     store = Store.open(old)

@@ -149,15 +149,6 @@ def test_rows_of_one_task(store: AnyStore) -> None:
     assert store.query("document", (t,)) == [(t, b"doc")]
 
 
-def test_output_is_read_from_an_offset_and_up_to_a_cap(store: AnyStore) -> None:
-    t = b"t" * 16
-    store.commit([Put("outputs", (t, 1, n * 10, b"x" * 10)) for n in range(4)] + [Put("outputs", (t, 2, 0, b"err"))])
-    assert [row[2] for row in store.query("outputs", (t, 1, 15, 1_000))] == [10, 20, 30]
-    assert [row[2] for row in store.query("outputs", (t, 1, 0, 25))] == [0, 10]
-    assert [row[2] for row in store.query("outputs", (t, 1, 20, 1))] == [20]
-    assert store.query("outputs", (t, 1, 40, 100)) == []
-
-
 def test_entries_by_range_and_by_page(store: AnyStore) -> None:
     store.commit([entry(n, b"x" * 100) for n in range(10)] + [entry(0, account=b"B" * 32)])
     a = b"A" * 32
