@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from clawnet import api, errors, limits, paths
+from clawnet import api, errors, limits, money, paths
 from clawnet.errors import ClawnetError, ConfigError, InternalError, StorageFullError, TimedOutError
 from clawnet.paths import Home
 
@@ -109,8 +109,18 @@ def join(home: Home, token: str) -> str:
         return ""
     with api.Client(home, autostart=False) as client:
         found = client.call("peer.join", {"token": token.strip(), "leave": False}, timeout_s=limits.JOIN_WAIT_S)
+        _await_credits(client, found["granted"])
     _to_join(home).unlink(missing_ok=True)
     return str(found["mesh"])
+
+
+def _await_credits(client: api.Client, granted: str) -> None:
+    """What comes with the invite is there soon after the join; whoever pays for work next finds it."""
+    deadline = time.monotonic() + limits.JOIN_CREDITS_S
+    while money.parse_credits(client.call("wallet.balance")["available"]) < money.parse_credits(granted):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_POLL_S)
 
 
 def _join_or_stop(home: Home, token: str) -> None:

@@ -69,8 +69,8 @@ class Runtime:
         self._fail = fail
         self.node: NodeLike
         self.switch: SwitchPort
-        self.rotated: Callable[[e.Rotated], None] = lambda effect: None
-        self.keep_mesh_key: Callable[[e.KeepMeshKey], None] = lambda effect: None
+        self.rotated: Callable[[e.Rotated], None]
+        self.keep_mesh_key: Callable[[e.KeepMeshKey], None]
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(me)
         self._scheduled = False
@@ -91,7 +91,7 @@ class Runtime:
         self.stopped = False
         self._acts: dict[type[e.Effect], Callable[[Any], None]] = {
             e.Reply: self._reply,
-            e.Notify: self._notify,
+            e.Notify: lambda effect: self.ipc.notify(effect.call, effect.method, effect.value),
             e.Wake: self._wake,
             e.Run: self._run,
             e.StopRun: self._stop_run,
@@ -246,9 +246,6 @@ class Runtime:
     def _reply(self, effect: e.Reply) -> None:
         self._calls.discard(effect.call)
         self.ipc.reply(effect.call, effect.value, effect.error)
-
-    def _notify(self, effect: e.Notify) -> None:
-        self.ipc.notify(effect.call, effect.method, effect.value)
 
     def _run(self, effect: e.Run) -> None:
         if effect.job in self._stopping:

@@ -222,7 +222,9 @@ class Invites:
         peers = [JoinPeer(ctx.wire_me, members.name, self._rooms.cards.addresses[:16]), *others[:63]]
         lease_s = limits.THROWAWAY_LEASE_MS // 1000 if record.ephemeral else 0
         mesh_key = b"" if record.ephemeral else facts.mesh_key
-        return JoinAnswer("", record.ring, facts.charter_bytes, chain, mesh_key, ctx.wire_me, peers, lease_s)
+        return JoinAnswer(
+            "", record.ring, facts.charter_bytes, chain, mesh_key, ctx.wire_me, peers, lease_s, self._gift_ucr(record)
+        )
 
     def _first_credits(self, record: InviteRecord, ask: JoinAsk) -> None:
         books = self._rooms.books
@@ -284,7 +286,12 @@ class Invites:
             )
             return
         party = {"peer_id": event.inviter, "name": answer.peers[0].name if answer.peers else "", "ring": answer.ring}
-        value = {"ring": answer.ring, "inviter": party, "peers": len(answer.peers), "granted": "0"}
+        value = {
+            "ring": answer.ring,
+            "inviter": party,
+            "peers": len(answer.peers),
+            "granted": format_credits(answer.credits_ucr),
+        }
         ctx.out.append(Adopt(event.call, answer, value))
 
 

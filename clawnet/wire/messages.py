@@ -456,8 +456,7 @@ class JoinPeer(Message, frozen=True):
 class JoinAnswer(Message, frozen=True):
     """Admission or the reason for refusal (`refusal` non-empty: everything else is empty).
 
-    `lease_s` above 0: a throw-away membership, which ends when the inviter has not seen its holder for so long; no
-    mesh key comes with it.
+    `lease_s` above 0: a throw-away membership, over when its holder is not seen for so long; it has no mesh key.
     """
 
     refusal: Text
@@ -468,6 +467,7 @@ class JoinAnswer(Message, frozen=True):
     inviter: Address = ""
     peers: Annotated[list[JoinPeer], Meta(max_length=64)] = []
     lease_s: U32 = 0
+    credits_ucr: Ucr = 0
 
 
 PAYLOADS: Final[dict[Kind, type[Message]]] = {
