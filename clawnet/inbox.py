@@ -41,8 +41,10 @@ class Inbox:
         if kind is e.RpcCall:
             return self.calls < limits.INBOX_MAX
         if kind is e.MessageIn and stimulus.peer != self._me:  # type: ignore[attr-defined]
-            lane = self._lanes.get(stimulus.peer, ())  # type: ignore[attr-defined]
-            return len(lane) < limits.INBOX_OF_PEER_MAX and self._foreign < limits.INBOX_MAX
+            waiting = len(self._lanes.get(stimulus.peer, ()))  # type: ignore[attr-defined]
+            # Several that flood together fill what all share; a turn's share of its own is left to everybody.
+            full = self._foreign >= limits.INBOX_MAX and waiting >= limits.INBOX_SHARE
+            return waiting < limits.INBOX_OF_PEER_MAX and not full
         return True
 
     def put(self, stimulus: e.Stimulus) -> None:

@@ -261,6 +261,7 @@ def test_the_inbox_is_bounded_for_peers_and_clients_alone(
     store: Store | MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "INBOX_MAX", 3)
+    monkeypatch.setattr(limits, "INBOX_OF_PEER_MAX", 3)
 
     async def test(house: House) -> None:
         for _ in range(5):

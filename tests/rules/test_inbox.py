@@ -61,6 +61,19 @@ def test_a_peer_that_floods_is_bounded_by_itself(monkeypatch: pytest.MonkeyPatch
     assert inbox.has_room(e.PeerDown("flood", "gone")), "news of a link always fits"
 
 
+def test_peers_that_flood_together_leave_a_share_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "INBOX_MAX", 100)
+    inbox = Inbox(ME)
+    for number in range(50):
+        inbox.put(message("flood", number))
+        inbox.put(message("torrent", number))
+    assert not inbox.has_room(message("flood")) and not inbox.has_room(message("torrent"))
+    for number in range(limits.INBOX_SHARE):
+        assert inbox.has_room(message("bob"))
+        inbox.put(message("bob", number))
+    assert not inbox.has_room(message("bob")) and inbox.has_room(message("carol"))
+
+
 def test_calls_are_counted_until_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "INBOX_MAX", 2)
     inbox = Inbox(ME)
