@@ -76,7 +76,7 @@ def standard_input(*, wanted: bool = True) -> bytes | None:
     if len(data) > limits.STDIN_BYTES_MAX:
         raise DataError(
             f"standard input is longer than {units.format_size(limits.STDIN_BYTES_MAX)}",
-            hint="hand it over as a file with --input, and let the command read that",
+            hint="a shell or compute task takes it as a file (--input); a prompt can be no longer",
         )
     return data
 

@@ -65,7 +65,7 @@ def _text(spec: dict[str, Any], field: str, chars_max: int, default: str = "") -
     if value is None:
         return default
     if not isinstance(value, str) or len(value) > chars_max or "\0" in value:
-        raise _bad(field, str(value)[:60], f"text of at most {chars_max} characters")
+        raise _bad(field, str(value)[:60], f"text of at most {chars_max} characters and no NUL")
     return value
 
 
