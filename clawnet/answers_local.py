@@ -85,6 +85,7 @@ class IdentityAnswer(Answer):
     may_invite: bool
     owner_key_here: bool
     inviter: str
+    rotations: int
     home: str
 
 
@@ -95,6 +96,20 @@ class IdentityMoved(Answer):
     path: str
 
 
+class IdentityRotated(Answer):
+    """`clawnet identity rotate`. `account` is what stays; `invites_void` are tokens given before that name `previous`.
+
+    `rotations` counts the changes of key so far, `told` the peers that were connected and heard of this one.
+    """
+
+    peer_id: str
+    previous: str
+    account: str
+    rotations: int
+    told: int
+    invites_void: int
+
+
 LOCAL_ANSWERS: Final[dict[str, Any]] = {
     "config check": ConfigChecked,
     "config get": ConfigItem,
@@ -103,6 +118,7 @@ LOCAL_ANSWERS: Final[dict[str, Any]] = {
     "config show": ConfigList,
     "identity export": IdentityMoved,
     "identity import": IdentityMoved,
+    "identity rotate": IdentityRotated,
     "identity show": IdentityAnswer,
     "init": Home,
 }

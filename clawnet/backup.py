@@ -92,7 +92,7 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
     node = KeyPair.from_seed(identity.node_seed)
     draft = home.data_dir / f".backup.{os.getpid()}.db"
     try:
-        head = reduced.reduce(home.database, draft, node.public, _not_again)
+        head = reduced.reduce(home.database, draft, identity.membership.account(node.public), _not_again)
         contents = Contents(
             identity,
             time.time_ns() // 1_000_000,

@@ -1,4 +1,4 @@
-"""`clawnet identity`: show, export and import."""
+"""`clawnet identity`: show, export, import and rotate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from .render import on_terminal, pairs, show, write_bytes
 if TYPE_CHECKING:
     from clawnet.config import Config
 
+ROTATE_TIMEOUT_S = 60.0
+
 app = group("This node's keys.")
 
 
 @app.command("show", cls=NodeCommand)
 def show_identity(context: typer.Context) -> None:
     """Who this node is: peer id, account, owner, mesh. No secret is shown."""
+    from clawnet import handover
     from clawnet.identity.keys import KeyPair
     from clawnet.identity.membership import load_membership
 
@@ -31,20 +34,23 @@ def show_identity(context: typer.Context) -> None:
     config = _config(invocation)
     check = config.flag("security.check_permissions")
     home = config.home(invocation.home)
+    handover.settle(home, check_permissions=check)
     membership = load_membership(home, check_permissions=check)
     node = KeyPair.load(home.node_key, check_permissions=check)
     charter, mesh, member = membership.verified(node.public)
+    account = membership.account(node.public)
     value = {
         "peer_id": node.peer_id,
-        "account": node.public.hex(),
+        "account": account.hex(),
         "owner": member.owner.hex(),
         "mesh": mesh.hex(),
         "mesh_name": charter.name,
         "founded": membership.founded,
-        "issuer": node.public in charter.issuers,
+        "issuer": account in charter.issuers,
         "may_invite": member.may_invite,
         "owner_key_here": home.owner_key.exists(),
         "inviter": membership.inviter,
+        "rotations": len(membership.handovers),
         "home": str(home.dir),
     }
     pairs(invocation, value, [(label.replace("_", " "), text) for label, text in value.items()])
@@ -59,6 +65,7 @@ def export(
     passphrase_file: PassphraseFile = "",
 ) -> None:
     """Write keys and membership as one encrypted file, mode 0600; never to a terminal."""
+    from clawnet import handover
     from clawnet.identity.export import export_identity
     from clawnet.identity.membership import load_membership
 
@@ -71,6 +78,7 @@ def export(
     if target is not None and target.exists():
         raise NotPermittedError(f"{target} exists; it is not overwritten", hint="name another file")
     check = config.flag("security.check_permissions")
+    handover.settle(home, check_permissions=check)
     load_membership(home, check_permissions=check)
     typed = passphrase(passphrase_file, confirm=True)
     data = export_identity(home, typed, os.urandom, check_permissions=check)
@@ -103,6 +111,31 @@ def import_(
     peer_id = import_identity(home, data, passphrase(passphrase_file, confirm=False))
     invocation.warn("run this identity on one machine only: stop and remove it where it came from")
     show(invocation, {"peer_id": peer_id, "path": str(home.dir)}, bare=peer_id, lines=[("peer id", peer_id)])
+
+
+@app.command("rotate", cls=NodeCommand)
+def rotate(context: typer.Context) -> None:
+    """Go on under a new node key; the old one is destroyed, and no peer admits it any longer.
+
+    The account, its balance, open tasks and escrows, name, standing and membership stay; peers follow by themselves,
+    those that are away when they are back. Exports, backups and invites made before are of the old key: make new ones.
+    """
+    invocation = here(context)
+    done = invocation.call("identity.rotate", timeout_s=ROTATE_TIMEOUT_S)
+    invocation.warn("make a new backup: those made before hold the old key, which no peer admits any longer")
+    void = done["invites_void"]
+    show(
+        invocation,
+        done,
+        bare=done["peer_id"],
+        lines=[
+            ("peer id", done["peer_id"]),
+            ("before", done["previous"]),
+            ("account", done["account"]),
+            ("told", f"{done['told']} connected peers"),
+            ("invites", f"{void} given before cannot be redeemed any longer" if void else ""),
+        ],
+    )
 
 
 def _config(invocation: Invocation) -> Config:

@@ -52,9 +52,11 @@ def backup(
 ) -> None:
     """Write the whole wallet as one encrypted file: keys, membership, chains, peers, open lines. The node may run."""
     from clawnet.backup import back_up
+    from clawnet.handover import settle
 
     invocation = here(context)
     home, check = _home(invocation)
+    settle(home, check_permissions=check)
     target = Path(file).absolute()
     if file != "-":
         if target.exists() and not force:

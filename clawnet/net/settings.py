@@ -46,7 +46,10 @@ class SwitchSettings(Struct, frozen=True):
         """The same, at the ports where a node listens already."""
         ports = {address.transport: address.port for address in addresses}
         return structs.replace(
-            self, tcp_port=ports.get("tcp", self.tcp_port), quic_port=ports.get("quic-v1", self.quic_port)
+            self,
+            listen_addrs=tuple(map(str, addresses)) if self.listen_addrs else (),
+            tcp_port=ports.get("tcp", self.tcp_port),
+            quic_port=ports.get("quic-v1", self.quic_port),
         )
 
     def port(self, transport: str) -> tuple[int, bool, str]:
