@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from clawnet.identity.keys import KeyPair, public_of, verify
 from clawnet.identity.membership import load_membership
 from clawnet.net.control import CONTROL_PROTOCOL
 from clawnet.net.port import Connection, Stream
+from clawnet.net.quic import QuicTransport
 from clawnet.net.switch import PROTOCOLS
 from clawnet.net.tcp import TcpTransport
 from clawnet.wire.batch import Batch, decode_batch, frame, hashes_of, signed_bytes
@@ -33,6 +36,7 @@ from tests.cli.test_market_run import ABROAD
 pytestmark = pytest.mark.slow
 
 WAIT_S = 30.0
+CARRIERS: dict[str, Any] = {"tcp": TcpTransport, "quic-v1": QuicTransport}
 
 
 def now_ms() -> int:
@@ -47,7 +51,8 @@ class Victim:
         self.friend = friend
         self.metrics_port = metrics_port
         self.peer_id = node.peer_id
-        self.address = node.ask("status")["listen"][0]
+        self.addresses = {multiaddr.parse(one).transport: one for one in node.ask("status")["listen"]}
+        self.address = self.addresses["tcp"]
         self.pid = node.pid
 
     def counters(self) -> dict[str, float]:
@@ -73,6 +78,13 @@ class Victim:
         ]
         return key, HelloFacts(mesh, "mallory", papers)
 
+    def told(self, event: str, **fields: str) -> list[dict[str, Any]]:
+        """The lines of one event in the security log with these fields; every line there must be an object."""
+        lines = [json.loads(line) for line in self.node.security_log.splitlines()]
+        assert all({"at", "level", "event"} <= line.keys() for line in lines)
+        found = [line for line in lines if line["event"] == event]
+        return [line for line in found if all(line.get(name) == value for name, value in fields.items())]
+
     def serves(self) -> None:
         """Asserts that it is the same process, that its friend is still there, and that it takes and gives work."""
         assert self.node.pid == self.pid
@@ -86,7 +98,9 @@ def victim() -> Iterator[Victim]:
     nodes = Nodes()
     try:
         port = free_port()
-        node = nodes("victim", CLAWNET_METRICS_PORT=str(port), CLAWNET_NETWORK_PING_INTERVAL="1s")
+        both = "/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.1/udp/0/quic-v1"
+        fast = {"CLAWNET_NETWORK_PING_INTERVAL": "1s", "CLAWNET_NODE_LISTEN_ADDRS": both}
+        node = nodes("victim", CLAWNET_METRICS_PORT=str(port), **fast)
         node.start()
         friend = nodes("friend").start()
         token = node("peer", "invite").line
@@ -145,11 +159,11 @@ class Intruder:
 
 
 @contextlib.asynccontextmanager
-async def intruder(victim: Victim, *, member: bool = True) -> AsyncIterator[Intruder]:
+async def intruder(victim: Victim, *, member: bool = True, kind: str = "tcp") -> AsyncIterator[Intruder]:
     key, facts = victim.identity(member=member)
-    transport = TcpTransport(key, PROTOCOLS, "intruder")
+    transport = CARRIERS[kind](key, PROTOCOLS, "intruder")
     try:
-        connection = await transport.dial(multiaddr.parse(victim.address), victim.peer_id, WAIT_S)
+        connection = await transport.dial(multiaddr.parse(victim.addresses[kind]), victim.peer_id, WAIT_S)
         stream = await connection.open_stream([CONTROL_PROTOCOL])
         theirs = public_of(victim.peer_id)
         handshake = Handshake(
@@ -228,20 +242,18 @@ async def silence(them: Intruder) -> None:
     await them.until_dropped()
 
 
-async def never_reading(them: Intruder) -> None:
+async def pings_without_end(them: Intruder) -> None:
     await them.greet()
-    them.stream.set_data_handler(lambda data: None)
-    them.stream.pause_reading()
-    number = 1
+    pings = [(Ping(n, now_ms()), None, None) for n in range(64)]
     async with asyncio.timeout(WAIT_S):
-        while not them.connection.closed.done():
-            number += 1
-            pings = [(Ping(n, now_ms()), None, None) for n in range(200 * number, 200 * number + 200)]
-            with contextlib.suppress(LinkError):
+        with contextlib.suppress(LinkError):
+            while not them.connection.closed.done():
                 await them.stream.write(them.session.seal(pings, now_ms()))
-            await asyncio.sleep(0)
+                await asyncio.sleep(0)
+        await them.connection.closed
 
 
+@pytest.mark.parametrize("kind", CARRIERS)
 @pytest.mark.parametrize(
     ("offence", "counter", "logged"),
     [
@@ -254,18 +266,18 @@ async def never_reading(them: Intruder) -> None:
         (batches_of_yesterday, "net_batches_too_old_total", "message.too_old"),
         (signed_nonsense, "net_wire_refused_total", "message.refused"),
         (silence, "net_links_timed_out_total", "no sign of life"),
-        (never_reading, "net_links_stalled_total", "link.stalled"),
+        (pings_without_end, "net_messages_over_rate_session_total", "rate.exceeded"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_an_offence_ends_the_link_of_its_author_alone(
-    victim: Victim, offence: Callable[[Intruder], Awaitable[None]], counter: str, logged: str
+    victim: Victim, kind: str, offence: Callable[[Intruder], Awaitable[None]], counter: str, logged: str
 ) -> None:
     before = victim.counters().get(counter, 0)
     seen: list[str] = []
 
     async def offend() -> None:
-        async with intruder(victim) as them:
+        async with intruder(victim, kind=kind) as them:
             seen.append(them.key.peer_id)
             await offence(them)
 
@@ -313,7 +325,8 @@ def test_a_stranger_with_forged_papers_is_no_member(victim: Victim) -> None:
 
     peer = asyncio.run(knock())
     until(
-        "it is logged", lambda: [1 for line in victim.node.log.splitlines() if peer in line and "link.refused" in line]
+        "it is logged",
+        lambda: [one for one in victim.told("membership.refused", peer=peer) if one["address"] and one["reason"]],
     )
     assert peer not in {one["peer_id"] for one in victim.node.ask("peer.list")["items"]}
     victim.serves()
