@@ -52,6 +52,7 @@ class Reaching:
         self._lost: dict[str, int] = {}
         self._visited: set[str] = set()
         """Dialled from here and not kept by the switch: it does not dial them again when the link breaks."""
+        self._dialling: set[str] = set()
         self._turned_ms = 0
 
     # --- who could be reached
@@ -121,11 +122,13 @@ class Reaching:
 
     def _visit(self, peer: str, addresses: Iterable[str]) -> None:
         self._visited.add(peer)
+        self._dialling.add(peer)
         self._ctx.out.append(Dial(ON_DEMAND, peer, tuple(addresses)))
 
     def up(self, peer: str) -> None:
         """A peer is connected: what waited for it goes out; idle links leave where there are too many."""
         ctx = self._ctx
+        self._dialling.discard(peer)
         self._lost.pop(peer, None)
         self._unreachable.pop(peer, None)
         letters = self._letters.pop(peer, None)
@@ -154,6 +157,7 @@ class Reaching:
     def dial_ended(self, peer: str, reason: str) -> None:
         """A member could not be reached, now or for a first time."""
         self._visited.discard(peer)
+        self._dialling.discard(peer)
         if FULL in reason:
             self._ctx.out.append(Hangup(peer, LET_GO))
         self._give_up(peer)
@@ -193,6 +197,7 @@ class Reaching:
     def keep_up(self) -> None:
         """Every minute: as many links as are wanted; in a mesh larger than may be connected they turn over."""
         ctx, members = self._ctx, self._rooms.members
+        self._dialling.clear()
         self._make_room(0)
         self._forget()
         if len(members.records) <= self._links_max:
@@ -212,7 +217,7 @@ class Reaching:
         if len(self._rooms.members.records) <= self._links_max:
             if len(self._ctx.links) < self._links_max:
                 self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
-        elif len(self._ctx.links) < self._links_wanted:
+        elif len(self._ctx.links) + len(self._dialling) < self._links_wanted:
             self._visit(record.peer, record.addresses)
 
     @property

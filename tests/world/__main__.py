@@ -8,6 +8,7 @@ import time
 
 from tests.world.clock import LawBroken
 from tests.world.liars import HABITS, lies_of
+from tests.world.messages import SIZES, report
 from tests.world.plants import PLANTS, SETTINGS, planted
 from tests.world.signer import signer
 from tests.world.world import LARGE, ONE_ISSUER_MAX, World
@@ -27,8 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plant", default="", help="put a known bug in and look for it; 'list' names them")
     parser.add_argument("--story", type=int, default=60, help="lines of the story to print")
     parser.add_argument("--keep-going", action="store_true", help="name every seed that breaks a law, tell no story")
+    parser.add_argument(
+        "--messages", nargs="*", type=int, metavar="NODES", help="messages a task at these sizes of a calm mesh"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="one line a seed")
     args = parser.parse_args(argv)
+    if args.messages is not None:
+        report(tuple(args.messages) or SIZES)
+        return 0
     first, _, last = args.seeds.partition(":")
     seeds = range(int(first), int(last) if last else int(first) + 1)
     if args.plant == "list" or (args.plant and args.plant not in PLANTS):

@@ -52,15 +52,16 @@ class Client:
         self._until_us = 0
         self.again = True
 
-    def plan(self, machines: list[Machine], seconds: float, each: int) -> None:
-        """`each` tasks a machine and simulated minute, at least one, and a few more, at seeded times."""
-        self._until_us = self.world.clock.now_us + round(seconds * 1e6)
+    def plan(self, machines: list[Machine], seconds: float, each: int, rest_s: float = 0.0) -> None:
+        """`each` tasks a machine and simulated minute, at least one, and a few more, at seeded times after the rest."""
+        self._until_us = self.world.clock.now_us + round((rest_s + seconds) * 1e6)
         for machine in machines:
             for _ in range(max(1, math.ceil(each * seconds / 60)) + (self.rng.random() < SPARE)):
-                self._plan(self._wish(machine), round(self.rng.uniform(2.0, max(3.0, seconds - 1)) * 1e6))
+                at_s = rest_s + self.rng.uniform(2.0, max(3.0, seconds - 1))
+                self._plan(self._wish(machine), round(at_s * 1e6))
             if self.world.sends and self.rng.random() < 0.3:
                 other = self.rng.choice(machines)
-                at_us = round(self.rng.uniform(3.0, max(4.0, seconds - 1)) * 1e6)
+                at_us = round((rest_s + self.rng.uniform(3.0, max(4.0, seconds - 1))) * 1e6)
                 self.world.clock.after(at_us, self._pay, machine, other, self.rng.randrange(1, 2_000_000))
 
     def _plan(self, wish: Wish, after_us: int) -> None:

@@ -306,6 +306,7 @@ class Machine:
         node, effects = self._build()
         self.runtime.node = Watched(node, self)
         self.runtime.perform(effects)
+        self.runtime.feed(e.Listening((f"/dns/{self.name}.example/tcp/4002/p2p/{self.peer}",)))
         self.runtime.feed(e.CapacityChanged(CAPABILITIES, ("own", "member"), self.world.slots, 2**32, 0))
 
     def ignore_clock(self) -> None:
@@ -425,7 +426,8 @@ class Machine:
         return self.world.network.send(self, peer, items)
 
     def dial(self, call: int, peer: str, addresses: Sequence[str], keep: bool = False) -> None:
-        """Switch: the world keeps the links."""
+        """Switch: the world keeps the links; who is dialled for a task is connected besides."""
+        self.world.network.dial(self, call, self.world.by_peer[peer])
 
     def hangup(self, peer: str, reason: str) -> None:
         """Switch: closes a link."""

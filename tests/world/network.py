@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
 from clawnet.errors import WireError
+from clawnet.node.reaching import LET_GO
 from clawnet.wire.codec import decode_payload, encode_payload
-from clawnet.wire.events import BlobReady, MessageIn, PeerDown, PeerUp
+from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp
 from clawnet.wire.messages import Hello, Result
 from tests.world.clock import Clock, LawBroken
 
@@ -44,7 +46,9 @@ class Link:
 class Edge:
     """Two machines that keep a connection to each other; `ends[0]` to `ends[1]` is direction 0."""
 
-    __slots__ = ("blocked_us", "dead", "ends", "jitter_us", "latency_us", "link", "loss", "trying", "wait_us")
+    __slots__ = (
+        "blocked_us", "callers", "dead", "ends", "jitter_us", "kept", "latency_us", "link", "loss", "trying", "wait_us"
+    )  # fmt: skip
 
     def __init__(self, a: Machine, b: Machine, rng: Random, loss: float) -> None:
         self.ends = (a, b)
@@ -59,6 +63,10 @@ class Edge:
         self.link: Link | None = None
         self.trying = False
         self.wait_us = 0
+        self.kept = True
+        """Whether it is connected again after every loss; else somebody dialled for a task, and that once."""
+        self.callers: list[tuple[Machine, int, DialEnded]] = []
+        """Who waits for the end of a dial, and what it hears if that fails."""
 
 
 class Network:
@@ -71,6 +79,9 @@ class Network:
         self.of: dict[str, list[Edge]] = {}
         self._ids = 0
         self.messages_total = 0
+        self.told: Callable[[Machine, str, Any], None] = lambda machine, peer, message: None
+        """Hears of every message that leaves: for whoever counts them."""
+        self.loss = 0.0
         self.bytes_total = 0
         self.lost_total = 0
         self.calm = False
@@ -80,11 +91,32 @@ class Network:
         """From now on these two try to be connected."""
         if (a.peer, b.peer) in self.edges or a is b:
             return
-        edge = Edge(a, b, self.rng, loss)
+        self.loss = loss
+        self._try(self._edge(a, b), self.rng.randrange(200_000))
+
+    def _edge(self, a: Machine, b: Machine) -> Edge:
+        edge = Edge(a, b, self.rng, 0.0 if self.calm else self.loss)
         self.edges[a.peer, b.peer] = self.edges[b.peer, a.peer] = edge
         self.of.setdefault(a.peer, []).append(edge)
         self.of.setdefault(b.peer, []).append(edge)
-        self._try(edge, self.rng.randrange(200_000))
+        return edge
+
+    def dial(self, machine: Machine, call: int, other: Machine) -> None:
+        """A node dials: for a task once; call 0: for good, where there was a connection before."""
+        edge = self.edges.get((machine.peer, other.peer))
+        if call == 0:
+            if edge is not None and not edge.kept:
+                edge.kept = True
+                self._try(edge, self.rng.randrange(200_000))
+            return
+        self.seen["dialled for a task"] += 1
+        if edge is None:
+            edge = self._edge(machine, other)
+            edge.kept = False
+        link = edge.link
+        if link is None or any(link.gone):
+            edge.callers.append((machine, machine.starts, DialEnded(call, other.peer, "it cannot be reached")))
+            self._try(edge, 0)
 
     def rtt_ms(self, peer: str, other: str) -> float:
         """The round trip as ping would measure it."""
@@ -99,6 +131,11 @@ class Network:
             self.clock.after(delay_us, self._attempt, edge)
 
     def _again(self, edge: Edge) -> None:
+        callers, edge.callers = edge.callers, []
+        for machine, starts, ended in callers:
+            self.clock.after(1_000, machine.deliver, starts, ended)
+        if not edge.kept:
+            return
         edge.wait_us = min(max(500_000, edge.wait_us * 2), 8_000_000)
         self._try(edge, edge.wait_us // 2 + self.rng.randrange(edge.wait_us))
 
@@ -110,6 +147,7 @@ class Network:
         edge.trying = False
         link = edge.link
         if link is not None and not any(link.gone):
+            edge.callers.clear()
             return
         if not self._reachable(edge):
             if any(end.up for end in edge.ends):
@@ -136,6 +174,7 @@ class Network:
             self._again(edge)
             return
         edge.wait_us = 0
+        edge.callers.clear()
         edge.dead = [False, False]
         edge.link = link = Link(edge.ends)
         for side, delay_us in ((0, 0), (1, edge.latency_us[0])):
@@ -167,7 +206,7 @@ class Network:
             end.ups.pop(other.peer, None)
             end.runtime.feed(PeerDown(other.peer, reason))
         edge = self.edges[end.peer, other.peer]
-        if edge.link is link:
+        if edge.link is link and edge.kept:
             self._try(edge, 20_000 + self.rng.randrange(500_000))
 
     def break_link(self, edge: Edge, reason: str, delays_us: tuple[int, int] | None = None) -> None:
@@ -195,12 +234,14 @@ class Network:
         """A process listens and dials again."""
         for edge in self.of.get(machine.peer, ()):
             edge.wait_us = 0
-            self._try(edge, self.rng.randrange(5_000, 300_000))
+            if edge.kept:
+                self._try(edge, self.rng.randrange(5_000, 300_000))
 
     def hangup(self, machine: Machine, peer: str, reason: str) -> None:
         """The node wants this link closed."""
         edge = self.edges.get((machine.peer, peer))
         if edge is not None and edge.link is not None:
+            edge.kept = edge.kept and reason != LET_GO
             side = edge.ends.index(machine)
             delays = [edge.latency_us[0], edge.latency_us[1]]
             delays[side] = 0
@@ -219,9 +260,10 @@ class Network:
             return False
         batch: list[Encoded] = []
         size = 0
-        sending = machine.world.sending
+        sending, told = machine.world.sending, self.told
         for message, reply_to, obligation in items:
             kind, payload = encode_payload(message)
+            told(machine, peer, message)
             if type(message) is Result:
                 sending(machine, peer, message, payload)
             batch.append((int(kind), payload, reply_to, obligation))

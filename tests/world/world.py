@@ -63,7 +63,8 @@ class Delivery:
 
 
 class World:
-    """`faults` False: a calm mesh, for figures. Everything follows from `seed`, `nodes` and `seconds`."""
+    """`faults` False: a calm mesh, for figures. `rest_s`: so long nobody asks for anything. All follows from the seed
+    and these figures."""
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class World:
         tasks_per_minute: int = 1,
         lies: Sequence[str] = (),
         late: bool = False,
+        rest_s: float = 0.0,
+        each_issues: bool = False,
     ) -> None:
         self.seed = seed
         self.seconds = seconds
@@ -83,6 +86,7 @@ class World:
         self.rng = rng
         self.sends = nodes <= LARGE
         self.large = nodes > LARGE
+        self.each_issues = each_issues
         self.away_us_max = 1_200_000_000 if nodes <= LARGE else 200_000_000
         self.run_s = rng.choice((0.05, 1.0, 8.0)) if faults else 0.2
         self.success = rng.choice((1.0, 0.95, 0.8)) if faults else 1.0
@@ -117,7 +121,7 @@ class World:
             self.faults.pull_clocks_apart()
         if self.faults.skewed > limits.CLOCK_STOP_MS:
             self.seen[f"clocks minutes off, stop {'on' if self.faults.clock_stop else 'off'}"] += 1
-        self.client.plan(self.machines, seconds, tasks_per_minute)
+        self.client.plan(self.machines, seconds, tasks_per_minute, rest_s)
 
     # --- making
 
@@ -139,7 +143,7 @@ class World:
                 certify_node(mine, mesh, node.public, issued_ms=now_ms, inviter=key.peer_id),
             ]
             self._add(name, node, mine, LocalMembership(local.charter, tuple(chain), False, key.peer_id, "member"))
-        if count > ONE_ISSUER_MAX:
+        if count > ONE_ISSUER_MAX or self.each_issues:
             self.issuers = frozenset(machine.key.public for machine in self.machines)
         for machine, habit in zip(self.machines[1:], self._lies, strict=False):
             self.liars[machine.peer] = Liar(self, machine, habit)
@@ -160,6 +164,8 @@ class World:
 
     def _add(self, name: str, key: KeyPair, owner: KeyPair, local: LocalMembership) -> None:
         words = {"node.name": name, "market.self": "fallback" if self.rng.random() < 0.1 else "never"}
+        if self.large:
+            words["node.max_peers"] = "16"
         machine = Machine(self, name, key, owner, local, Config.defaults(words))
         self.machines.append(machine)
         self.by_peer[machine.peer] = machine
