@@ -184,7 +184,7 @@ class Succession(PeerInfo, frozen=True):
 
 
 class Membership(Message, frozen=True):
-    """Revocations and sealed mesh keys, each carrying its author's own signature.
+    """Revocations, sealed mesh keys, and `successions` (alone), each carrying its author's own signature.
 
     Without statements it asks for what the sender lacks: `digest` has a word for each of MEMBERSHIP_BUCKETS buckets of
     the statements it holds (none at all: it holds none), and the receiver answers with its own of those that differ.
