@@ -332,6 +332,14 @@ def test_a_stranger_with_forged_papers_is_no_member(victim: Victim) -> None:
     victim.serves()
 
 
+def test_a_change_of_the_configuration_is_in_the_security_log(victim: Victim) -> None:
+    before = len(victim.told("config.changed"))
+    assert victim.node("config", "set", "log.level", "debug").code == 0
+    victim.node.ask("config.reload")
+    changed = until("it is logged", lambda: victim.told("config.changed")[before:])
+    assert "log.level" in changed[0]["applied"] and changed[0]["restart"] == ""
+
+
 def test_sockets_that_speak_no_protocol(victim: Victim) -> None:
     where = multiaddr.parse(victim.address)
     with contextlib.ExitStack() as stack:

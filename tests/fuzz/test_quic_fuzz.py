@@ -179,6 +179,7 @@ def test_any_frames_in_sound_packets() -> None:
         @settings(max_examples=150, deadline=None, database=None)
         @given(st.lists(FRAMES, min_size=1, max_size=4))
         def check(said: list[bytes]) -> None:
+            endpoint._doors = Doors()
             them = Exchange(endpoint)
             for _ in range(4):
                 them.turn()
@@ -190,7 +191,6 @@ def test_any_frames_in_sound_packets() -> None:
 
         check()
         endpoint.send = send  # type: ignore[method-assign]
-        endpoint._owner.doors = endpoint._doors = Doors()
 
     at_an_endpoint(body)
 
@@ -206,6 +206,7 @@ def test_any_change_to_the_tls_messages(flight: int) -> None:
         @settings(max_examples=150, deadline=None, database=None)
         @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
         def check(changes: list[tuple[float, int]]) -> None:
+            endpoint._doors = Doors()
             them = Exchange(endpoint)
             for _ in range(flight - 1):
                 them.turn()
@@ -220,6 +221,5 @@ def test_any_change_to_the_tls_messages(flight: int) -> None:
 
         check()
         endpoint.send = send  # type: ignore[method-assign]
-        endpoint._owner.doors = endpoint._doors = Doors()
 
     at_an_endpoint(body)
