@@ -71,7 +71,10 @@ class BatchLine(Answer):
 
 
 class Peer(Answer):
-    """A peer this node knows. `state` is connected, connecting, known, banned or removed."""
+    """A peer this node knows. `state` is connected, connecting, known, banned or removed.
+
+    `came_by` is how its link was made: inbound, dialled, mdns or bootstrap; card: never connected, known by its card.
+    """
 
     peer_id: str
     name: str
@@ -98,6 +101,9 @@ class Peer(Answer):
     inviter: str = ""
     version: str = ""
     notes: list[str] = field(default_factory=list)
+    came_by: str = ""
+    invited_by: Party | None = None
+    known_since: str | None = None
 
 
 class PeerList(Answer):

@@ -59,7 +59,15 @@ _TABLE: Final[tuple[Key, ...]] = (
         refused=(("storage", "storage tasks are not built yet in this version"),),
     ),
     Key("node.labels", "words", "", "words that a task may ask for with --label", RESTART),
-    Key("node.max_peers", "integer", "100", "connections at most", RELOAD, "1", "10000"),
+    Key(
+        "node.max_peers",
+        "integer",
+        "100",
+        "connections at most; a quarter more for a moment, while a task needs them",
+        RELOAD,
+        "1",
+        "10000",
+    ),
     Key(
         "node.min_peers", "integer", "5", "below this many connections known members are dialled", RELOAD, "0", "10000"
     ),

@@ -41,6 +41,13 @@ def list_(
         ("RTT", lambda peer: seconds(peer["rtt_s"])),
         ("REPUTATION", lambda peer: f"{peer['reputation']:.2f}"),
         ("ADDRESS", lambda peer: peer["address"]),
+        ("TRANSPORT", lambda peer: peer["transport"]),
+        ("LOAD", lambda peer: f"{peer['load']:.2f}"),
+        ("CAN", lambda peer: ",".join(peer["capabilities"])),
+        ("VERSION", lambda peer: peer["version"]),
+        ("SINCE", lambda peer: peer["connected_at"] or peer["last_seen"]),
+        ("CAME BY", lambda peer: peer["came_by"]),
+        ("INVITED BY", lambda peer: peer["invited_by"]["name"] if peer["invited_by"] else ""),
     )
     empty = "no peers yet; `clawnet peer invite` makes a token for one"
     table(invocation, invocation.call("peer.list"), columns, empty=empty)
@@ -65,7 +72,10 @@ def show_(context: typer.Context, peer: o.PEER_ARGUMENT) -> None:
     invocation = here(context)
     found = invocation.call("peer.show", {"peer": peer})
     rows = [
-        (name.removesuffix("_s").replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else value)
+        (
+            name.removesuffix("_s").replace("_", " "),
+            ", ".join(map(str, value)) if isinstance(value, list) else who(value) if isinstance(value, dict) else value,
+        )
         for name, value in found.items()
     ]
     pairs(invocation, found, rows)

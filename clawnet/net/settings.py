@@ -52,6 +52,11 @@ class SwitchSettings(Struct, frozen=True):
             quic_port=ports.get("quic-v1", self.quic_port),
         )
 
+    @property
+    def links_max(self) -> int:
+        """A quarter more than `node.max_peers`, for a moment: whoever is needed is let in, and an idle one leaves."""
+        return self.max_peers + (-(-self.max_peers // 4) if self.max_peers > 1 else 0)
+
     def port(self, transport: str) -> tuple[int, bool, str]:
         """A transport's port, whether somebody set it, and the key that does."""
         if transport == "tcp":

@@ -272,7 +272,7 @@ class Switch:
         if refusal := self._admit_peer(peer, hello, link.wanted):
             self.note("security", "membership.refused", peer=peer, address=link.connection.address, reason=refusal)
             return refusal
-        if peer not in self._links and len(self._links) >= self.settings.max_peers:
+        if peer not in self._links and len(self._links) >= self.settings.links_max:
             return f"this node has its {self.settings.max_peers} peers already"
         if self.peer_id < peer:
             chosen = self._chosen.get(peer)

@@ -163,8 +163,10 @@ class Reaching:
         self._give_up(peer)
 
     def timer(self, peer: str) -> None:
-        """What waited for this peer has waited long enough."""
-        if peer in self._letters:
+        """What waited for this peer has waited long enough; without a peer: there were more links than may be."""
+        if not peer:
+            self._make_room(0)
+        elif peer in self._letters:
             self._give_up(peer)
 
     def _give_up(self, peer: str) -> None:
@@ -234,8 +236,10 @@ class Reaching:
         return [by_peer[peer] for peer in draw(list(by_peer), count, self._rooms.members.pick)]
 
     def _make_room(self, more: int) -> None:
-        """Lets idle links go until `more` fit below the bound."""
-        self._let_go(len(self._ctx.links) + more - self._links_max)
+        """Lets idle links go until `more` fit below the bound; those made just now get a moment to be of use."""
+        count = len(self._ctx.links) + more - self._links_max
+        if count > self._let_go(count) and not more:
+            self._ctx.wake(("reach", ""), self._ctx.now + limits.LINK_IDLE_MS)
 
     def _let_go(self, count: int) -> int:
         """Ends at most `count` links, at random, of members that nothing is under way with; how many it ended."""

@@ -271,7 +271,24 @@ class Views:
             "inviter": ctx.ids.outer(record.inviter),
             "version": card.version if card else "",
             "notes": members.reputation.notes(peer),
+            "came_by": self._came_by(peer),
+            "invited_by": members.party(record.inviter) if record.inviter else None,
+            "known_since": time_text(record.first_ms),
         }
+
+    def _came_by(self, peer: str) -> str:
+        """How this link came to be; of a peer never connected, how it is known."""
+        ctx, rooms = self._ctx, self._rooms
+        link = ctx.links.get(peer)
+        present = ctx.ids.outer(peer)
+        if link is None:
+            return "" if rooms.members.records[peer].last_ms else "card"
+        if link.inbound:
+            return "inbound"
+        if any(present in text for text in ctx.config.words("node.bootstrap_peers")):
+            return "bootstrap"
+        neighbour = rooms.neighbours.present.get(present)
+        return "mdns" if neighbour is not None and link.address in neighbour.addresses else "dialled"
 
     def reputation(self, peer: str) -> dict[str, Any]:
         """This node's own view of a peer as an executor."""

@@ -19,7 +19,7 @@ class OpenOffer(Message, frozen=True):
     ring: Word
     addresses: Annotated[list[Address], Meta(max_length=16)]
     certificates: Annotated[list[Statement], Meta(max_length=3)]
-    rotations: Rotations = []
+    rotations: Rotations = []  # noqa: RUF012 - msgspec copies it
 
 
 class Rotated(Message, frozen=True):

@@ -1,0 +1,37 @@
+"""A node that may have few connections: five real daemons, and tasks for those it is not connected to."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.harness import Nodes, connected, join
+from tests.cli.test_market_run import ABROAD
+
+pytestmark = pytest.mark.slow
+NAMES = ("bob", "carol", "dave", "erin")
+
+
+def test_a_task_reaches_who_is_not_connected(nodes: Nodes) -> None:
+    alice = nodes("alice").start()
+    for name in NAMES:
+        join(alice, nodes(name).start())
+    alice.until("all are connected", lambda: connected(alice) == set(NAMES))
+    for words in (("config", "set", "node.max_peers", "2"), ("config", "set", "node.min_peers", "1")):
+        assert alice(*words).code == 0
+    assert alice("daemon", "restart").code == 0
+    alice.until("few are connected", lambda: 0 < len(connected(alice)) <= 2)
+    near = connected(alice)
+    far = sorted(set(NAMES) - near)[0]
+    told = {peer["name"]: peer for peer in alice("peer", "list", "--json").json("peer list")["items"]}
+    assert (
+        told[far]["state"] == "known"
+        and told[far]["transport"] is None
+        and "shell-execution" in told[far]["capabilities"]
+    )
+    assert {told[name]["came_by"] for name in near} <= {"inbound", "dialled"}
+    assert told[far]["invited_by"]["name"] == "alice" and told[far]["known_since"]
+    assert alice("run", *ABROAD, "--peer", far, "--", "echo", "hello").line == "hello"
+    assert far in connected(alice)
+    excluded = [word for name in sorted(near) for word in ("--exclude", name)]
+    done = alice("run", "--json", *ABROAD, *excluded, "--", "echo", "again").json("run")
+    assert done["executor"]["name"] not in near and done["result"]["stdout"] == "again\n"
