@@ -95,7 +95,7 @@ class Ends:
         needless: list[bytes] = []
         if self._revocations >= limits.MEMBERSHIP_STATEMENTS_MAX:
             oldest = self._oldest()
-            if oldest is None or oldest[:2] > kept[:2]:
+            if oldest is None or (not self._for_good(body) and oldest[:2] > kept[:2]):
                 if not mine:
                     del self._of[(body.subject, body.key)]
                 raise NotPermittedError("there is no room for more ended memberships")
@@ -107,9 +107,13 @@ class Ends:
         return needless
 
     def _oldest(self) -> _Kept | None:
-        """The end that is forgotten first when there is no room: never a removal by the founder."""
-        ended = (kept for mine in self._of.values() for kept in mine.values() if kept.body.cause != "removed")
+        """The end that is forgotten first when there is no room."""
+        ended = (kept for mine in self._of.values() for kept in mine.values() if not self._for_good(kept.body))
         return min(ended, key=lambda kept: kept[:2], default=None)
+
+    def _for_good(self, body: Revocation) -> bool:
+        """A removal by the founder, for which every other end makes room."""
+        return body.by == self._charter.founder and body.cause == "removed"
 
     def _forget(self, kept: _Kept) -> None:
         key = (kept.body.subject, kept.body.key)

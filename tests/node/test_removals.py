@@ -15,8 +15,9 @@ from clawnet.identity.keybox import lock, seal_to, unlock
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import LocalMembership
 from clawnet.identity.revocations import KeyShare, MeshKey, Revocation, sign_mesh_key, sign_revocation
+from clawnet.ledger.entries import parse
 from clawnet.wire import events as e
-from clawnet.wire.messages import Hello, LedgerPull, Membership, Message
+from clawnet.wire.messages import Hello, LedgerPull, LedgerPush, Membership, Message
 from tests.node.meshkit import Member, Mesh
 
 
@@ -112,6 +113,27 @@ def test_what_a_removed_member_still_says_is_not_heard(mesh: Mesh) -> None:
         mesh.settle()
         assert [peer for peer, _ in member.sent[before:] if peer == bob.peer] == []
         assert bob.peer not in member.node.ctx.links
+
+
+def test_an_entry_that_a_removed_member_still_writes_is_not_taken_from_it(mesh: Mesh) -> None:
+    alice = mesh.found("alice")
+    bob, carol = mesh.join(alice, "bob", credits_ucr=10**8), mesh.join(alice, "carol")
+    mesh.link_all()
+    mesh.run(5)
+    ask(alice, "peer.remove", peer="bob")
+    held = alice.node.rooms.books.book.head(bob.key.public)
+    assert held is not None
+    bob.node.rooms.books.send(carol.key.public, 10**6, bytes(32))
+    bob.perform(bob.node.end_turn(mesh.now_ms))
+    _, raw = bob.node.rooms.books.shipping.recent[-1]
+    push = LedgerPush(bob.key.public, [raw])
+    for member in (alice, carol):
+        member.feed(e.MessageIn(bob.peer, bytes(16), push))
+        mesh.settle()
+        assert member.node.rooms.books.book.head(bob.key.public) == held
+    alice.feed(e.MessageIn(carol.peer, bytes(16), push))
+    mesh.settle()
+    assert alice.node.rooms.books.book.head(bob.key.public) == (held[0] + 1, parse(raw).hash), "chains stay public"
 
 
 def test_the_key_after_a_removal_is_everybodys_but_the_removed_ones(mesh: Mesh) -> None:
