@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -21,6 +21,7 @@ _URL = re.compile(
 _TOKEN = re.compile(r"[\x21-\x7e]+\Z")
 _VERSIONED = re.compile(r"/v\d+\Z")
 _LOOPBACK = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3}|\[::1\])\Z", re.IGNORECASE)
+_SECRET = re.compile(r"CLAWNET_(?:JOIN|\w*TOKEN|\w*(?:PASSPHRASE|PASSWORD|SECRET))\Z")
 _CALLS = ("/chat/completions", "/completions", "/models")
 
 
@@ -58,6 +59,19 @@ def parse_address(text: str) -> Address:
     for call in _CALLS:
         path = path.removesuffix(call)
     return Address(match["scheme"], match["host"], match["port"] or "", path)
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a child process: no token, invite or passphrase of this node is in it."""
+    return {name: value for name, value in environ.items() if _SECRET.match(name) is None}
+
+
+def take_secrets(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """The whole environment as it was; what is secret in it is gone from `environ`, and so from every later child."""
+    whole = dict(environ)
+    for name in whole.keys() - without_secrets(whole).keys():
+        del environ[name]
+    return whole
 
 
 def read_token(environ: Mapping[str, str], token_file: Path | None, *, check_permissions: bool = True) -> str:

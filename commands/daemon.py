@@ -48,15 +48,17 @@ def serve(invocation: Invocation) -> int:
         invocation.warn(f"a daemon runs already for {invocation.home.dir}")
         return 0
     from clawnet import daemon as node
+    from clawnet.config_endpoint import take_secrets
     from clawnet.home import initialise, is_ready
 
-    token = os.environ.pop("CLAWNET_JOIN", "")
+    environ = take_secrets(os.environ)
+    token = environ.pop("CLAWNET_JOIN", "")
     if not is_ready(invocation.home):
         if token:
             launch.mark_to_join(invocation.home)
         invocation.warn(f"making a new home in {invocation.home.dir} with defaults (`clawnet config show`)")
         now_ms = time.time_ns() // 1_000_000
-        initialise(invocation.home, os.environ, invocation.flags, entropy=os.urandom, now_ms=now_ms)
+        initialise(invocation.home, environ, invocation.flags, entropy=os.urandom, now_ms=now_ms)
     worker = (*launch.program(), "_worker")
 
     def ready(addresses: list[str]) -> None:
@@ -77,7 +79,7 @@ def serve(invocation: Invocation) -> int:
     deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
     while True:
         try:
-            code = node.run(invocation.home, os.environ, invocation.flags, ready=ready, worker_argv=worker)
+            code = node.run(invocation.home, environ, invocation.flags, ready=ready, worker_argv=worker)
             if refused:
                 break
             return code

@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from clawnet import limits
+from clawnet.config_endpoint import without_secrets
 
 DEFAULT_ARGV: Final = (sys.executable, "-m", "clawnet.commands", "_worker")
 _OVERRUN_S: Final = 1.0
@@ -263,14 +264,15 @@ class ComputePool:
         self._check_later()
 
     def _spawn(self, worker: _Worker) -> None:
+        environ = without_secrets(os.environ)
         if self._pipes:
-            worker.process = subprocess.Popen(self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            worker.process = subprocess.Popen(self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
             worker.out = _Pipes(worker.process, worker, self.loop)
             return
         ours, theirs = socket.socketpair()
         try:
             worker.process = subprocess.Popen(
-                self._argv, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
+                self._argv, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environ, start_new_session=True
             )
         except OSError:
             ours.close()

@@ -71,7 +71,11 @@ def find_bubblewrap() -> tuple[str, str]:
         return "", "bubblewrap is not installed"
     try:
         said = subprocess.run(
-            [program, "--help"], capture_output=True, timeout=limits.SANDBOX_PROBE_TIMEOUT_S, check=False
+            [program, "--help"],
+            capture_output=True,
+            timeout=limits.SANDBOX_PROBE_TIMEOUT_S,
+            check=False,
+            env={"PATH": PATH, "LANG": "C.UTF-8"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"bubblewrap does not run: {error}"

@@ -238,3 +238,20 @@ def test_a_worker_imports_little() -> None:
     assert not {"asyncio", "sqlite3", "yaml", "nacl", "typer", "clawnet.config", "clawnet.execution.executor"} & {
         *loaded
     }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
+def test_a_worker_is_started_without_the_nodes_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CLAWNET_OPENCLAW_TOKEN", "CLAWNET_JOIN", "CLAWNET_PASSPHRASE"):
+        monkeypatch.setenv(name, "only-the-node-knows")
+    monkeypatch.setenv("CLAWNET_LOG_LEVEL", "info")
+
+    async def body(bench: Bench) -> None:
+        assert (await bench.run(kind="compute", op="sha256"))[0].ended == "exit"
+        (pid,) = bench.executor.worker_pids
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            given = file.read()
+        assert b"only-the-node-knows" not in given
+        assert b"CLAWNET_LOG_LEVEL=info" in given
+
+    with_bench(body, **OFF)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from clawnet.execution import process
 from tests.ai_server import AiServer, ai_server
 from tests.cli.harness import Node, Nodes, connected, join
 from tests.cli.test_market_secrecy import files_of, traces
@@ -245,3 +247,15 @@ def test_the_token_of_a_file_is_taken_up_by_a_reload(nodes: Nodes, server: AiSer
     alice.until("serves", lambda: "ai-inference" in alice.ask("status")["capabilities"])
     assert alice("market", "submit", "hello", "--wait").code == 0
     assert connected(alice) == set()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
+def test_no_child_of_the_daemon_is_given_the_token_and_a_reload_keeps_it(nodes: Nodes, server: AiServer) -> None:
+    alice = nodes("alice", **endpoint(server)).start()
+    alice.until("serves itself", lambda: "ai-inference" in alice.ask("status")["capabilities"])
+    children = process.tree(alice.pid, 50)[1:]
+    assert children, "the worker is a child"
+    for pid in children:
+        assert TOKEN.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+    assert alice("config", "set", "openclaw.max_tokens", "77", "--json").json()["restart"] == []
+    assert alice("market", "submit", "hello", "--wait").code == 0
