@@ -7,6 +7,7 @@ import sys
 import time
 
 from tests.world.clock import LawBroken
+from tests.world.laws import REPLAYED_MAX
 from tests.world.liars import HABITS, lies_of
 from tests.world.messages import SIZES, report
 from tests.world.plants import PLANTS, SETTINGS, planted
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calm", action="store_true", help="no faults: figures only")
     parser.add_argument("--ed25519", action="store_true", help="real signatures instead of the cheap signer")
     parser.add_argument("--liars", default="", help="NAME+NAME or all: members that lie; implies --ed25519")
+    parser.add_argument("--power", action="store_true", help="every seed has power cuts, not one in four")
     parser.add_argument("--late", action="store_true", help="clocks 120 s off either way, results at the last moment")
     parser.add_argument("--plant", default="", help="put a known bug in and look for it; 'list' names them")
     parser.add_argument("--story", type=int, default=60, help="lines of the story to print")
@@ -46,10 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         return 64
     args.ed25519 = args.ed25519 or bool(args.liars)
     if args.nodes > ONE_ISSUER_MAX:
-        print(f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits, no chain is audited by all")
+        print(
+            f"over {ONE_ISSUER_MAX} nodes: each issues its own first credits; from one issuer each would audit a chain "
+            "of a grant for every node, as many entries as nodes times nodes; the last audit is of all chains still"
+        )
     if args.nodes > LARGE:
         print(
-            f"over {LARGE} nodes: 3 links a node are its own choice (some 8 in all), a fault in five minutes a machine"
+            f"over {LARGE} nodes: 3 links a node are its own choice, a fault in five minutes a machine, nobody is away "
+            "for more than 200 s, no plain payments"
+        )
+        print(
+            f"over {REPLAYED_MAX} nodes: so many disks, drawn by lot, are read into new nodes at the end; else all are"
         )
     print(f"signer: {'Ed25519' if args.ed25519 else 'blake2b keyed by the secret, verified by an oracle'}")
     with signer(args.ed25519) as oracle:
@@ -62,9 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
-    steps = broken_total = tasks = 0
+    steps = broken_total = tasks = paid = 0
+    links = 0.0
     began, spent = time.perf_counter(), time.process_time()
-    for seed in seeds:
+    for done, seed in enumerate(seeds):
+        if args.keep_going and done and done % 100 == 0:
+            print(f"{done} of {len(seeds)} seeds, laws broken in {broken_total}", flush=True)
         world = None
         start = time.perf_counter()
         try:
@@ -74,6 +86,7 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
                 args.seconds,
                 faults=not args.calm,
                 tasks_per_minute=args.tasks,
+                power=args.power,
                 **(SETTINGS.get(args.plant) or {"lies": lies_of(seed, args.liars), "late": args.late}),
             )
             world.run()
@@ -88,6 +101,8 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
             return 1
         steps += world.steps_total
         tasks += len(world.client.accepted)
+        paid += world.referee.releases_total
+        links += len(world.network.edges) / args.nodes
         if args.verbose or len(seeds) == 1:
             took = time.perf_counter() - start
             r = world.referee
@@ -103,7 +118,11 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
     busy = time.process_time() - spent
     print(f"CPU {busy:.1f} s: {steps / busy:.0f} steps a CPU second")
     minutes = args.seconds / 60 * args.nodes * (len(seeds) - broken_total)
-    print(f"tasks: {tasks} accepted, {tasks / max(minutes, 1e-9):.2f} a node and simulated minute of traffic")
+    minutes = max(minutes, 1e-9)
+    print(
+        f"tasks: {tasks} accepted, {tasks / minutes:.2f} a node and simulated minute of traffic; "
+        f"{paid} paid and settled, {paid / minutes:.2f}; {links / max(1, len(seeds) - broken_total):.1f} links a node"
+    )
     print(f"signatures: {getattr(oracle, 'signed_total', 0)} made, {getattr(oracle, 'verified_total', 0)} verified")
     return 1 if broken_total else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -80,8 +81,8 @@ class Faults:
             for edge in self.world.network.edges.values():
                 self.world.network.break_link(edge, "the clock was set")
 
-    def _happen(self, kind: object, machine: Machine) -> None:
-        if self.enabled and machine.up and callable(kind):
+    def _happen(self, kind: Callable[[Machine], None], machine: Machine) -> None:
+        if self.enabled and machine.up:
             name = kind.__name__.strip("_")
             self.done[name] = self.done.get(name, 0) + 1
             kind(machine)

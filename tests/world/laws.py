@@ -9,7 +9,7 @@ from clawnet import limits
 from clawnet.identity import keys
 from clawnet.ledger.audit import audit_chains
 from clawnet.market.records import FINAL_STATES, Task, decode_job, decode_task, encode
-from tests.node.meshkit import Entropy
+from tests.node.meshruns import Entropy
 from tests.world.clock import LawBroken
 from tests.world.liars import PAY_THEIR_DUE
 
@@ -94,7 +94,7 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def _differences(kept: dict[str, Any], live: dict[str, Any]) -> str:
-    odd = {}
+    odd: dict[str, Any] = {}
     for name in live:
         one, other = kept.get(name), live[name]
         if name == "attempts" and isinstance(one, list) and len(one) == len(other):
@@ -112,14 +112,14 @@ def replay(machine: Machine) -> None:
         if row[0] not in rooms.tasks.open:
             raise LawBroken(f"{machine.name}: open task {row[0].hex()[:8]} is on the disk, not in memory")
     for task_id, task in rooms.tasks.open.items():
-        row = disk.tables["tasks"].get((task_id,))
-        if row is None or _plain(decode_task(row[-1])) != _plain(decode_task(encode(task))):
-            kept = _differences(_plain(decode_task(row[-1])) if row is not None else {}, _plain(task))
-            raise LawBroken(f"{machine.name}: task {task_id.hex()[:8]} on the disk and in memory: {kept}")
+        held = disk.tables["tasks"].get((task_id,))
+        if held is None or _plain(decode_task(held[-1])) != _plain(decode_task(encode(task))):
+            odd = _differences(_plain(decode_task(held[-1])) if held is not None else {}, _plain(task))
+            raise LawBroken(f"{machine.name}: task {task_id.hex()[:8]} on the disk and in memory: {odd}")
     on_disk = {row[0]: decode_job(row[-1]) for row in disk.query("jobs_open")}
     if on_disk.keys() != rooms.jobs.jobs.keys():
-        odd = {job.hex()[:8] for job in on_disk.keys() ^ rooms.jobs.jobs.keys()}
-        raise LawBroken(f"{machine.name}: jobs {odd} are either on the disk or in memory")
+        apart = {job.hex()[:8] for job in on_disk.keys() ^ rooms.jobs.jobs.keys()}
+        raise LawBroken(f"{machine.name}: jobs {apart} are either on the disk or in memory")
     for job, kept in on_disk.items():
         if _plain(kept) != _plain(rooms.jobs.jobs[job]):
             odd = _differences(_plain(kept), _plain(rooms.jobs.jobs[job]))

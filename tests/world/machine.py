@@ -21,7 +21,7 @@ from clawnet.runtime import Runtime
 from clawnet.storage.memory import MemoryStore
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
-from tests.node.meshkit import Entropy
+from tests.node.meshruns import Entropy
 from tests.world.clock import Killed, LawBroken, Loop
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ class Blobs:
             if blob not in left:
                 self.data.pop(blob, None)
 
+    def succeeded(self, old: str, new: str) -> None:
+        """The port's: nobody changes its key in this world."""
+
     def has(self, blob: bytes) -> bool:
         """The port's."""
         return blob in self.data
@@ -147,8 +150,8 @@ class Executor:
         if ended == "exit":
             text = b"done " + job.hex().encode()
             usage = bundle.Usage(took_us / 1e6, took_us / 2e6, 4096)
-            code = 0 if machine.luck.random() < 0.9 else 3
-            plain = bundle.encode(bundle.Bundle(code, None, text, b"", "", usage))
+            exit_code = 0 if machine.luck.random() < 0.9 else 3
+            plain = bundle.encode(bundle.Bundle(exit_code, None, text, b"", "", usage))
             sealed = plain if spec.seal_key is None else bundle.seal(plain, spec.seal_key, machine.entropy)
         inline, blob, size = sealed, blob_id(sealed) if sealed else b"", len(sealed)
         if sealed and machine.luck.random() < 0.15:

@@ -19,7 +19,7 @@ from clawnet.wire import events as e
 from clawnet.wire.messages import Result
 
 Patch = Callable[[Any], Any]
-PLANTS: dict[str, Callable[[], Iterator[None]]] = {}
+PLANTS: dict[str, Callable[[], Iterator[str]]] = {}
 SETTINGS: dict[str, dict[str, Any]] = {
     "key_on_a_poisoned_chain": {"lies": ("poisons",)},
     "release_not_compared": {"lies": ("underpays",)},
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What the world must be like for a bug to come to light, where the usual one is too kind."""
 
 
-def plant(work: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
+def plant(work: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
     """A generator that changes the product, yields, and leaves the undoing to `planted`."""
     PLANTS[work.__name__] = work
     return work
@@ -39,11 +39,12 @@ def plant(work: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
 _undo: list[tuple[Any, str, Any]] = []
 
 
-def _replace(where: Any, name: str, make: Patch) -> None:
-    """Puts make(original) in the place of where.name."""
+def _replace(where: Any, name: str, make: Patch) -> str:
+    """Puts make(original) in the place of where.name, which it gives back."""
     original = getattr(where, name)
     _undo.append((where, name, original))
     setattr(where, name, make(original))
+    return name
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def planted(name: str) -> Iterator[None]:
 
 
 @plant
-def send_before_append() -> Iterator[None]:
+def send_before_append() -> Iterator[str]:
     """Messages leave before the transaction that they speak of is committed."""
 
     def make(original: Any) -> Any:
@@ -77,7 +78,7 @@ def send_before_append() -> Iterator[None]:
 
 
 @plant
-def reply_before_append() -> Iterator[None]:
+def reply_before_append() -> Iterator[str]:
     """A submission is answered before its task is on the disk."""
 
     def make(original: Any) -> Any:
@@ -94,20 +95,20 @@ def reply_before_append() -> Iterator[None]:
 
 
 @plant
-def entry_not_synced() -> Iterator[None]:
+def entry_not_synced() -> Iterator[str]:
     """An own entry is committed, but not synced, before it leaves."""
     yield _replace(context.Context, "durable", lambda original: lambda self: None)
 
 
 @plant
-def outbox_not_drained() -> Iterator[None]:
+def outbox_not_drained() -> Iterator[str]:
     """What is owed to a peer goes out once; nobody sends it again."""
     _replace(context.Outbox, "peer_up", lambda original: lambda self, peer: None)
     yield _replace(context.Outbox, "timer", lambda original: lambda self: None)
 
 
 @plant
-def outbox_row_forgotten() -> Iterator[None]:
+def outbox_row_forgotten() -> Iterator[str]:
     """An obligation is kept in memory only: a restart forgets it."""
 
     def make(original: Any) -> Any:
@@ -121,7 +122,7 @@ def outbox_row_forgotten() -> Iterator[None]:
 
 
 @plant
-def timer_not_rearmed() -> Iterator[None]:
+def timer_not_rearmed() -> Iterator[str]:
     """A task's timer, once it has fired, is not set again for what is due later."""
 
     def make(original: Any) -> Any:
@@ -139,7 +140,7 @@ def timer_not_rearmed() -> Iterator[None]:
 
 
 @plant
-def no_dedup() -> Iterator[None]:
+def no_dedup() -> Iterator[str]:
     """A repeated award begins anew instead of having its answer repeated."""
     _replace(pay.Pay, "bound", lambda original: lambda self, lock_hash, line: False)
     _replace(taking.Taking, "_objection", lambda original: lambda self, award: "")
@@ -151,7 +152,7 @@ def no_dedup() -> Iterator[None]:
 
 
 @plant
-def retry_of_started_shell() -> Iterator[None]:
+def retry_of_started_shell() -> Iterator[str]:
     """After a restart of its executor a shell command is simply run again."""
 
     def make(original: Any) -> Any:
@@ -166,7 +167,7 @@ def retry_of_started_shell() -> Iterator[None]:
 
 
 @plant
-def slot_not_exclusive() -> Iterator[None]:
+def slot_not_exclusive() -> Iterator[str]:
     """An attempt that has lost the paying slot is paid all the same when its result comes."""
 
     def make(original: Any) -> Any:
@@ -181,7 +182,7 @@ def slot_not_exclusive() -> Iterator[None]:
 
 
 @plant
-def release_before_disk() -> Iterator[None]:
+def release_before_disk() -> Iterator[str]:
     """The receipt is written though the sealed result is in memory only."""
 
     def make(original: Any) -> Any:
@@ -195,7 +196,7 @@ def release_before_disk() -> Iterator[None]:
 
 
 @plant
-def refund_after_receipt() -> Iterator[None]:
+def refund_after_receipt() -> Iterator[str]:
     """A released line is still taken for an open one: at its expiry the attempt ends as refunded."""
 
     def make(original: Any) -> Any:
@@ -209,7 +210,7 @@ def refund_after_receipt() -> Iterator[None]:
 
 
 @plant
-def refund_without_waiver() -> Iterator[None]:
+def refund_without_waiver() -> Iterator[str]:
     """A line is taken back before its expiry without the payee's word, and no book objects."""
     for name, room in sorted(sys.modules.items()):
         if name.startswith("clawnet.ledger") and hasattr(room, "waived"):
@@ -222,7 +223,7 @@ def refund_without_waiver() -> Iterator[None]:
 
 
 @plant
-def key_before_release() -> Iterator[None]:
+def key_before_release() -> Iterator[str]:
     """The executor sends the key along with the sealed result."""
 
     def make(original: Any) -> Any:
@@ -247,7 +248,7 @@ def key_before_release() -> Iterator[None]:
 
 
 @plant
-def claim_twice() -> Iterator[None]:
+def claim_twice() -> Iterator[str]:
     """A claim names every payment twice, and no book's cursor stands in the way."""
     _check(EntryKind.CLAIM, _without_cursors)
 
@@ -258,14 +259,14 @@ def claim_twice() -> Iterator[None]:
 
 
 @plant
-def no_cursor() -> Iterator[None]:
+def no_cursor() -> Iterator[str]:
     """Books keep no cursor: a payment stays claimable, and whoever starts again claims it again."""
     _check(EntryKind.CLAIM, _without_cursors)
     yield _replace(state.Account, "pass_cursor", lambda original: lambda self, payee, cursor: None)
 
 
 @plant
-def balance_after_lock() -> Iterator[None]:
+def balance_after_lock() -> Iterator[str]:
     """Nobody looks at the balance before a lock is written."""
     _replace(purse.Purse, "available_ucr", lambda original: property(lambda self: 10**12))
     _replace(purse.Purse, "_check_standing", lambda original: lambda self, entry: None)
@@ -273,7 +274,7 @@ def balance_after_lock() -> Iterator[None]:
 
 
 @plant
-def lock_reused() -> Iterator[None]:
+def lock_reused() -> Iterator[str]:
     """An open line of the same payee serves for a second task, and the payee does not compare."""
     _replace(taking, "check_lock", lambda original: lambda *args: "")
     _replace(pay.Pay, "bound", lambda original: lambda self, lock_hash, line: False)
@@ -298,7 +299,7 @@ def lock_reused() -> Iterator[None]:
 
 
 @plant
-def seal_key_of_the_day() -> Iterator[None]:
+def seal_key_of_the_day() -> Iterator[str]:
     """The seal's key depends on more than the wallet and the line: after a restart another one is derived."""
 
     def make(original: Any) -> Any:
@@ -315,37 +316,37 @@ def seal_key_of_the_day() -> Iterator[None]:
 
 
 @plant
-def replay_window_lost() -> Iterator[None]:
+def replay_window_lost() -> Iterator[str]:
     """A restart forgets which relayed statements were taken."""
     yield _replace(relay.Relay, "load", lambda original: lambda self, rows, floor_ms: None)
 
 
 @plant
-def key_on_a_poisoned_chain() -> Iterator[None]:
+def key_on_a_poisoned_chain() -> Iterator[str]:
     """The payee shows its key without auditing the payer's chain up to the release."""
     yield _check(EntryKind.LOCK, _with_plenty)
 
 
 @plant
-def release_not_compared() -> Iterator[None]:
+def release_not_compared() -> Iterator[str]:
     """The payee shows its key for any release of its line, whatever the amount."""
     yield _replace(books, "check_release", lambda original: lambda *args: "")
 
 
 @plant
-def future_stamps() -> Iterator[None]:
+def future_stamps() -> Iterator[str]:
     """Entries stamped far ahead are taken at once."""
     yield _replace(limits, "CLOCK_AHEAD_MS", lambda original: 10**12)
 
 
 @plant
-def margin_without_transit() -> Iterator[None]:
+def margin_without_transit() -> Iterator[str]:
     """A line expires as soon as two clocks 120 s off can both have passed its delivery time, and not a moment later."""
     yield _replace(terms.LedgerTerms, "margin_ms", lambda original: property(lambda self: 240_000))
 
 
 @plant
-def no_forwarding() -> Iterator[None]:
+def no_forwarding() -> Iterator[str]:
     """Who counts a claim keeps it from its payer, and a payer asks nobody but its payee."""
     _replace(chains.Chains, "forward", lambda original: lambda self, payer, claim, source: None)
 
@@ -355,9 +356,9 @@ def no_forwarding() -> Iterator[None]:
     yield _replace(chains.Chains, "_wanted", make)
 
 
-def _check(kind: EntryKind, make: Patch) -> None:
+def _check(kind: EntryKind, make: Patch) -> str:
     """Puts make(original) in the place of the rule for entries of this kind."""
-    _replace(_Rules(), kind.name, make)
+    return _replace(_Rules(), kind.name, make)
 
 
 class _Rules:

@@ -216,7 +216,7 @@ def condemned(world: World) -> None:
 def key_rotated_in_memory(world: World) -> None:
     book = world.machines[0].node.rooms.books.book
     book._accounts[world.machines[1].key.public].cursors.clear()
-    world.rng.sample = lambda population, k: list(world.honest)  # type: ignore[assignment,method-assign]
+    world.rng.sample = lambda population, k: list(world.honest)  # type: ignore[assignment,method-assign,misc]
 
 
 TAMPERED: list[tuple[Callable[[World], None], str]] = [

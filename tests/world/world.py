@@ -18,7 +18,8 @@ from clawnet.market.records import decode_job
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.messages import Result
-from tests.node.meshkit import START_MS, Entropy
+from tests.node.meshkit import START_MS
+from tests.node.meshruns import Entropy
 from tests.world.client import Client
 from tests.world.clock import Clock, LawBroken
 from tests.world.faults import SKEW_MS_MAX, Faults
@@ -76,6 +77,7 @@ class World:
         tasks_per_minute: int = 1,
         lies: Sequence[str] = (),
         late: bool = False,
+        power: bool = False,
         rest_s: float = 0.0,
         each_issues: bool = False,
     ) -> None:
@@ -116,6 +118,7 @@ class World:
         """What trouble truly happened, each kind counted where it did."""
         self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.001, 0.01, 0.03)))
         self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults and not late)
+        self.faults.power = self.faults.power or power
         self.late = late
         if late:
             self.faults.pull_clocks_apart()
