@@ -105,6 +105,9 @@ class CapabilityIndex:
         self._cards_max = cards_max
         self._cards: dict[str, PeerCard] = {}
         self._rings: dict[str, str] = {}
+        self._heard: dict[str, int] = {}
+        self.heard_total = 0
+        """How many cards were taken so far: a mark for heard_since."""
         self._hashes: dict[str, bytes] = {}
         self._by_word: dict[str, dict[str, None]] = {}
         self._fitting: dict[bytes, dict[str, None]] = {}
@@ -133,6 +136,8 @@ class CapabilityIndex:
                 peers[peer] = None
         self._cards.pop(card.peer, None)
         self._cards[card.peer] = card
+        self.heard_total += 1
+        self._heard[card.peer] = self.heard_total
         self._rings[card.peer] = ring
         if len(self._cards) > self._cards_max:
             self.remove(next(iter(self._cards)))
@@ -142,7 +147,7 @@ class CapabilityIndex:
         """Forgets a peer (removed from the mesh, banned, or no room)."""
         if peer in self._cards:
             self._unlist(peer)
-            del self._cards[peer], self._rings[peer]
+            del self._heard[peer], self._cards[peer], self._rings[peer]
             self._hashes.pop(peer, None)
             self._fitting.clear()
 
@@ -163,6 +168,19 @@ class CapabilityIndex:
         """The `count` peers heard of last whose cards are not from before `since_ms`."""
         fresh = (peer for peer in reversed(self._cards) if self._cards[peer].serial >= since_ms)
         return list(islice(fresh, count))
+
+    def heard_since(self, mark: int, count: int) -> list[tuple[str, int]]:
+        """The `count` peers heard of longest ago since the mark `mark`, each with the mark that follows it."""
+        news = []
+        for peer in reversed(self._cards):
+            if self._heard[peer] <= mark:
+                break
+            news.append((peer, self._heard[peer]))
+        return news[: -count - 1 : -1]
+
+    def stale(self, before_ms: int) -> list[str]:
+        """Peers whose cards are from before this time."""
+        return [peer for peer, card in self._cards.items() if card.serial < before_ms]
 
     def capability_hash(self, peer: str) -> bytes | None:
         """capability_hash of the newest card of a peer; made when it is first asked for."""

@@ -37,6 +37,8 @@ class Cards:
         self.capacity = CapacityChanged((), (), 0, 0, 0)
         self._serial = 0
         self._made_ms = 0
+        self._told: dict[str, int] = {}
+        """By connected peer: up to which mark of the index the cards here were told to it."""
         self._statement = b""
         self._signature = b""
         self.own = self._make()
@@ -152,13 +154,26 @@ class Cards:
             self._serial = max(self._serial, decode_struct(PeerCard, read.body).serial)
 
     def keep_up(self) -> None:
-        """Every minute: some cards to one random peer; the own card made anew before others think it old."""
-        ctx = self._ctx
-        links = list(ctx.links)
-        if links:
-            self.introduce(links[self._rooms.members.pick(len(links))], limits.CARDS_PER_MINUTE)
+        """Every minute: news to one random peer that lacks them; old cards go, the own one is made anew in time."""
+        ctx, index = self._ctx, self._rooms.members.index
+        for peer in index.stale(ctx.now - limits.CARD_AGE_MS):
+            if peer not in ctx.links:
+                index.remove(peer)
+        self._told = {peer: mark for peer, mark in self._told.items() if peer in ctx.links}
+        lacking = [peer for peer in ctx.links if self._told.get(peer, 0) < index.heard_total]
+        if lacking:
+            self._tell_news(lacking[self._rooms.members.pick(len(lacking))])
         if self._statement and ctx.now - self._made_ms >= limits.CARD_REFRESH_MS:
             self.refresh()
+
+    def _tell_news(self, hearer: str) -> None:
+        """The cards that came since this peer was told last, some a time: each goes to it once."""
+        members = self._rooms.members
+        for peer, mark in members.index.heard_since(self._told.get(hearer, 0), limits.CARDS_PER_MINUTE):
+            self._told[hearer] = mark
+            record = members.records.get(peer)
+            if peer != hearer and record is not None and record.card and not members.banned(peer):
+                self._ctx.send(hearer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
 
     def heard(self, event: MessageIn, message: PeerInfo) -> None:
         """A card, from its author or passed on: kept when it is newer, passed on when it is fresh and not older.

@@ -175,3 +175,16 @@ def test_a_card_is_made_anew_before_others_think_it_old(mesh: Mesh) -> None:
     serial = card_of(bob, alice).serial  # type: ignore[union-attr]
     mesh.run(limits.CARD_REFRESH_MS / 1000 + 120)
     assert card_of(bob, alice).serial > serial  # type: ignore[union-attr]
+
+
+def test_cards_go_round_once_and_old_ones_are_forgotten(mesh: Mesh) -> None:
+    alice, bob, carol, dave = line(mesh, "alice", "bob", "carol", "dave")
+    mesh.run(1_200)
+    assert all(card_of(one, other) for one in (alice, bob) for other in (carol, dave))
+    before = sum(member.sent.count((other.peer, "PeerInfo")) for member in (alice, bob) for other in (alice, bob))
+    mesh.run(3_600)
+    after = sum(member.sent.count((other.peer, "PeerInfo")) for member in (alice, bob) for other in (alice, bob))
+    assert after == before, "nothing has changed"
+    mesh.cut(carol, dave)
+    mesh.run(limits.CARD_AGE_MS / 1000 + 120)
+    assert card_of(alice, dave) is None and card_of(alice, carol) is not None
