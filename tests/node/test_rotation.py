@@ -55,6 +55,8 @@ def test_account_balance_name_reputation_and_ring_stay() -> None:
     assert balance(bob) == held
     assert alice.node.rooms.books.book.view(account).key == bob.key.public
     assert len(alice.node.rooms.members.records) == 1
+    card = alice.node.rooms.members.get(peer_id_of(account)).card
+    assert bob.peer.encode() in card, "its card came under the new key, and was believed"
     call = compute(alice)
     mesh.run(30)
     assert alice.task(call)["executor"]["peer_id"] == bob.peer
@@ -175,6 +177,7 @@ def test_the_news_travels_to_who_is_not_connected_to_it() -> None:
     alice, bob, _ = three(mesh)
     mesh.cut(alice, bob)
     mesh.run(1)
+    mesh.fate = lambda sender, receiver, message: 0 if type(message).__name__ == "PeerInfo" else 1
     rotated(bob)
     mesh.run(5)
     assert bob not in mesh.linked(alice)
