@@ -106,4 +106,4 @@ def test_a_world(seed: int) -> None:
     runs = Counter(run.job for member in world.members for run in member.runs if run.spec.kind == "shell")
     assert all(count == 1 for count in runs.values()), "no award of a shell task runs twice"
     states = {task.state for member in world.members for task in tasks(member)}
-    assert {"settled", "timed_out"} <= states
+    assert "settled" in states, "a storm in which nothing was ever paid tries little"
