@@ -306,7 +306,7 @@ def test_bulk_data_takes_tcp_beside_a_quic_link() -> None:
         asker.known[holder.peer] = holder.addresses
 
         def transports() -> list[str]:
-            return sorted(visit.connection.transport for visit in holder.switch._visits.values())
+            return sorted(visit.connection.transport for visit in holder.switch._visits)
 
         assert (await fetched(asker, holder, blobs[:1])).reason == ""
         assert transports() == ["quic-v1"]
