@@ -31,6 +31,10 @@ def begin(home: Home, entropy: Callable[[int], bytes]) -> KeyPair:
 
 def finish(home: Home, written: HandoverRow, *, check_permissions: bool = True) -> None:
     """The entry is durable: mesh.json tells of it, the next key takes the old one's place, and that is overwritten."""
+    if KeyPair.load(home.next_node_key, check_permissions=check_permissions).public != written.new_key:
+        raise ConfigError(
+            f"{home.next_node_key} is not the key that the chain went over to", hint="put that back there"
+        )
     local = load_membership(home, check_permissions=check_permissions)
     if all(handover.entry != written.entry for handover in local.handovers):
         handovers = (*local.handovers, Handover(written.key, written.entry))

@@ -12,7 +12,7 @@ from clawnet.ledger.entries import build, parse
 from clawnet.ledger.outcomes import Rejected
 from clawnet.wire import events as e
 from clawnet.wire.messages import Hello, PeerInfo
-from tests.node.meshkit import Member, Mesh, echo
+from tests.node.meshkit import Entropy, Member, Mesh, echo
 from tests.node.trades import CREDIT, compute, paid, pair, shell, three
 
 
@@ -294,3 +294,31 @@ def test_a_key_changes_so_often_and_no_more() -> None:
     assert bob.replies[call]["code"] == "not_permitted"
     assert seen_by(alice, "bob")["peer_id"] == bob.peer
     mesh.check()
+
+
+def test_a_ban_holds_for_every_key_that_follows() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    alice.call("peer.ban", peer="bob")
+    mesh.run(1)
+    rotated(bob)
+    assert alice.node.admit(bob.peer, greeting(bob, alice)) == "banned"
+
+
+def test_two_rows_of_keys_for_one_account_are_not_both_believed() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    thief = Member(mesh, bob.name, bob.key, bob.owner, bob.local)
+    thief.entropy = Entropy("thief")
+    thief.store = bob.store.twin()
+    thief.boot()
+    rotated(bob)
+    thief.rotate()
+    for seconds in (0, 15):  # nobody answers for its keepers, so it goes on without them
+        mesh.run(seconds)
+        while thief.turn():
+            pass
+    assert thief.node.hello_facts()[3], "it has changed its key, on a branch of its own"
+    refusal = alice.node.admit(thief.peer, greeting(thief, alice))
+    assert "another change of key" in refusal
+    assert seen_by(alice, "bob")["peer_id"] == bob.peer
