@@ -137,8 +137,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _run(words, invocation)
     except ClawnetError as error:
         code = report(error, as_json=_wants_json(words, invocation))
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+    except (KeyboardInterrupt, typer.Abort) as error:
+        code = 128 + getattr(error, "number", 2)  # waiting.Interrupted tells which signal it was
     except BrokenPipeError:
         code = 141
     except RecursionError as error:

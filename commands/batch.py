@@ -32,6 +32,7 @@ from .app import report
 from .batch_lines import Keys, Line, Reader, Source
 from .batch_view import View
 from .invocation import Invocation, here
+from .waiting import Interrupted, terminable
 
 RESUME = "the same command goes on where this one stopped"
 IDLE_S = 0.05
@@ -186,15 +187,13 @@ class Batch:
         else:
             self._lines = Reader(self._source)
         self._view.open()
-        with self._ctrl_c():
-            while self._goes_on():
-                try:
-                    self._fill()
-                    self._hear()
-                except UnreachableError as error:
-                    if not following.is_loss(error):
-                        raise
-                    self._reconnect(error)
+        try:
+            with self._ctrl_c(), terminable():
+                self._go()
+        except Interrupted:  # whoever sends SIGTERM does not wait for tasks: they go on
+            self._view.close()
+            self._view.summary()
+            raise
         self._view.close()
         self._view.summary()
         if self._wrong is not None:
@@ -202,6 +201,16 @@ class Batch:
         if self._interrupted:
             raise KeyboardInterrupt
         return 65 if self._view.bad else int(self._view.failed > 0)
+
+    def _go(self) -> None:
+        while self._goes_on():
+            try:
+                self._fill()
+                self._hear()
+            except UnreachableError as error:
+                if not following.is_loss(error):
+                    raise
+                self._reconnect(error)
 
     def _first_look(self) -> None:
         """Counts the lines; without --keep-going checks each, by the node's own rules, before any is submitted."""

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from clawnet import limits, rpc
 from clawnet.api import Client
@@ -16,7 +16,7 @@ from clawnet.errors import ClawnetError, NoDaemonError, StoppedError, TimedOutEr
 
 from .invocation import Invocation
 from .render import json_line, short, write, write_bytes
-from .waiting import READ_BYTES, STREAMS, data_of
+from .waiting import READ_BYTES, STREAMS, data_of, interruption, present
 
 CANCEL_WAIT_S = 10.0
 PAUSE_MIN_S = 0.05
@@ -274,11 +274,11 @@ class Interrupts:
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.signal:
-            os._exit(128 + number)
+            self._leave(number, None)
         self.signal = number
         if hasattr(signal, "alarm"):
             # A node that does not answer the cancel must not hold the terminal.
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+            signal.signal(signal.SIGALRM, self._too_late)
             signal.alarm(int(CANCEL_WAIT_S))
         if self._client.connected:
             self._invocation.say("cancelling the task; once more leaves at once")
@@ -286,6 +286,18 @@ class Interrupts:
         else:
             name = short(self._task_id)
             self._invocation.say(f"no daemon answers; `clawnet market cancel {name}` cancels the task when one does")
+
+    def _too_late(self, *_: Any) -> None:
+        self._leave(self.signal, present(self._invocation, self._task_id, interruption(self.signal)))
+
+    def _leave(self, number: int, task: dict[str, Any] | None) -> NoReturn:
+        """Ends the process with nothing unwound, which may wait for a reader: only the status file is written."""
+        try:
+            self._invocation.leaving(task or {"error": {**interruption(number), "task_id": self._task_id}})
+            if task is not None and self._invocation.json:
+                os.write(1, json_line(task).encode())
+        finally:
+            os._exit(128 + number)
 
     def cancel(self) -> None:
         """Asks the daemon to cancel; a daemon that is gone is asked when it is back."""

@@ -29,6 +29,7 @@ class Invocation:
         self.quiet = False
         self.verbose = False
         self.timeout_s: float | None = None
+        self.leaving: Callable[[dict[str, Any]], None] = lambda value: None
         self._started = time.monotonic()
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from clawnet.errors import NotFoundError, UsageError
+from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
 from . import batch, following, submission, waiting
 from . import options as o
@@ -62,7 +63,7 @@ def submit(
     invocation = here(context)
     if (stream or status_file) and not wait:
         raise UsageError("--stream and --status-file go with --wait")
-    with waiting.status_file(status_file) as note:
+    with waiting.status_file(invocation, status_file) as note:
         base = submission.from_file(spec) if spec else {}
         text, data = submission.described(description, no_stdin=no_stdin or spec == "-")
         task_spec = submission.build(
@@ -100,10 +101,30 @@ def submit(
                 show(invocation, accepted, bare=accepted["task_id"])
                 _already_over(client, task_spec, accepted)
                 return
-            task = _follow_one(invocation, client, accepted, stream=stream)
+            try:
+                task = _follow_one(invocation, client, accepted, stream=stream)
+            except (TimedOutError, KeyboardInterrupt) as error:
+                _note_present(invocation, accepted["task_id"], error, note)
+                raise
             note(task)
             code = waiting.finish(invocation, task)
     raise typer.Exit(code)
+
+
+def _note_present(
+    invocation: Invocation,
+    task_id: str,
+    error: TimedOutError | KeyboardInterrupt,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """This command leaves and the task goes on: how it stands now is put into the status file."""
+    if isinstance(error, TimedOutError):
+        why = error.as_dict()
+    else:
+        why = waiting.interruption(waiting.number_of(error))
+    task = waiting.present(invocation, task_id, why)
+    if task is not None:
+        note(task)
 
 
 def _already_over(client: Any, spec: dict[str, Any], accepted: dict[str, Any]) -> None:
@@ -327,7 +348,7 @@ def logs(context: typer.Context, task: o.TASK, follow: FOLLOW = False, from_end:
 def wait(context: typer.Context, task: TASKS) -> None:
     """Wait until tasks have ended. One task: its exit code; several: 0 when all succeeded, else 1."""
     invocation = here(context)
-    with invocation.client() as client:
+    with waiting.terminable(), invocation.client() as client:
         tasks = [client.call("task.get", {"task": one}) for one in task]
         patience = _patience(invocation, client, max(one["deadline"] for one in tasks))
         found = following.follow_all(client, tasks, patience=patience, deadline=invocation.deadline())

@@ -42,7 +42,7 @@ from .options import (
     STATUS_FILE,
     STREAM,
 )
-from .render import short
+from .render import json_line, short, write
 
 DEADLINE_S = 3600.0
 
@@ -89,7 +89,7 @@ def run(
     `market logs -f` watches without that.
     """
     invocation = here(context)
-    with waiting.status_file(status_file) as note:
+    with waiting.status_file(invocation, status_file) as note:
         if attach is not None or from_end:
             task, code = _attach(context, invocation, attach, from_end=from_end, as_lines=stream)
             note(task)
@@ -184,24 +184,32 @@ def _follow(
             try:
                 client.send("task.cancel", {"task": task_id, "reason": "timed out"})
                 task = following.follow(client, task_id, printer=shown, deadline=limit)
-            except UnreachableError:
-                raise error from None
+            except (UnreachableError, TimedOutError):
+                found = waiting.present(invocation, task_id, error.as_dict())
+                if found is None:
+                    raise error from None
+                return found, _leave_late(invocation, found, error)
         if not quiet:
             printer.rest(task, patience)
         if timed_out and task["state"] == "cancelled":
-            raise TimedOutError(
-                f"task {short(task_id)} was not done within {invocation.timeout_s:g} s and was cancelled",
-                task_id=task_id,
-            )
+            text = f"task {short(task_id)} was not done within {invocation.timeout_s:g} s and was cancelled"
+            return task, _leave_late(invocation, task, TimedOutError(text, task_id=task_id))
         if interrupts.signal and task["state"] == "cancelled":
             _leave_interrupted(invocation, task, interrupts.signal)
             return task, 128 + interrupts.signal
     return task, waiting.finish(invocation, task)
 
 
+def _leave_late(invocation: Invocation, task: dict[str, Any], error: TimedOutError) -> int:
+    """The end by --timeout: the task as it stands on stdout with --json, what happened on stderr."""
+    from .app import report
+
+    if invocation.json:
+        write(json_line(task))
+    return report(error, as_json=invocation.json)
+
+
 def _leave_interrupted(invocation: Invocation, task: dict[str, Any], number: int) -> None:
     if invocation.json:
-        from .render import json_line, write
-
         write(json_line(task))
     invocation.say(f"task {short(task['task_id'])} cancelled ({signal.Signals(number).name}, pid {os.getpid()})")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clawnet import errors, paths
-from clawnet.errors import ClawnetError, DataError
+from clawnet.errors import ClawnetError, DataError, TimedOutError, UnreachableError
 
 from .invocation import Invocation
 from .render import clean, json_line, seconds, short, who, write
@@ -20,6 +22,7 @@ from .render import clean, json_line, seconds, short, who, write
 STREAMS = ("stdout", "stderr")
 READ_BYTES = 512 * 1024
 CANCEL_WAIT_S = 10.0
+PRESENT_WAIT_S = 2.0
 BY_STATE = {
     "no_bids": ("no_bids", 75),
     "cancelled": ("cancelled", 81),
@@ -89,22 +92,82 @@ def write_status(path: str, value: dict[str, Any]) -> None:
         raise DataError(f"cannot write the status file {path}: {error.strerror}") from error
 
 
-@contextmanager
-def status_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A status file for whatever the end is: the task, or the error that kept it from having one."""
-    if not path:
-        yield lambda value: None
-        return
-    if not Path(path).absolute().parent.is_dir():
-        raise DataError(f"cannot write the status file {path}: there is no such directory")
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl-C that ends a command as Ctrl-C does; the exit code is 128 and its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def number_of(error: KeyboardInterrupt) -> int:
+    """Which signal it was."""
+    return error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+
+
+def interruption(number: int) -> dict[str, Any]:
+    """The error that stands for an interruption in a status file."""
+    return {"code": "interrupted", "message": "the command was interrupted", "hint": "", "exit_code": 128 + number}
+
+
+def present(invocation: Invocation, task_id: str, why: dict[str, Any]) -> dict[str, Any] | None:
+    """The task as it stands when this command leaves before it has ended, for the reason `why`; None: nobody answers.
+
+    Asked over a connection of its own: the other one may have been left in the middle of a line.
+    """
     try:
-        yield lambda value: write_status(path, value)
+        with invocation.client(autostart=False) as client:
+            task: dict[str, Any] = client.call("task.get", {"task": task_id}, timeout_s=PRESENT_WAIT_S)
+    except (UnreachableError, TimedOutError):
+        return None
+    return task if task.get("error") or task.get("result") else {**task, "error": {**why, "task_id": task_id}}
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does, with its own number; one that was ignored stays so."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def status_file(invocation: Invocation, path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A status file for whatever the end is: the task, or the error that kept it from having one.
+
+    SIGTERM is such an end too. `invocation.leaving` writes it for a command that leaves without unwinding.
+    """
+    noted = False
+
+    def note(value: dict[str, Any]) -> None:
+        nonlocal noted
+        noted = True
+        if path:
+            write_status(path, value)
+
+    if path and not Path(path).absolute().parent.is_dir():
+        raise DataError(f"cannot write the status file {path}: there is no such directory")
+    invocation.leaving = note
+    try:
+        with terminable():
+            yield note
     except ClawnetError as error:
-        write_status(path, {"error": error.as_dict()})
+        if not noted:
+            note({"error": error.as_dict()})
         raise
-    except KeyboardInterrupt:
-        left = {"code": "interrupted", "message": "the command was interrupted", "hint": "", "exit_code": 130}
-        write_status(path, {"error": left})
+    except KeyboardInterrupt as error:
+        if not noted:
+            note({"error": interruption(number_of(error))})
         raise
 
 

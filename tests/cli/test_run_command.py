@@ -217,6 +217,92 @@ def test_a_timeout_of_run_cancels_and_one_of_wait_does_not(clawnet: Program, acc
     assert [name for name, _ in accepting.calls[before:]] == ["task.get", "task.follow"]
 
 
+def test_a_timeout_leaves_the_task_as_it_is_after_the_cancel(
+    clawnet: Program, accepting: Script, tmp_path: Path
+) -> None:
+    def cancel(params: dict[str, Any]) -> dict[str, Any]:
+        accepting.release("task.follow", task(state="cancelled", result=None, price="0.25"))
+        return {"task_id": TASK_ID, "state": "cancelled"}
+
+    del accepting.answers["task.follow"]
+    accepting.answers["task.cancel"] = cancel
+    file = tmp_path / "status.json"
+    done = clawnet("run", "--json", "--timeout", "200ms", "--status-file", str(file), "--", "sleep", "60")
+    assert failure(done)["code"] == "timed_out" and done.returncode == 124
+    assert (json.loads(done.stdout)["state"], json.loads(done.stdout)["price"]) == ("cancelled", "0.25")
+    assert json.loads(file.read_text()) == json.loads(done.stdout)
+
+
+def test_a_cancel_that_does_not_end_is_waited_for_so_long_and_no_longer(
+    clawnet: Program, accepting: Script, tmp_path: Path
+) -> None:
+    del accepting.answers["task.follow"]
+    accepting.answers["task.get"] = task(state="executing", result=None)
+    late, cut = tmp_path / "late.json", tmp_path / "cut.json"
+    process = clawnet.start("run", "--json", "--status-file", str(cut), "--", "sleep", "60")
+    accepting.wait_for("task.follow")
+    process.send_signal(signal.SIGINT)
+    done = clawnet("run", "--json", "--timeout", "200ms", "--status-file", str(late), "--", "sleep", "60")
+    assert done.returncode == 124 and json.loads(done.stdout) == json.loads(late.read_text())
+    told = json.loads(late.read_text())
+    assert (told["state"], told["error"]["code"], told["error"]["exit_code"]) == ("executing", "timed_out", 124)
+    out_bytes, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and json.loads(out_bytes) == json.loads(cut.read_text())
+    told = json.loads(cut.read_text())
+    assert (told["state"], told["error"]["code"], told["error"]["exit_code"]) == ("executing", "interrupted", 130)
+
+
+def test_a_second_interrupt_leaves_a_status_file_too(clawnet: Program, accepting: Script, tmp_path: Path) -> None:
+    del accepting.answers["task.follow"]
+    file = tmp_path / "status.json"
+    process = clawnet.start("run", "--status-file", str(file), "--", "sleep", "60")
+    accepting.wait_for("task.follow")
+    process.send_signal(signal.SIGTERM)
+    accepting.wait_for("task.cancel")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, json.loads(file.read_text())["error"]["exit_code"]) == (143, 143)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_only_waits_leaves_the_task_running_and_says_how_it_stands(
+    clawnet: Program, accepting: Script, tmp_path: Path, number: int, code: int
+) -> None:
+    del accepting.answers["task.follow"]
+    accepting.answers["task.get"] = task(state="executing", result=None)
+    file = tmp_path / "status.json"
+    waits = ("market", "submit", "--type", "shell", "x", "--wait", "--status-file", str(file))
+    for arguments in (waits, ("market", "wait", TASK_ID)):
+        before = len(accepting.held.get("task.follow", []))
+        process = clawnet.start(*arguments)
+        with accepting.changed:
+            assert accepting.changed.wait_for(
+                lambda before=before: sum(name == "task.follow" for name, _ in accepting.calls) > before, 20
+            )
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == code
+    told = json.loads(file.read_text())
+    assert (told["task_id"], told["state"], told["error"]["exit_code"]) == (TASK_ID, "executing", code)
+    assert all(name != "task.cancel" for name, _ in accepting.calls)
+
+
+def test_sigterm_ends_a_batch_with_its_summary_and_leaves_what_runs(
+    clawnet: Program, accepting: Script, tmp_path: Path
+) -> None:
+    del accepting.answers["task.follow"]
+    accepting.answers["task.check"] = lambda params: {"items": [None for _ in params["specs"]]}
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps({"type": "shell", "script": f"sleep {n}"}) + "\n" for n in range(3)))
+    process = clawnet.start("market", "batch", str(file), "-v", "--in-flight", "1")
+    accepting.wait_for("task.follow")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"0 done, 0 failed" in err and b"Traceback" not in err
+    names = [name for name, _ in accepting.calls]
+    assert (names.count("task.submit"), names.count("task.cancel")) == (1, 0)
+
+
 def test_waiting_for_several_is_0_when_all_succeed(clawnet: Program, accepting: Script) -> None:
     assert clawnet("market", "wait", "aaaa", "bbbb").returncode == 0
     accepting.answers["task.follow"] = lambda params: task(result={"exit_code": 3 if params["task"] == "bbbb" else 0})
