@@ -58,7 +58,7 @@ def test_a_member_is_removed_by_the_founder_alone_and_for_good(nodes: Nodes) -> 
     for node in (alice, carol, bob):
         node.kill()
         node.start()
-    alice.until("meets carol", lambda: connected(alice) == {"carol"})
+        alice.until("meets carol", lambda: connected(alice) == {"carol"})
     assert load_mesh_key(alice.home) == load_mesh_key(carol.home) != old
     bob("peer", "connect", carol.ask("status")["listen"][0]).failed(69)
     assert connected(bob) == set()
