@@ -241,7 +241,7 @@ def test_two_clones_that_run_at_once_are_both_warned_and_neither_writes(nodes: N
     bob.until("is back", lambda: connected(bob) == {"alice"})
     copy.start()
     twins = (bob, copy)
-    # A member that picks the connection (its id is the lower one) holds on to each of the two for a quarter of a minute.
+    # A member that picks the connection (its id is the lower one) holds on to each of the two for fifteen seconds.
     until("both are warned", lambda: all("another program runs" in _warnings(node) for node in twins), 150.0)
     for node in twins:
         node("wallet", "send", "alice", "1").failed(77, "another program runs")
