@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clawnet import limits, money, units
 from clawnet.api import Client
@@ -18,6 +18,8 @@ from clawnet.errors import DataError, NotFoundError, UsageError
 
 TYPES = ("prompt", "shell", "compute")
 LATER = ("storage", "swarm")
+T = TypeVar("T")
+R = TypeVar("R")
 WIRE_NAMES = {"shell_task": "shell", "openclaw_prompt": "prompt", "swarm_ai": "swarm"}
 
 
@@ -155,8 +157,20 @@ def _yaml(name: str, text: str, first: ValueError) -> Any:
         raise DataError(f"{name} is not valid JSON: {first}") from first
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a name that is given twice, of which YAML's readers take now the first, now the last."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key)
+            return node
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader that refuses more
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -195,10 +209,19 @@ def spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
         named = [
             f"{item['name']}={item.get('path')}" if item.get("name") else str(item.get("path")) for item in objects
         ]
-        spec["inputs"] = inputs(texts + named)
+        spec["inputs"] = _data(name, inputs, texts + named)
     if isinstance(spec.get("type"), str):
-        spec["type"] = task_type(spec["type"])
+        spec["type"] = _data(name, task_type, spec["type"])
     return spec
+
+
+def _data(name: str, read: Callable[[T], R], given: T) -> R:
+    """What stands in a file is data: where an option's value would be wrong usage, this is a DataError."""
+    try:
+        return read(given)
+    except UsageError as error:
+        hint = "" if error.hint.startswith("use --") else error.hint
+        raise DataError(f"{name}: {error.message}", hint=hint or f"type is {' or '.join(TYPES)}") from error
 
 
 CHOICES = {"ring": ("own", "member"), "prefer": ("market",), "os": ("linux", "darwin", "windows", "any")}

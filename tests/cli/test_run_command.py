@@ -160,7 +160,18 @@ def test_a_spec_in_yaml_or_json_with_options_over_it(clawnet: Program, accepting
     assert (spec["memory_bytes"], base64.b64decode(spec["stdin_b64"])) == (2**31, b"abc")
 
 
-@pytest.mark.parametrize("text", [b"{", b"[1]", b"a: [", b"\xff\xfe", b"- x", b"{" + b'"a":[' * 5000])
+BAD_SPECS = [
+    b'{"type": "shel", "script": "x"}',
+    b"type: shel\nscript: x",
+    b"type: swarm\nscript: x",
+    b'{"type": "shell", "type": "shell", "script": "x"}',
+    b"type: shell\nscript: x\nscript: y",
+    b"type: shell\nscript: x\nenv: {A: 1, A: 2}",
+    b"type: shell\nscript: x\ninputs: [{name: a, path: /etc/passwd}, {name: a, path: /etc/group}]",
+]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"a: [", b"\xff\xfe", b"- x", b"{" + b'"a":[' * 5000, *BAD_SPECS])
 def test_a_spec_that_is_none_is_refused(clawnet: Program, accepting: Script, text: bytes) -> None:
     done = clawnet("market", "submit", "--spec", "-", stdin=text)
     assert (done.returncode, "Traceback" in done.stderr) == (65, False)
