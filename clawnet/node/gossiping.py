@@ -148,6 +148,9 @@ class Gossiping:
         except ClawnetError as error:
             self._ctx.count("relayed_refused_total", error.code)
             return ""
+        if self._rooms.removals.reason(called.certificates):
+            self._ctx.count("relayed_refused_total", "membership_over")
+            return ""
         if self._rooms.successions.refusal(keys, ""):
             self._ctx.count("relayed_refused_total", "key_given_up")
             return ""

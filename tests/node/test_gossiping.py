@@ -233,6 +233,18 @@ def test_what_may_not_be_passed_on(mesh: Mesh, lie: str) -> None:
     mesh.run(60)
 
 
+def test_nobody_passes_on_what_a_removed_member_asks_even_where_it_is_not_known(mesh: Mesh) -> None:
+    alice, bob, carol, dave, _ = chain(mesh)
+    good, later = statement_of(bob), statement_of(bob)
+    mesh.link(alice, dave)
+    mesh.run(1)
+    assert hear(dave, carol, good) == 2
+    alice.call("peer.remove", peer="bob")
+    mesh.run(5)
+    dave.node.rooms.members.records.pop(bob.peer)
+    assert hear(dave, carol, later) == 0
+
+
 def test_a_flood_is_cut_off_by_author_and_by_carrier(mesh: Mesh) -> None:
     alice, bob, carol, dave, _ = chain(mesh)
     passed = sum(hear(bob, alice, statement_of(alice)) for _ in range(2 * limits.GOSSIP_PER_AUTHOR_PER_MINUTE))
