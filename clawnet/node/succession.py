@@ -57,13 +57,16 @@ class Successions:
             return event if peer == named.peer else msgspec.structs.replace(named, peer=peer)
         return event
 
-    def _up(self, event: e.PeerUp) -> e.PeerUp:
-        """A connection: whom it is with, and which connection of the same node it replaces."""
+    def _up(self, event: e.PeerUp) -> e.PeerUp | None:
+        """A connection: whom it is with, and which connection of the same node it replaces; None: it is not kept."""
         ids = self._ctx.ids
         if not event.hello.rotations and not ids:
             return event
         keys = self.keys_shown(event.peer, event.hello.rotations)
         first = peer_id_of(keys[0])
+        if refusal := self.refusal(keys, ""):  # another link, or news, came between its admission and now
+            self._ctx.out.append(e.Hangup(event.peer, refusal))
+            return None
         if first in self._ctx.links and self._linked.get(first, first) != event.peer:
             self._rooms.members.down(e.PeerDown(first, "it goes on under another key"))
         if event.hello.rotations:
@@ -123,9 +126,21 @@ class Successions:
             return "another change of key by the same node is known here"
         if first == self._ctx.me:
             return "that is this node's own identity"
+        if self._anothers(keys):
+            return "one of those keys is another node's"
         if wanted and self._ctx.ids.inner(wanted) != first and wanted not in map(peer_id_of, keys):
             return f"that is not {wanted}, nor does it follow it"
         return ""
+
+    def _anothers(self, keys: Sequence[bytes]) -> bool:
+        """Whether the row leads to a key that is known as another node's, or that this node gave up.
+
+        Else one certificate would make any number of nodes, and a key that was given up a way back in.
+        """
+        first = peer_id_of(keys[0])
+        inner, members = self._ctx.ids.inner, self._rooms.members
+        later = [peer_id_of(key) for key in keys[1:]] if first != self._ctx.me else []
+        return any(peer in members.records or members.is_me(peer) or inner(peer) not in (peer, first) for peer in later)
 
     def load(self, record: PeerRecord) -> None:
         """A stored peer."""
@@ -142,6 +157,9 @@ class Successions:
         first, before = ids[0], ctx.ids.outer(ids[0])
         known = self.keys_of(first)
         if list(keys[: len(known)]) != known or (len(keys) == len(known) and before == ids[-1]):
+            return False
+        if self._anothers(keys):
+            ctx.count("relayed_refused_total", "key_given_up")
             return False
         ctx.ids.learn(ids)
         record = members.records.get(first)

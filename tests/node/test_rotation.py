@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from clawnet import limits
-from clawnet.identity.keys import peer_id_of
+from clawnet.identity.keys import KeyPair, peer_id_of
 from clawnet.identity.revocations import node_in
-from clawnet.ledger.entries import build, parse
+from clawnet.ledger.entries import Rotate, build, parse, possession_message
 from clawnet.ledger.outcomes import Rejected
 from clawnet.wire import events as e
 from clawnet.wire.messages import Hello, PeerInfo
@@ -322,3 +322,33 @@ def test_two_rows_of_keys_for_one_account_are_not_both_believed() -> None:
     refusal = alice.node.admit(thief.peer, greeting(thief, alice))
     assert "another change of key" in refusal
     assert seen_by(alice, "bob")["peer_id"] == bob.peer
+
+
+def grafted(mesh_id: bytes, fresh: KeyPair, stolen: KeyPair, now_ms: int) -> bytes:
+    """A rotate entry by which a chain that nobody knows goes over to a key that was another node's."""
+    proof = stolen.sign(possession_message(fresh.public, 1, bytes(32)))
+    return build(mesh_id, fresh.public, 1, bytes(32), now_ms, Rotate(stolen.public, proof), fresh.sign).raw
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_no_fresh_account_comes_in_by_a_key_that_is_or_was_anothers(given_up: bool) -> None:
+    mesh = Mesh()
+    alice, bob, carol = three(mesh)
+    stolen, old = bob.key, bob.peer
+    mesh_id, hello = bob.node.hello_facts()[0], greeting(bob, alice)
+    if given_up:
+        rotated(bob)
+    else:
+        alice.call("peer.ban", peer="bob")
+        mesh.run(1)
+    fresh = KeyPair.generate(Entropy("fresh"))
+    row = [grafted(mesh_id, fresh, stolen, mesh.now_ms)]
+    assert "another node's" in alice.node.admit(old, msgspec.structs.replace(hello, rotations=row))
+    assert peer_id_of(fresh.public) not in alice.node.rooms.members.records
+    # Nor does a member that holds the key go over to it: what is sent to bob would go to that member.
+    row = [grafted(mesh_id, carol.key, stolen, mesh.now_ms)]
+    successions = alice.node.rooms.successions
+    assert not successions.learn(successions.keys_shown(old, row), row)
+    assert alice.node.ctx.ids.outer(peer_id_of(bob.account)) == bob.peer
+    # The node whose key it was does not take itself for another either.
+    assert "another node's" in bob.node.rooms.successions.refusal(successions.keys_shown(old, row), "")
