@@ -25,7 +25,7 @@ from clawnet.identity.keys import KeyPair
 from clawnet.market.records import decode_task, encode
 from clawnet.mesh.roster import PeerRecord
 from clawnet.paths import Home
-from clawnet.storage import reduced
+from clawnet.storage import reduced, restoring
 from clawnet.storage.filelock import FileLock
 
 FORMAT: Final = "clawnet-wallet"
@@ -90,31 +90,19 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
     export.check_passphrase(passphrase)
     identity = export.collect(home, check_permissions=check_permissions)
     node = KeyPair.from_seed(identity.node_seed)
-    draft = home.data_dir / f".backup.{os.getpid()}.db"
+    head = reduced.reduce(home.database, identity.membership.account(node.public), _not_again)
+    peers = [_named(body) for _, body in head.peers]
+    contents = Contents(identity, time.time_ns() // 1_000_000, __version__, head.seq, head.entries, peers)
     try:
-        head = reduced.reduce(home.database, draft, identity.membership.account(node.public), _not_again)
-        contents = Contents(
-            identity,
-            time.time_ns() // 1_000_000,
-            __version__,
-            head.seq,
-            head.entries,
-            [_named(body) for _, body in head.peers],
-        )
-        written = 0
         if isinstance(target, Path):
             with paths.whole(target) as file:
-                written = _write(file, contents, draft, passphrase)
+                written = _write(file, contents, head.image, passphrase)
         else:
-            written = _write(target, contents, draft, passphrase)
+            written = _write(target, contents, head.image, passphrase)
     except BrokenPipeError:
         raise
     except OSError as error:
         _refuse(f"cannot write the backup {'' if not isinstance(target, Path) else target}".rstrip(), error)
-    finally:
-        draft.unlink(missing_ok=True)
-        for suffix in ("-journal", "-wal", "-shm"):
-            draft.with_name(draft.name + suffix).unlink(missing_ok=True)
     path = str(target) if isinstance(target, Path) else "-"
     return Told(node.peer_id, path, contents.made_ms, head.seq, head.entries, contents.peers, written)
 
@@ -137,7 +125,7 @@ def _not_again(body: bytes) -> tuple[str, bytes] | None:
     return task.state, encode(task)
 
 
-def _write(file: BinaryIO, contents: Contents, database: Path, passphrase: str) -> int:
+def _write(file: BinaryIO, contents: Contents, image: bytes, passphrase: str) -> int:
     salt = os.urandom(bindings.crypto_pwhash_SALTBYTES)
     header = msgspec.json.encode(_Header(FORMAT, 1, "argon2id13", export.OPS, export.MEMORY_BYTES, salt)) + b"\n"
     state = bindings.crypto_secretstream_xchacha20poly1305_state()
@@ -153,12 +141,10 @@ def _write(file: BinaryIO, contents: Contents, database: Path, passphrase: str) 
     written += push(len(plain).to_bytes(8, "big"), _TAG_MESSAGE)
     for at in range(0, len(plain), PIECE_BYTES):
         written += push(plain[at : at + PIECE_BYTES], _TAG_MESSAGE)
-    with database.open("rb") as source:
-        piece = source.read(PIECE_BYTES)
-        while piece:
-            following = source.read(PIECE_BYTES)
-            written += push(piece, _TAG_MESSAGE if following else _TAG_FINAL)
-            piece = following
+    view = memoryview(image)
+    for at in range(0, len(view), PIECE_BYTES):
+        last = at + PIECE_BYTES >= len(view)
+        written += push(bytes(view[at : at + PIECE_BYTES]), _TAG_FINAL if last else _TAG_MESSAGE)
     return written
 
 
@@ -168,9 +154,10 @@ def _write(file: BinaryIO, contents: Contents, database: Path, passphrase: str) 
 def restore(home: Home, source: BinaryIO, passphrase: str, *, force: bool = False) -> Told:
     """Puts a backup into a home without keys or database; its chain is read-only until the known peers answered.
 
-    The whole file is read and checked before anything in the home changes. With `force` what the home held goes to its
-    archive. Raises NotPermittedError for a home that is in use otherwise, ConfigError while a daemon has it, DataError
-    for a file or passphrase that is wrong.
+    The whole file is read and checked before anything in the home changes, and the change is one rename: a process that
+    is killed leaves the home as it was, or one that the next start finishes (restoring.py). With `force` what the home
+    held goes to its archive. Raises NotPermittedError for a home that is in use otherwise, ConfigError while a daemon
+    has it, DataError for a file or passphrase that is wrong.
     """
     pieces = _read(source, passphrase)
     contents = _contents(pieces)
@@ -179,22 +166,18 @@ def restore(home: Home, source: BinaryIO, passphrase: str, *, force: bool = Fals
     for directory in (home.dir, home.keys_dir, home.run_dir, home.data_dir, home.logs_dir):
         paths.make_private_dir(directory)
     lock = FileLock.take(home.lock_file, what=f"the home {home.dir}")
-    draft = home.data_dir / f".restore.{os.getpid()}.db"
     try:
+        restoring.resume(home)
         if not force:
             _check_empty(home)
+        draft = restoring.begin(home)
         size = _write_database(draft, pieces)
         reduced.revive(draft, REASON)
-        if not _is_empty(home):
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-            paths.archive(home, stamp, keep_owner=False, keys=True)
-        draft.replace(home.database)
-        paths.sync_directory(home.data_dir)
-        export.install(home, contents.identity)
+        restoring.finish(home, contents.identity)
     except OSError as error:
         _refuse(f"cannot restore into {home.dir}", error)
     finally:
-        draft.unlink(missing_ok=True)
+        restoring.discard(home)
         lock.release()
     return Told(node.peer_id, str(home.dir), contents.made_ms, contents.seq, contents.entries, contents.peers, size)
 

@@ -18,6 +18,7 @@ from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import Handover, load_membership, save_membership
 from clawnet.mesh.ids import HANDOVER_ROW, HandoverRow
 from clawnet.paths import Home
+from clawnet.storage import restoring
 from clawnet.storage.filelock import FileLock
 from clawnet.storage.store import Store
 
@@ -57,8 +58,9 @@ def finish(home: Home, written: HandoverRow, *, check_permissions: bool = True) 
 def settle(home: Home, *, check_permissions: bool = True) -> bool:
     """Finishes a change of key that a crash cut short, or takes it back; False when there is none or a daemon runs.
 
-    Whoever is about to read the node's key calls this first.
+    Whoever is about to read the node's key calls this first. A restore that was cut short is finished before that.
     """
+    restoring.settle(home)
     if not home.next_node_key.exists():
         return False
     try:

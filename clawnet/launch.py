@@ -64,7 +64,7 @@ def start(
     Of many callers one spawns, the others wait for it. Raises what kept the daemon from starting, with its exit code,
     or TimedOutError after DAEMON_START_TIMEOUT_S.
     """
-    fresh = not (home.node_key.exists() and home.mesh_file.exists())
+    fresh = not (home.node_key.exists() and home.mesh_file.exists()) and not home.half_restored
     token = environ.get("CLAWNET_JOIN", "") if create_home else ""
     if fresh and not create_home:
         raise ConfigError(f"{home.dir} is no clawnet home yet", hint="`clawnet init` makes one")

@@ -84,6 +84,26 @@ class Home:
         return self.dir / "mesh.json"
 
     @property
+    def restore_draft(self) -> Path:
+        """What a restore has read so far; one that was cut short is thrown away."""
+        return self.dir / "restore.draft"
+
+    @property
+    def restore_ready(self) -> Path:
+        """The same once it is complete: from here on the home is the restored one, whatever happens."""
+        return self.dir / "restore.ready"
+
+    @property
+    def restore_placing(self) -> Path:
+        """The same once what the home held before is in the archive."""
+        return self.dir / "restore.placing"
+
+    @property
+    def half_restored(self) -> bool:
+        """Whether a restore was cut short that the next start finishes."""
+        return self.restore_ready.exists() or self.restore_placing.exists()
+
+    @property
     def run_dir(self) -> Path:
         return self.dir / "run"
 

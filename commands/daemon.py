@@ -47,12 +47,16 @@ def serve(invocation: Invocation) -> int:
     if _running(invocation):
         invocation.warn(f"a daemon runs already for {invocation.home.dir}")
         return 0
+    from clawnet import config
     from clawnet import daemon as node
     from clawnet.config_endpoint import take_secrets
     from clawnet.home import initialise, is_ready
+    from clawnet.storage import restoring
 
     environ = take_secrets(os.environ)
     token = environ.pop("CLAWNET_JOIN", "")
+    if invocation.home.half_restored:
+        restoring.settle(config.load(invocation.home, environ, invocation.flags).home(invocation.home))
     if not is_ready(invocation.home):
         if token:
             launch.mark_to_join(invocation.home)

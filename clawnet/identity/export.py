@@ -80,7 +80,7 @@ def import_identity(home: Home, data: bytes, passphrase: str) -> str:
 
     Raises NotPermittedError when the home has keys already, DataError for a file or a passphrase that is wrong.
     """
-    if is_initialised(home) or home.node_key.exists() or home.database.exists():
+    if is_initialised(home) or home.half_restored or home.node_key.exists() or home.database.exists():
         raise NotPermittedError(
             f"{home.dir} already holds a node; its keys are not overwritten",
             hint="import into an empty home: clawnet --home DIR identity import FILE",

@@ -181,6 +181,10 @@ def create_home(
         if check_permissions:
             paths.check_private(directory)
     made: list[str] = []
+    if home.half_restored:
+        raise ConfigError(
+            f"a restore into {home.dir} was cut short", hint="`clawnet daemon start` finishes it, or the restore again"
+        )
     if home.mesh_file.exists():
         node = KeyPair.load(home.node_key, check_permissions=check_permissions)
         membership = load_membership(home, check_permissions=check_permissions)

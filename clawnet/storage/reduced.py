@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -34,27 +33,28 @@ _KEPT: Final[dict[str, str]] = {
 """Which rows of which tables; blobs, output previews and unredeemed invites stay behind."""
 
 
-class Head(NamedTuple):
-    """What a reduced database holds: entries in all, the head of one account, peers."""
+class Reduced(NamedTuple):
+    """A reduced database as the bytes of its file; how many entries it holds, the head of one account, its peers."""
 
+    image: bytes
     entries: int
     seq: int
     peers: list[tuple[str, bytes]]
 
 
-def reduce(database: Path, target: Path, account: bytes, settle: Callable[[bytes], tuple[str, bytes] | None]) -> Head:
-    """Copies the rows worth keeping into a new file, as of one moment, also while a daemon writes.
+def reduce(database: Path, account: bytes, settle: Callable[[bytes], tuple[str, bytes] | None]) -> Reduced:
+    """Copies the rows worth keeping, as of one moment, also while a daemon writes.
+
+    It is made in memory: no part of it is ever on a disk, where a process that is killed would leave it in plain.
 
     `settle` is shown the body of every open task; for one that must not go on from a backup it returns the state and
     body to keep instead. Raises NotFoundError without a database, ConfigError for one of another schema.
     """
     if not database.exists():
         raise NotFoundError(f"there is no database {database}", hint="start the node once: `clawnet daemon start`")
-    target.unlink(missing_ok=True)
-    os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    with contextlib.closing(sqlite3.connect(target, isolation_level=None, uri=True)) as connection:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None, uri=True)) as connection:
         try:
-            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute("ATTACH ? AS old", (f"{database.absolute().as_uri()}?mode=ro",))
             connection.execute("BEGIN")
             found = int(connection.execute("PRAGMA old.user_version").fetchone()[0])
@@ -80,9 +80,10 @@ def reduce(database: Path, target: Path, account: bytes, settle: Callable[[bytes
             seq = connection.execute("SELECT max(seq) FROM entries WHERE account = ?", (account,)).fetchone()[0]
             peers = connection.execute("SELECT peer, body FROM peers ORDER BY peer").fetchall()
             connection.execute("COMMIT")
+            image = connection.serialize()
         except sqlite3.Error as error:
             raise translate(error, database) from error
-    return Head(entries, -1 if seq is None else int(seq), peers)
+    return Reduced(image, entries, -1 if seq is None else int(seq), peers)
 
 
 def revive(path: Path, reason: str) -> None:
