@@ -348,11 +348,11 @@ class Switch:
             spoken = " and ".join(self._transports) or "no transport"
             raise LinkError(f"this node speaks {spoken}, and no address of that peer is for it")
 
-        async def dial(where: Multiaddr) -> Connection:
-            self._visits.may_dial(where.host, self._loop.time())
-            return await self._transports[where.transport].dial(where, peer or None, timeout_s)
+        return await race(partial(self._dial, peer, timeout_s), targets)
 
-        return await race(dial, targets)
+    async def _dial(self, peer: str, timeout_s: float, where: Multiaddr) -> Connection:
+        self._visits.may_dial(where.host, self._loop.time())
+        return await self._transports[where.transport].dial(where, peer or None, timeout_s)
 
     async def open_link(self, connection: Connection, wanted: str = "") -> Link:
         """See dialling.DialOwner."""
@@ -425,10 +425,9 @@ class Switch:
             visit.blobs -= 1
 
     async def _dial_bulk(self, peer: str, addresses: Sequence[Multiaddr]) -> Connection:
-        transport = self._transports.get("tcp")
-        if transport is None:
+        if "tcp" not in self._transports:
             raise LinkError("this node does not speak TCP")
-        connection = await race(lambda where: transport.dial(where, peer, limits.BULK_DIAL_S), addresses)
+        connection = await race(partial(self._dial, peer, limits.BULK_DIAL_S), addresses)
         connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
         connection.closed.add_done_callback(lambda _: self._visits.cut(connection))
         return connection

@@ -13,6 +13,7 @@ from clawnet.errors import LinkError
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobAnswer, BlobRequest
 from clawnet.net.fake import FakeNetwork
 from clawnet.net.joining import read_frame
+from clawnet.net.ratelimit import Arrivals
 from clawnet.net.switch import PROTOCOLS
 from clawnet.storage.blobs import BlobStore
 from clawnet.wire.batch import frame
@@ -332,3 +333,21 @@ def test_where_tcp_is_closed_bulk_data_takes_the_quic_link() -> None:
         assert (await fetched(asker, holder, blobs)).reason == ""
 
     run("quic-v1", body)
+
+
+def test_bulk_data_dials_no_address_more_often_than_anybody_else() -> None:
+    async def main() -> None:
+        async with switch_world("both") as world:
+            asker, holder = await world.node(0), await world.node(1)
+            asker.switch.dial(1, holder.peer, [address for address in holder.addresses if "quic-v1" in address])
+            await asker.find(PeerUp, peer=holder.peer)
+            await holder.find(PeerUp, peer=asker.peer)
+            asker.known[holder.peer] = ["/ip4/127.0.0.1/tcp/9"]
+            visits = asker.switch._visits
+            visits._dials = Arrivals(1)
+            visits.may_dial("127.0.0.1", asyncio.get_running_loop().time())
+            blobs = grant(holder, asker, b"b" * limits.BULK_BYTES_MIN)
+            assert (await fetched(asker, holder, blobs)).reason == ""
+            assert asker.switch.counters["dials_refused"] == 1
+
+    asyncio.run(main())
