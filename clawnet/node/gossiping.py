@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, WireError
+from clawnet.identity.keys import peer_id_of
 from clawnet.identity.membership import verify_keys
 from clawnet.market.records import Task
 from clawnet.node.context import Context
@@ -148,7 +149,7 @@ class Gossiping:
         except ClawnetError as error:
             self._ctx.count("relayed_refused_total", error.code)
             return ""
-        if self._rooms.removals.reason(called.certificates):
+        if members.banned(peer_id_of(keys[0])) or self._rooms.removals.reason(called.certificates):
             self._ctx.count("relayed_refused_total", "membership_over")
             return ""
         if self._rooms.successions.refusal(keys, ""):

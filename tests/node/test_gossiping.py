@@ -10,6 +10,7 @@ import pytest
 
 from clawnet import limits
 from clawnet.identity.keys import KeyPair
+from clawnet.ledger.entries import Rotate, build, possession_message
 from clawnet.node.reaching import LET_GO
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_struct, encode
@@ -243,6 +244,17 @@ def test_nobody_passes_on_what_a_removed_member_asks_even_where_it_is_not_known(
     mesh.run(5)
     dave.node.rooms.members.records.pop(bob.peer)
     assert hear(dave, carol, later) == 0
+
+
+def test_nobody_passes_on_what_a_banned_member_asks_under_its_next_key(mesh: Mesh) -> None:
+    alice, bob, carol, *_ = chain(mesh)
+    proof = EVE.sign(possession_message(alice.account, 1, bytes(32)))
+    mesh_id = alice.node.hello_facts()[0]
+    row = build(mesh_id, alice.account, 1, bytes(32), alice.now_ms, Rotate(EVE.public, proof), alice.key.sign)
+    bob.node.rooms.members.records[alice.peer].banned = True
+    assert hear(bob, carol, statement_of(alice, key=EVE, author=EVE.peer_id, rotations=[row.raw])) == 0
+    assert bob.node.ctx.ids.inner(EVE.peer_id) == EVE.peer_id, "nor is anything kept of it"
+    bob.node.rooms.members.records[alice.peer].banned = False
 
 
 def test_a_flood_is_cut_off_by_author_and_by_carrier(mesh: Mesh) -> None:
