@@ -225,6 +225,9 @@ class Cards:
         if self._rooms.removals.reason(card.certificates):
             self._ctx.count("relayed_refused_total", "membership_over")
             return None
+        if not members.may_hear_of(proven.owner):
+            self._ctx.count("relayed_refused_total", "owner_share")
+            return None
         record = members.remember(card.peer, card.name, card.certificates, proven)
         record.rotations = list(card.rotations)
         return record

@@ -23,10 +23,6 @@ PULLS_MAX = 1_024
 FORWARD_MAX = 1_024
 SEQ_MAX = 2**62
 SUSPECT_LOOKUPS_MAX = 64
-CLAIMS_BELIEVED = 3
-"""A peer that so often said to hold more of the own chain, and left or took it back (or once showed nothing in all its
-time), is asked but not waited for."""
-DOUBTED_MAX = 4_096
 
 
 class Chains:
@@ -43,7 +39,7 @@ class Chains:
         self.checking = False
         self._unchecked: dict[str, None] = {}
         self._suspects: dict[str, tuple[int, int]] = {}
-        self._doubted: dict[str, int] = {}
+        self._doubted: dict[bytes, int] = {}
         self.restore = Restore(ctx, rooms, books)
 
     # --- the check after a start (LEDGER.md section 9)
@@ -77,18 +73,26 @@ class Chains:
     def _waited_for(self, peer: str) -> None:
         """This peer is no longer waited for: it has shown entries of the own chain, or claimed for nothing.
 
-        What it claimed for nothing is remembered over its links, so that claims made in turn do not hold the wallet.
+        What was claimed for nothing is remembered over links, by owner, so that claims made in turn, by however many
+        nodes of one owner, do not hold the wallet: who so often (CLAIMS_BELIEVED) left or took it back, or once showed
+        nothing in all its time, is asked but not waited for.
         """
         if peer not in self._suspects:
             return
         before, since_ms = self._suspects.pop(peer)
         if self._own_seq() > before:
-            self._doubted.pop(peer, None)
+            self._doubted.pop(self._doubtful(peer), None)
             return
         long = self._ctx.now >= since_ms + limits.START_CHECK_MS
-        self._doubted[peer] = self._doubted.pop(peer, 0) + (CLAIMS_BELIEVED if long else 1)
-        while len(self._doubted) > DOUBTED_MAX:
+        who = self._doubtful(peer)
+        self._doubted[who] = self._doubted.pop(who, 0) + (limits.CLAIMS_BELIEVED if long else 1)
+        while len(self._doubted) > limits.DOUBTED_MAX:
             del self._doubted[next(iter(self._doubted))]
+
+    def _doubtful(self, peer: str) -> bytes:
+        """Whose word it is: its owner's, who can have any number of nodes; an own machine answers for itself."""
+        record = self._rooms.members.get(peer)
+        return record.owner if record is not None and record.ring != "own" else peer.encode()
 
     def _answered(self, peer: str) -> None:
         """This peer holds nothing of the own chain that is not here."""
@@ -111,7 +115,7 @@ class Chains:
 
     def _suspect(self, peer: str, head: Head, relation: str) -> None:
         """A peer says that it holds more, or another branch, of this chain: it must show entries signed by us."""
-        if peer not in self._suspects and self._doubted.get(peer, 0) < CLAIMS_BELIEVED:
+        if peer not in self._suspects and self._doubted.get(self._doubtful(peer), 0) < limits.CLAIMS_BELIEVED:
             self._ctx.log("warn", "ledger.head_ahead", peer=peer, seq=head.seq)
             if not self.waiting:  # else its end stands: a claim more does not put it off
                 self._ctx.wake(("start_check",), self._ctx.now + limits.START_CHECK_MS)

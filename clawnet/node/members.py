@@ -25,8 +25,6 @@ from clawnet.wire.messages import Hello
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-RECORDS_MAX = 10_000
-
 
 class MeshFacts(msgspec.Struct, frozen=True):
     """This node's own membership: charter, mesh id, ring-deciding owner key, certificates, who let it in."""
@@ -73,6 +71,7 @@ class Members:
         self.records: dict[str, PeerRecord] = {}
         self._accounts: dict[bytes, str] = {ctx.account: ctx.me}
         self._shown: set[str] = set()
+        self._heard: dict[bytes, set[str]] = {}
         self.index = CapabilityIndex()
         self.reputation = Reputation(ctx.config.number("market.reputation_decay_rate"))
 
@@ -84,6 +83,7 @@ class Members:
         self.records[record.peer] = record
         self._accounts[record.account] = record.peer
         self._shown.add(record.shown)
+        self._count_heard(record)
         self._rooms.successions.load(record)
         self._rooms.cards.load(record)
 
@@ -165,6 +165,7 @@ class Members:
             record.addresses = [event.address, *record.addresses][:16]
         missed_ms = ctx.now - record.last_ms
         record.last_ms = ctx.now
+        self._count_heard(record)
         record.muted = False
         self.save(record)
         ctx.links[event.peer] = Link(
@@ -211,15 +212,47 @@ class Members:
             self.records[peer] = record
             self._accounts[account] = peer
             self._shown.add(record.shown)
-            self._make_room()
+            self._make_room(peer)
+        self._uncount_heard(record)
         record.ring, record.owner, record.inviter = ring, membership.owner, membership.inviter
         record.certificates = list(certificates)
+        self._count_heard(record)
         return record
 
-    def _make_room(self) -> None:
-        if len(self.records) <= RECORDS_MAX:
+    def _count_heard(self, record: PeerRecord) -> None:
+        """Keeps count of each owner's nodes that are known by their cards alone."""
+        if not record.last_ms:
+            self._heard.setdefault(record.owner, set()).add(record.peer)
+        else:
+            self._uncount_heard(record)
+
+    def _uncount_heard(self, record: PeerRecord) -> None:
+        heard = self._heard.get(record.owner)
+        if heard is not None:
+            heard.discard(record.peer)
+            if not heard:
+                del self._heard[record.owner]
+
+    def may_hear_of(self, owner: bytes) -> bool:
+        """Whether one node more of this owner is remembered on its card's word; the longest silent makes room for it.
+
+        An owner can certify any number: so many, and no more, are taken without ever having been met.
+        """
+        heard = self._heard.get(owner, set())
+        if owner == self.facts.owner or len(heard) < limits.HEARD_OF_OWNER_MAX:
+            return True
+        idle = [self.records[peer] for peer in heard if peer not in self._ctx.links and not self.records[peer].banned]
+        oldest = min(idle, key=lambda record: record.first_ms, default=None)
+        if oldest is None or oldest.first_ms > self._ctx.now - limits.CARD_AGE_MS:
+            return False
+        self.forget(oldest)
+        return True
+
+    def _make_room(self, newcomer: str) -> None:
+        if len(self.records) <= limits.PEER_RECORDS_MAX:
             return
-        idle = (r for r in self.records.values() if r.peer not in self._ctx.links and not r.banned)
+        stays = self._ctx.links.keys() | {newcomer}
+        idle = (r for r in self.records.values() if r.peer not in stays and not r.banned)
         oldest = min(idle, key=lambda record: record.last_ms, default=None)
         if oldest is not None:
             self.forget(oldest)
@@ -229,6 +262,7 @@ class Members:
         del self.records[record.peer]
         self._accounts.pop(record.account, None)
         self._shown.discard(record.shown)
+        self._uncount_heard(record)
         self.index.remove(record.peer)
         self._ctx.ids.forget(record.peer)
         self._ctx.delete("peers", record.peer)

@@ -34,6 +34,7 @@ class Relay:
         self._rooms = rooms
         self.window = ReplayWindow()
         self.window.forgotten = self._forgotten
+        self.window.group_of = self._group_of
 
     def load(self, rows: list[Seen], floor_ms: int) -> None:
         """The window as the database holds it."""
@@ -41,6 +42,11 @@ class Relay:
 
     def _forgotten(self, row: Seen) -> None:
         self._ctx.delete("relayed", row[1], row[2])
+
+    def _group_of(self, author: str) -> bytes:
+        """One owner can have any number of nodes: what they say is counted together, but for own machines."""
+        record = self._rooms.members.get(self._ctx.ids.inner(author))
+        return record.owner if record is not None and record.ring != "own" else author.encode()
 
     def state(self, kind: Kind, body: bytes) -> tuple[bytes, bytes]:
         """A statement of this node's own: (statement, signature)."""

@@ -17,14 +17,26 @@ Seen = tuple[int, str, bytes]
 
 
 class ReplayWindow:
-    """Takes each (author, statement id) once. One author fills a share of it at most, and flushes out no other."""
+    """Takes each (author, statement id) once. One author fills a share of it at most, and flushes out no other.
 
-    def __init__(self, ids_max: int = limits.REPLAY_WINDOW_MAX, author_share: int = 16) -> None:
+    Neither do all authors of one group (`group_of`: whoever can make as many authors as he likes is one).
+    """
+
+    def __init__(
+        self,
+        ids_max: int = limits.REPLAY_WINDOW_MAX,
+        author_share: int = 16,
+        group_max: int = limits.REPLAY_OF_OWNER_MAX,
+    ) -> None:
         self._ids_max = ids_max
         self._author_max = max(1, ids_max // author_share)
+        self._group_max = group_max
         self._heap: list[Seen] = []
         self._known: set[tuple[str, bytes]] = set()
         self._per_author: dict[str, int] = {}
+        self._per_group: dict[bytes, int] = {}
+        self._groups: dict[str, bytes] = {}
+        self.group_of: Callable[[str], bytes] = str.encode
         self.floor_ms = 0
         self.forgotten: Callable[[Seen], None] = lambda row: None
         """Told of every row that leaves the window, so that whoever stores it can delete it."""
@@ -39,7 +51,7 @@ class ReplayWindow:
     def admit(self, author: str, statement: bytes, time_ms: int, now_ms: int) -> bool:
         """True the first time, False for a repetition (normal in gossip).
 
-        MessageTooOld outside the window of time; RateLimited when `author` has filled its share.
+        MessageTooOld outside the window of time; RateLimited when `author` or its group has filled its share.
         """
         if (author, statement) in self._known:
             return False
@@ -48,6 +60,8 @@ class ReplayWindow:
         self._forget_before(now_ms - limits.MESSAGE_AGE_MS)
         if self._per_author.get(author, 0) >= self._author_max:
             raise RateLimited(f"{author} sent {self._author_max} statements within {limits.MESSAGE_AGE_MS // 1000} s")
+        if self._per_group.get(self._group(author), 0) >= self._group_max:
+            raise RateLimited(f"{author} and others of its owner sent {self._group_max} statements")
         self._add((time_ms, author, statement))
         if len(self._heap) > self._ids_max:
             self._forget_oldest()
@@ -62,6 +76,8 @@ class ReplayWindow:
         self._heap.clear()
         self._known.clear()
         self._per_author.clear()
+        self._per_group.clear()
+        self._groups.clear()
         self.floor_ms = floor_ms
         for row in rows:
             self._add(row)
@@ -72,7 +88,13 @@ class ReplayWindow:
     def _add(self, row: Seen) -> None:
         heappush(self._heap, row)
         self._known.add((row[1], row[2]))
+        group = self._groups.setdefault(row[1], self._group(row[1]))
         self._per_author[row[1]] = self._per_author.get(row[1], 0) + 1
+        self._per_group[group] = self._per_group.get(group, 0) + 1
+
+    def _group(self, author: str) -> bytes:
+        """The group that an author's statements are counted with, the same as long as there is one of them here."""
+        return self._groups.get(author) or self.group_of(author)
 
     def _forget_before(self, time_ms: int) -> None:
         while self._heap and self._heap[0][0] < time_ms:
@@ -82,9 +104,15 @@ class ReplayWindow:
         row = time_ms, author, statement = heappop(self._heap)
         self._known.discard((author, statement))
         self.floor_ms = max(self.floor_ms, time_ms)
+        group = self._groups[author]
         left = self._per_author[author] - 1
         if left:
             self._per_author[author] = left
         else:
-            del self._per_author[author]
+            del self._per_author[author], self._groups[author]
+        left = self._per_group[group] - 1
+        if left:
+            self._per_group[group] = left
+        else:
+            del self._per_group[group]
         self.forgotten(row)
