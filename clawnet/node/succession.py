@@ -39,6 +39,7 @@ class Successions:
         self._ctx = ctx
         self._rooms = rooms
         self._linked: dict[str, str] = {}
+        self._unmet: dict[str, None] = {}
 
     # --- the edge of the node
 
@@ -164,6 +165,7 @@ class Successions:
         ctx.ids.learn(ids)
         record = members.records.get(first)
         if record is None:
+            self._remember_unmet(first)
             return True
         record.rotations = list(rotations)
         record.card = record.signature = b""
@@ -173,6 +175,16 @@ class Successions:
         ctx.out.append(e.Succeeded(before, ids[-1]))
         members.redial(record)
         return True
+
+    def _remember_unmet(self, first: str) -> None:
+        """Who has no row yet is known by its keys for as long as so many others are not heard of after it."""
+        self._unmet.pop(first, None)
+        self._unmet[first] = None
+        if len(self._unmet) > limits.REACH_PEERS_MAX:
+            oldest = next(iter(self._unmet))
+            del self._unmet[oldest]
+            if oldest not in self._rooms.members.records:
+                self._ctx.ids.forget(oldest)
 
     def told(self, event: e.MessageIn, message: Membership) -> None:
         """Successions that a member brings or passes on; raises WireError or NotPermittedError for false ones."""

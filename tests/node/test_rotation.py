@@ -352,3 +352,14 @@ def test_no_fresh_account_comes_in_by_a_key_that_is_or_was_anothers(given_up: bo
     assert alice.node.ctx.ids.outer(peer_id_of(bob.account)) == bob.peer
     # The node whose key it was does not take itself for another either.
     assert "another node's" in bob.node.rooms.successions.refusal(successions.keys_shown(old, row), "")
+
+
+def test_whoever_was_never_met_is_remembered_by_its_keys_within_bounds() -> None:
+    mesh = Mesh()
+    alice, bob = pair(mesh)
+    rotated(bob)
+    successions, entropy = alice.node.rooms.successions, Entropy("many")
+    for _ in range(limits.REACH_PEERS_MAX + 8):
+        successions.learn([KeyPair.generate(entropy).public, KeyPair.generate(entropy).public], [])
+    assert len(alice.node.ctx.ids._first) == 2 * (limits.REACH_PEERS_MAX + 1)
+    assert alice.node.ctx.ids.outer(peer_id_of(bob.account)) == bob.peer, "who was met stays"
