@@ -38,7 +38,7 @@ class Removals:
     def load(self, statement: bytes) -> None:
         """Takes in a stored statement."""
         try:
-            self.ends.learn(statement, self._ctx.now)
+            self.ends.learn(statement, None)
         except ClawnetError as error:
             self._ctx.log("error", "membership.unreadable", reason=error.message)
 

@@ -201,6 +201,18 @@ def test_a_removal_outlives_restarts(mesh: Mesh) -> None:
     )
 
 
+def test_a_start_with_the_clock_set_back_forgets_no_removal_and_no_key(mesh: Mesh) -> None:
+    alice, bob, carol = star(mesh, "alice", "bob", "carol")
+    ask(alice, "peer.remove", peer="bob")
+    mesh.run(1)
+    for member in (alice, carol):
+        member.skew_ms = -10 * 365 * 86_400_000
+        member.restart()
+        member.node.rooms.members.records.pop(bob.peer, None)  # nor does it hang on its ever having been met
+        assert member.node.admit(bob.peer, hello_of(bob, member)).startswith("removed")
+        assert member.node.rooms.removals.ends.epoch == member.node.rooms.mesh_keys.epoch == 1
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_removal_reaches_everybody_over_loss_and_restarts(seed: int) -> None:
     mesh, chance = Mesh(f"removal {seed}"), random.Random(seed)
