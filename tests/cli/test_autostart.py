@@ -48,7 +48,7 @@ def test_twenty_commands_at_once_start_one_node(starting: Program) -> None:
 
 
 def test_a_daemon_holds_nothing_of_the_command_that_started_it(starting: Program) -> None:
-    starting.environ.update(SECRET_TOKEN="xyzzy", CLAWNET_JOIN="clawnet1secret", CLAWNET_LOG_LEVEL="debug")
+    starting.environ.update(SECRET_TOKEN="xyzzy", CLAWNET_LOG_LEVEL="debug")
     line = 'x=$("$@"); echo "got $x"'
     arguments = ["run", "-n", "--", "sh", "-c", "echo here"]
     argv = ["sh", "-c", line, "sh", *starting.argv(*arguments)]
@@ -57,7 +57,7 @@ def test_a_daemon_holds_nothing_of_the_command_that_started_it(starting: Program
     pid = status(starting)["pid"]
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     assert b"CLAWNET_LOG_LEVEL=debug" in environ
-    assert not [entry for entry in environ if b"xyzzy" in entry or b"clawnet1secret" in entry]
+    assert not [entry for entry in environ if b"xyzzy" in entry]
     assert os.readlink(f"/proc/{pid}/cwd") == str(starting.home.dir)
     held = [os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)]
     assert held == ["/dev/null", str(starting.home.run_dir / "daemon.out"), str(starting.home.run_dir / "daemon.out")]

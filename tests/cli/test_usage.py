@@ -164,7 +164,8 @@ def test_notices_are_for_terminals_and_verbose_only(clawnet: Program, node: Scri
     done = clawnet("peer", "invite", "-v", "--credits", "100")
     assert done.stdout == "clawnet1abc\n"
     assert "grants membership" in done.stderr
-    assert node.params("peer.invite") == {"ring": "member", "expires_s": 3600.0, "uses": 1, "credits": "100"}
+    asked = {"ring": "member", "expires_s": 3600.0, "uses": 1, "credits": "100", "ephemeral": False}
+    assert node.params("peer.invite") == asked
 
 
 def test_a_token_stays_out_of_argv(clawnet: Program, node: Script) -> None:

@@ -142,9 +142,18 @@ def killed_at(victims: dict[int, int], how: str, together: int | None = None) ->
     return world
 
 
+SHORT_DEATHS = ((0, None, "kill"), (1, 2, "power"))
+"""The requester alone, and both executors by a power cut; `--long` has every pair and both ways."""
+
+DEATHS = [
+    pytest.param(victim, together, how, marks=() if (victim, together, how) in SHORT_DEATHS else pytest.mark.long)
+    for victim, together in ((0, None), (1, None), (2, None), (0, 1), (1, 2), (2, 0))
+    for how in ("kill", "power")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "power"])
-@pytest.mark.parametrize(("victim", "together"), [(0, None), (1, None), (2, None), (0, 1), (1, 2), (2, 0)])
+@pytest.mark.parametrize(("victim", "together", "how"), DEATHS)
 def test_a_machine_may_die_at_any_point_alone_or_with_another(victim: int, together: int | None, how: str) -> None:
     seen: Counter[str] = Counter()
     points = 0
