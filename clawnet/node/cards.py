@@ -37,6 +37,7 @@ class Cards:
         self.capacity = CapacityChanged((), (), 0, 0, 0)
         self._serial = 0
         self._made_ms = 0
+        self._stated_ms = 0
         self._told: dict[str, int] = {}
         """By connected peer: up to which mark of the index the cards here were told to it."""
         self._statement = b""
@@ -86,14 +87,18 @@ class Cards:
         self.own = self._make()
         self.own_hash = capability_hash(self.own)
         self._statement, self._signature = self._rooms.relay.state(Kind.PEER_INFO, encode(self.own))
-        self._rooms.twins.stated()
         for peer in ctx.links:
             self.tell(peer)
 
     def tell(self, peer: str) -> None:
-        """Our own card to one peer."""
+        """Our own card to one peer. The first one to be told of it waits for the disk; one that nobody hears is not
+        written, so that a node that begins again on a full disk still answers.
+        """
         if not self._statement:
             self.refresh()
+        if self._stated_ms != self._made_ms:
+            self._stated_ms = self._made_ms
+            self._rooms.twins.stated(self._made_ms)
         self._ctx.send(peer, PeerInfo(self._statement, self._signature, FIRST_HOP))
 
     def capacity_changed(self, event: CapacityChanged) -> None:

@@ -35,16 +35,16 @@ class Twins:
         self._heard: dict[bytes, None] = {}
 
     def load(self, body: bytes) -> None:
-        """When the last card of an earlier run was made, by the clock of then: it may have been set back since."""
+        """When the last card that an earlier run told was made, by its clock: that may have been set back since."""
         self._stated_ms = int(body)
 
     def start(self) -> None:
         """The run begins now: whatever is older was said by an earlier one."""
         self._started_ms = max(self._ctx.now, self._stated_ms)
 
-    def stated(self) -> None:
-        """A card was made: synced with it is when, so that no later run takes it for another program's."""
-        self._ctx.put("meta", STATED_KEY, str(self._ctx.now).encode())
+    def stated(self, made_ms: int) -> None:
+        """A card leaves: synced before is when it was made, so that no later run takes it for another program's."""
+        self._ctx.put("meta", STATED_KEY, str(made_ms).encode())
         self._ctx.durable()
 
     def identifier(self) -> bytes:

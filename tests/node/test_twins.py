@@ -80,3 +80,14 @@ def test_an_own_card_from_before_the_clock_was_set_back_is_no_twin() -> None:
     mesh.run(15)
     assert not [log for log in alice.logs if log.event == "identity.twin"]
     assert refused(alice) == ""
+
+
+def test_a_card_that_nobody_hears_is_not_written() -> None:
+    """A node that begins again on a full disk owes it no row, so it can answer what it is asked."""
+    mesh = Mesh()
+    alice = mesh.found("alice")
+    before = alice.store.commits_total
+    alice.feed(Listening(("/ip4/127.0.0.1/tcp/4999",)))
+    mesh.run(1)
+    assert alice.node.rooms.cards.own.addresses == ["/ip4/127.0.0.1/tcp/4999"]
+    assert alice.store.commits_total == before
