@@ -29,6 +29,7 @@ from clawnet.errors import (
     TimedOutError,
     UnreachableError,
 )
+from clawnet.ipc.connection import Connection
 from clawnet.ipc.server import IpcServer
 from clawnet.paths import Home, make_private_dir
 
@@ -316,30 +317,36 @@ def test_a_file_in_the_way_is_named(home: Home) -> None:
         asyncio.run(server.start())
 
 
-def test_a_window_of_calls_is_shared_and_the_rest_stays_with_its_clients(served: Served) -> None:
+def test_a_window_of_calls_is_shared_and_the_rest_stays_with_its_clients(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: set[int] = set()
+    hold = served.server.hold
+
+    def noted(connection: Connection) -> None:
+        hold(connection)
+        with served.changed:
+            held.add(connection.number)
+            served.changed.notify_all()
+
     def seen(word: str) -> int:
         return sum(params.get("word") == word for _, params in served.seen)
 
-    def told(count: int) -> None:
-        with served.changed:
-            assert served.changed.wait_for(lambda: len(served.seen) >= count, 10), len(served.seen)
-
+    monkeypatch.setattr(served.server, "hold", noted)
     window = limits.RPC_WINDOW_CALLS
     served.unbegun = 1
-    greedy = raw(served.home)
     calls = [rpc.request_line(number, "echo", {"word": "greedy"}) for number in range(1, 4 * window + 1)]
-    greedy.sendall(rpc.hello_line("0") + b"".join(calls))
-    with Client(served.home, autostart=False) as modest:
-        told(window - 1)
+    with raw(served.home) as greedy, Client(served.home, autostart=False) as modest:
+        greedy.sendall(rpc.hello_line("0") + b"".join(calls))
+        served.wait(lambda: len(served.seen) >= window - 1 and len(held) == 1)
         modest.send("echo", {"word": "modest"})
-        greedy_first = seen("greedy")
-        assert greedy_first <= window, "no more before these were begun with"
+        served.wait(lambda: len(held) == 2)
+        assert (seen("greedy"), seen("modest")) == (window - 1, 0), "its hello and no more before these were begun with"
         served.unbegun = 0
-        told(4 * window + 1)
+        served.wait(lambda: len(served.seen) >= 4 * window + 1)
         assert (seen("greedy"), seen("modest")) == (4 * window, 1)
         words = [params["word"] for _, params in served.seen]
-        assert words.index("modest") <= greedy_first + window, "one window later at the latest"
-    greedy.close()
+        assert words.index("modest") <= window - 1 + window // 2, "who waits has an even share of the next window"
 
 
 def test_who_reads_no_answers_gives_no_more_calls(served: Served) -> None:
