@@ -184,14 +184,20 @@ def test_connections_that_never_say_hello_are_few(victim: Victim, kind: str) -> 
     before = victim.counters().get("net_connections_refused_total", 0)
 
     async def body() -> None:
-        transports, kept, ended = [], [], []
+        transports, kept, most = [], [], limits.VISITORS_PER_ADDRESS_MAX
         where = multiaddr.parse(victim.addresses[kind])
         try:
-            for _ in range(limits.VISITORS_PER_ADDRESS_MAX + 4):
+            for _ in range(most + 4):
                 transports.append(CARRIERS[kind](KeyPair.generate(os.urandom), PROTOCOLS, "quiet"))
-                kept.append(await transports[-1].dial(where, victim.peer_id, WAIT_S))
-            ended = [await asyncio.wait_for(asyncio.shield(one.closed), WAIT_S) for one in kept[-4:]]
-            assert len(ended) == 4 and not any(one.closed.done() for one in kept[:-4])
+                # The refusal follows the handshake at once: it may be there before the dial has returned.
+                with contextlib.suppress(LinkError):
+                    kept.append(await transports[-1].dial(where, victim.peer_id, WAIT_S))
+            async with asyncio.timeout(WAIT_S):
+                while len(kept) > most:
+                    await asyncio.wait([one.closed for one in kept], return_when=asyncio.FIRST_COMPLETED)
+                    kept = [one for one in kept if not one.closed.done()]
+            # The honest peer lives at the same address: what it has open without a link counts with these.
+            assert len(kept) >= most - 4
         finally:
             for transport in transports:
                 await transport.close()
