@@ -159,14 +159,23 @@ def test_a_restart_under_load_loses_nothing(nodes: Nodes) -> None:
 
 def test_tasks_of_a_requester_that_stops_go_on_when_it_is_back(nodes: Nodes) -> None:
     alice, bob = nodes.mesh("alice", "bob")
-    task = submit(alice, "sleep 2; echo kept")
-    runs_at(alice, task, name="bob")
-    with alice.popen("market", "wait", task) as waiting:
+    # The command follows the task once it prints; only then is the node stopped under it.
+    words = ("--type", "shell", "--ring", "member", "--prefer", "market", "--deadline", "30m", "--wait", "--stream")
+    with alice.popen("market", "submit", "-v", "-n", *words, "echo begun; sleep 4; echo kept") as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"begun\n"
+        task = alice.ask("task.list", limit=1)["items"][0]["task_id"]
+        runs_at(alice, task, name="bob")
         pid = alice.pid
         assert alice("daemon", "stop").code == 0
         gone(alice, pid)
-        waiting.wait(PATIENCE_S)
-    alice.start()
+        bob.until("the run is over", lambda: bob.ask("status")["runs"] == 0)
+        assert waiting.poll() is None, "whoever waits goes on waiting"
+        assert not alice.pid, "and does not start what was stopped on purpose"
+        alice.start()
+        out, err = waiting.communicate(timeout=PATIENCE_S)
+    assert (waiting.returncode, out) == (0, b"kept\n"), err
+    assert b"the daemon was stopped" in err
     told = alice.reaches(task, "settled")
-    assert (told["result"]["stdout"], told["escrow"]["state"]) == ("kept\n", "claimed")
+    assert (told["result"]["stdout"], told["escrow"]["state"]) == ("begun\nkept\n", "claimed")
     nothing_lost([alice, bob])
