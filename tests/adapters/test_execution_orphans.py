@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.adapters.execution_bench import needs_bubblewrap, running
+from tests.cli.harness import until
 
 KILLED = """
 import asyncio, os, signal, sys
@@ -29,7 +29,6 @@ async def main():
 
 asyncio.run(main())
 """
-PATIENCE_S = 30.0
 
 
 @pytest.mark.slow
@@ -43,7 +42,4 @@ def test_runs_that_are_being_set_up_end_with_who_started_them(sandbox: str) -> N
     public, passed = done.stdout.split()
     shutil.rmtree(public)
     assert passed == "True" or sandbox == "host"
-    deadline = time.monotonic() + PATIENCE_S
-    while left := running(nap):
-        assert time.monotonic() < deadline, f"{len(left)} processes were left behind"
-        time.sleep(0.05)
+    until("nothing is left behind", lambda: not running(nap))
