@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from clawnet import limits
 from clawnet.wire.events import OutputKept, ReadOutput
 from tests.adapters.execution_bench import Bench, with_bench
@@ -23,6 +25,8 @@ def test_pieces_from_anywhere_and_the_result_is_whole() -> None:
         script = f"yes | head -c {SIZE}; echo oops >&2; echo half; sleep 0.3; echo whole"
         job = bench.start(kind="shell", script=script, sandbox="host")
         await bench.said(job, b"half\n")
+        while read(bench, job, 2, 0, 10) != b"oops\n":
+            await asyncio.sleep(0)
         whole = bench.output(job)
         for offset in (0, 1, limits.MIB - 1, SIZE, len(whole) - 3):
             assert read(bench, job, 1, offset, 1_000) == whole[offset : offset + 1_000]

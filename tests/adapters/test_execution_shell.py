@@ -20,6 +20,7 @@ from clawnet.execution.spec import InputRef
 from clawnet.execution.workdirs import WorkDirs
 from clawnet.wire.events import InputsReady, Open, Opened, TaskOutput
 from tests.adapters.execution_bench import WORKER, Bench, needs_bubblewrap, running, with_bench
+from tests.cli.harness import until
 
 BOTH = pytest.mark.parametrize("sandbox", [pytest.param("sandboxed", marks=needs_bubblewrap), "host"])
 
@@ -133,7 +134,7 @@ def test_cancelling_takes_every_process_along(sandbox: str) -> None:
         assert outside.stdout.readline() == b"up\n"
         outside.wait()
         outside.stdout.close()
-        (survivor,) = running(_seconds(marker))
+        (survivor,) = until("the nap has begun", lambda: running(_seconds(marker)))
         os.kill(survivor, signal.SIGKILL)  # so a process that left its group outlives its parent
         job = bench.start(kind="shell", script=script, sandbox=sandbox)
         await bench.said(job, b"up\n")

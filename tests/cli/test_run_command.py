@@ -238,7 +238,7 @@ def test_a_timeout_leaves_the_task_as_it_is_after_the_cancel(
     del accepting.answers["task.follow"]
     accepting.answers["task.cancel"] = cancel
     file = tmp_path / "status.json"
-    done = clawnet("run", "--json", "--timeout", "200ms", "--status-file", str(file), "--", "sleep", "60")
+    done = clawnet("run", "--json", "--timeout", "3s", "--status-file", str(file), "--", "sleep", "60")
     assert failure(done)["code"] == "timed_out" and done.returncode == 124
     assert (json.loads(done.stdout)["state"], json.loads(done.stdout)["price"]) == ("cancelled", "0.25")
     assert json.loads(file.read_text()) == json.loads(done.stdout)
