@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -403,7 +404,11 @@ def test_killing_the_node_kills_its_jobs(sandbox: str) -> None:
     directories = node.stdout.readline().decode().split()
     try:
         workers = list(map(int, node.stdout.readline().split()[1:]))
-        jobs = [pid for pid in running(number) if pid != node.pid]
+        jobs: list[int] = []
+        until = time.monotonic() + 30
+        # In the moment of its exec a process has no arguments to be known by.
+        while len(jobs) != 2 and time.monotonic() < until:
+            jobs = [pid for pid in running(number) if pid != node.pid]
         assert len(jobs) == 2
         assert workers
         # On the host, one that left the process group is found at the next start only (see the next test).

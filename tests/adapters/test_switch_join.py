@@ -60,14 +60,16 @@ def test_an_inviter_that_cannot_be_reached_is_an_error() -> None:
 
 
 def test_an_inviter_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "JOIN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(limits, "JOIN_TIMEOUT_S", 1.0)
 
     async def body(world: SwitchWorld) -> None:
         joiner, inviter = await world.node(0), await world.node(1)
         joiner.switch.join(1, inviter.peer, inviter.addresses, ASK)
-        assert (await joiner.find(JoinAnswered)).error
         await inviter.find(JoinAsked)
-        assert inviter.switch._joins._waiting == {}
+        assert (await joiner.find(JoinAnswered)).error
+        # Each side has a clock of its own.
+        while inviter.switch._joins._waiting:
+            await asyncio.sleep(0)
 
     run(body)
 
