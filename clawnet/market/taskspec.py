@@ -29,6 +29,7 @@ _FIELDS: Final = frozenset(
         "op_args",
         "inputs",
         "stdin_b64",
+        "stdin_path",
         "env",
         "budget_ucr",
         "budget",
@@ -115,6 +116,25 @@ def _stdin(spec: dict[str, Any]) -> str:
     return text
 
 
+def _with_stdin(spec: dict[str, Any], kind: str, inputs: list[dict[str, str]]) -> str:
+    """Adds the file that standard input is read from to the inputs, and gives the name it has there; "" for none."""
+    path = _text(spec, "stdin_path", limits.TEXT_CHARS_MAX)
+    if not path:
+        return ""
+    if kind == "prompt":
+        raise DataError(
+            f"the text for a prompt is longer than {limits.STDIN_BYTES_MAX // limits.KIB} KiB", field="stdin_path"
+        )
+    if spec.get("stdin_b64"):
+        raise DataError("standard input is given twice, as stdin_b64 and as stdin_path", field="stdin_path")
+    taken = {item["name"] for item in inputs}
+    name = next(name for name in ("stdin", *(f"stdin-{n}" for n in range(len(taken)))) if name not in taken)
+    inputs.append({"name": name, "path": path})
+    if len(inputs) > limits.INPUTS_MAX:
+        raise _bad("inputs", "…", f"a list of at most {limits.INPUTS_MAX - 1} inputs besides standard input")
+    return name
+
+
 def _check_prompt(spec: dict[str, Any]) -> None:
     """A prompt is text, and nothing but text: what would silently be left out is refused."""
     for field, option in (("inputs", "--input"), ("env", "--env"), ("argv", "a command"), ("script", "a script")):
@@ -190,7 +210,7 @@ def _operation(spec: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
         raise _bad("op", op, ", ".join(OPERATIONS))
     if not isinstance(args, dict) or len(args) > 16:
         raise _bad("op_args", args, "an object")
-    if op == "primes" and not (args or spec.get("stdin_b64") or spec.get("inputs") or spec.get("description")):
+    if op == "primes" and not any((args, *map(spec.get, ("stdin_b64", "stdin_path", "inputs", "description")))):
         raise UsageError("primes needs to know how far", hint="primes of up to 1000: a number as the task's payload")
     return str(op), dict(args)
 
@@ -246,6 +266,8 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget <= 10**15):
         raise _bad("budget_ucr", budget, "micro-credits from 0 to 10^15")
     retries = spec.get("retries")
+    inputs = _inputs(spec)
+    stdin_input = _with_stdin(spec, kind, inputs)
     default_deadline_s = config.seconds("market.task_timeout")
     return {
         "type": kind,
@@ -254,8 +276,9 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "script": script,
         "op": op,
         "op_args": op_args,
-        "inputs": _inputs(spec),
+        "inputs": inputs,
         "stdin_b64": _stdin(spec),
+        "stdin_input": stdin_input,
         "env": _environment(spec),
         "cwd": _text(spec, "cwd", 255),
         "budget_ucr": budget if budget is not None else config.amount_ucr("market.default_budget"),

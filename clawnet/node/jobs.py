@@ -163,6 +163,7 @@ class Jobs:
                     "env": payload.get("env") or {},
                     "inputs": [InputRef(i.name, i.kind, i.blob, i.bytes, i.mode) for i in document.inputs],
                     "stdin": payload.get("stdin"),
+                    "stdin_input": payload.get("stdin_input") or "",
                     "prompt": payload.get("prompt") or "",
                     "cwd_input": payload.get("cwd") or "",
                     "seal_key": key,

@@ -224,6 +224,9 @@ class Tasks:
         draft.inputs = list(event.inputs)
         for item in draft.inputs:
             ctx.out.append(GrantBlob(held_as(draft.task_id, "inputs"), ctx.me, item["blob"]))
+        if any(item["name"] == draft.spec["stdin_input"] and item["kind"] != "file" for item in draft.inputs):
+            self._drop(draft)
+            raise DataError("stdin_path names a directory, and standard input is a file", field="stdin_path")
         size = sum(int(item["bytes"]) for item in draft.inputs)
         if size > limits.INPUT_BYTES_MAX:
             self._drop(draft)
@@ -385,6 +388,7 @@ class Tasks:
             "op_args": spec["op_args"],
             "env": spec["env"],
             "stdin": stdin,
+            "stdin_input": spec["stdin_input"],
             "cwd": spec["cwd"],
             "prompt": spec["description"] if task.kind == "prompt" else "",
         }

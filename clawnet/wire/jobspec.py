@@ -33,7 +33,8 @@ class JobSpec(Struct, frozen=True, gc=False):
 
     Shell: `argv`, or `script` for `sh -c`. Compute: `op` with `op_args`, over the inputs in their order, else over
     `stdin`. Prompt: `prompt`, and after it the text on `stdin`. File inputs lie in the working directory under their
-    names; the tree input named `cwd_input` becomes the working directory itself, other trees are directories in it.
+    names; the tree input named `cwd_input` becomes the working directory itself, other trees are directories in it; the
+    file input named `stdin_input` is no file there but what the command reads on standard input, instead of `stdin`.
     `sandbox` is "" (the machine's policy for `ring` decides), "sandboxed" (insist) or "host" (ring own only, and only
     where the policy allows it). With `seal_key` the result leaves the executor sealed only.
     """
@@ -47,6 +48,7 @@ class JobSpec(Struct, frozen=True, gc=False):
     env: dict[str, str] = {}
     inputs: list[InputRef] = []
     stdin: bytes | None = None
+    stdin_input: str = ""
     prompt: str = ""
     cwd_input: str = ""
     ring: str = "own"
