@@ -29,6 +29,8 @@ class Home:
 
     __slots__ = ("config_file", "data_dir", "dir")
 
+    STDIN_PREFIX = "stdin-"
+
     def __init__(self, directory: Path, *, config_file: Path | None = None, data_dir: Path | None = None) -> None:
         self.dir = directory
         self.config_file = config_file or directory / "config.yaml"
@@ -106,6 +108,14 @@ class Home:
     @property
     def run_dir(self) -> Path:
         return self.dir / "run"
+
+    def stdin_file(self, name: str) -> Path:
+        """Where a command leaves its standard input for the daemon, when it is too long for the task itself."""
+        return self.run_dir / (self.STDIN_PREFIX + name)
+
+    def is_stdin_file(self, path: Path) -> bool:
+        """Whether a path without links is such a file: the only thing in the home that may travel."""
+        return path.parent == self.run_dir.resolve() and path.name.startswith(self.STDIN_PREFIX)
 
     @property
     def socket(self) -> Path:

@@ -9,7 +9,7 @@ import typer
 
 from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
-from . import batch, following, submission, waiting
+from . import batch, following, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
 from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, table, who, write
@@ -96,7 +96,8 @@ def submit(
         with invocation.client(create_home=True) as client:
             submission.resolve_peers(client, task_spec, invocation.say)
             limit = invocation.deadline()
-            accepted = following.submit(client, task_spec, awaited=wait, deadline=limit, say=invocation.say)
+            with piped.handed_over(client, task_spec, data):
+                accepted = following.submit(client, task_spec, awaited=wait, deadline=limit, say=invocation.say)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
                 _already_over(client, task_spec, accepted)

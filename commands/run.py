@@ -12,7 +12,7 @@ import typer
 from clawnet.api import Client
 from clawnet.errors import TimedOutError, UnreachableError, UsageError
 
-from . import following, submission, waiting
+from . import following, piped, submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .options import (
     ATTACH,
@@ -120,8 +120,9 @@ def run(
             stream=True,
         )
         _complete(task_spec)
-        submission.attach_stdin(task_spec, submission.standard_input(wanted=not no_stdin and spec != "-"))
-        task, code = _run(invocation, task_spec, as_lines=stream)
+        data = piped.standard_input(wanted=not no_stdin and spec != "-")
+        submission.attach_stdin(task_spec, data)
+        task, code = _run(invocation, task_spec, data, as_lines=stream)
         note(task)
     raise typer.Exit(code)
 
@@ -138,11 +139,14 @@ def _complete(spec: dict[str, Any]) -> None:
         spec.setdefault("cwd", trees[0])
 
 
-def _run(invocation: Invocation, spec: dict[str, Any], *, as_lines: bool) -> tuple[dict[str, Any], int]:
+def _run(
+    invocation: Invocation, spec: dict[str, Any], data: piped.Piped | None, *, as_lines: bool
+) -> tuple[dict[str, Any], int]:
     """Submits, follows, and returns the task as it ended with the exit code of this command."""
     with invocation.client(create_home=True) as client:
         submission.resolve_peers(client, spec, invocation.say)
-        accepted = following.submit(client, spec, awaited=True, deadline=invocation.deadline(), say=invocation.say)
+        with piped.handed_over(client, spec, data):
+            accepted = following.submit(client, spec, awaited=True, deadline=invocation.deadline(), say=invocation.say)
         printer = following.Printer(invocation, client, as_lines=invocation.json)
         return _follow(invocation, client, accepted, printer, as_lines=as_lines)
 

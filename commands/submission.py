@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 from clawnet import limits, money, units
 from clawnet.api import Client
 from clawnet.errors import DataError, NotFoundError, UsageError
+
+from .piped import Piped, standard_input
 
 TYPES = ("prompt", "shell", "compute")
 LATER = ("storage", "swarm")
@@ -64,33 +65,14 @@ def inputs(texts: list[str]) -> list[dict[str, str]]:
     return found
 
 
-def standard_input(*, wanted: bool = True) -> bytes | None:
-    """Standard input where it is a regular file or a pipe (ssh's rule), else None. Raises DataError when too long."""
-    if not wanted or sys.stdin is None:
-        return None
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):
-        return None
-    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-        return None
-    data = sys.stdin.buffer.read(limits.STDIN_BYTES_MAX + 1)
-    if len(data) > limits.STDIN_BYTES_MAX:
-        raise DataError(
-            f"standard input is longer than {units.format_size(limits.STDIN_BYTES_MAX)}",
-            hint="a shell or compute task takes it as a file (--input); a prompt can be no longer",
-        )
-    return data
-
-
-def described(argument: str | None, *, no_stdin: bool) -> tuple[str, bytes | None]:
+def described(argument: str | None, *, no_stdin: bool) -> tuple[str, Piped | None]:
     """The description and what else stdin holds: `-` reads the description itself from there."""
     if argument == "-":
         data = standard_input()
         if data is None:
             raise UsageError("- reads the description from standard input, which is neither a file nor a pipe")
         try:
-            return data.decode(), None
+            return data.whole().decode(), None
         except UnicodeDecodeError as error:
             raise DataError("the description on standard input is not UTF-8") from error
     return argument or "", standard_input(wanted=not no_stdin)
@@ -198,6 +180,8 @@ def spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
         spec["budget_ucr"] = money.parse_credits(str(spec.pop("budget")), what=f"{name}: budget")
     if isinstance(spec.get("stdin"), str):
         spec["stdin_b64"] = base64.b64encode(spec.pop("stdin").encode()).decode()
+    if isinstance(spec.get("stdin_path"), str):
+        spec["stdin_path"] = str(Path(spec["stdin_path"]).expanduser().absolute())
     if isinstance(spec.get("env"), dict):
         spec["env"] = {
             str(key): item if isinstance(item, str) else json.dumps(item) for key, item in spec["env"].items()
@@ -245,19 +229,24 @@ def build(base: dict[str, Any], **options: Any) -> dict[str, Any]:
     return spec
 
 
-def attach_stdin(spec: dict[str, Any], data: bytes | None) -> None:
-    """Standard input becomes the task's, unless the spec has its own."""
-    if data and "stdin_b64" not in spec:
-        spec["stdin_b64"] = base64.b64encode(data).decode()
+def attach_stdin(spec: dict[str, Any], data: Piped | None) -> None:
+    """Standard input becomes the task's, unless the spec has its own; a long one follows later (piped.handed_over)."""
+    if data is None or not data.head or spec.get("stdin_b64") or spec.get("stdin_path"):
+        return
+    if not data.longer or spec.get("type") == "prompt":
+        spec["stdin_b64"] = base64.b64encode(data.whole()).decode()
 
 
-def complete(spec: dict[str, Any], data: bytes | None) -> None:
+def complete(spec: dict[str, Any], data: Piped | None) -> None:
     """The type's own needs: something to do; a compute task without files works on its description."""
     kind = spec.setdefault("type", "prompt")
-    if not (data or any(spec.get(name) for name in ("description", "argv", "script", "op", "stdin_b64"))):
+    given = data is not None and bool(data.head)
+    if not (
+        given or any(spec.get(name) for name in ("description", "argv", "script", "op", "stdin_b64", "stdin_path"))
+    ):
         raise UsageError("nothing to do: give a description", hint="clawnet market submit DESCRIPTION, or - for stdin")
-    if kind == "compute" and not data and not spec.get("inputs") and spec.get("description"):
-        data = spec["description"].encode()
+    if kind == "compute" and not given and not spec.get("inputs") and spec.get("description"):
+        data = Piped(spec["description"].encode(), longer=False)
     attach_stdin(spec, data)
 
 

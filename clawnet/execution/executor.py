@@ -16,7 +16,7 @@ from typing import IO, Any, Final, TypeVar
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, StorageFullError
-from clawnet.execution import bundle, inputs
+from clawnet.execution import bundle, feeding, inputs
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.endings import physical_memory, with_result, without_result
 from clawnet.execution.endpoint import Answer
@@ -91,6 +91,7 @@ class Executor:
         if sys.platform != "win32":
             self._places = Places(self.settings, self._home)
             self._dirs: WorkDirs = self._places.dirs
+        feeding.sweep(self._home)
         self._started = True
         if COMPUTE in self.settings.offers:
             self._pool.start()
@@ -236,9 +237,10 @@ class Executor:
     def _run_compute(self, spec: JobSpec) -> None:
         if COMPUTE not in self.settings.offers:
             raise DataError("compute tasks are not offered here")
-        sources: list[Any] = [[item.name, str(self._blobs.path(item.blob))] for item in spec.inputs]
+        sources: list[Any] = [[item.name, str(self._blobs.path(item.blob))] for item in feeding.placed(spec)]
         if any(item.kind != "file" for item in spec.inputs):
             raise DataError("built-in operations take files, not directories")
+        piped = feeding.stdin_path(spec, self._blobs)
         began_s = self._loop.time()
         self._computing[spec.job] = spec
 
@@ -256,7 +258,7 @@ class Executor:
             spec.job,
             spec.op,
             spec.op_args,
-            sources or [spec.stdin or b""],
+            sources or [spec.stdin or b"" if piped is None else ["", str(piped)]],
             time_s=spec.wall_s,
             answer_bytes_max=spec.output_bytes_max,
             answer=answered,
@@ -300,10 +302,11 @@ class Executor:
             mode = "host" if self._places.host_allowed else mode
         dirs = self._dirs.make(spec.job)
         owner = self._dirs.owner
-        small = sum(item.size for item in spec.inputs) <= limits.RUN_INLINE_WORK_BYTES_MAX
-        if small and all(item.kind == "file" for item in spec.inputs):
+        placed = feeding.placed(spec)
+        small = sum(item.size for item in placed) <= limits.RUN_INLINE_WORK_BYTES_MAX
+        if small and all(item.kind == "file" for item in placed):
             try:
-                inputs.place_inputs(spec.inputs, spec.cwd_input, dirs.work, self._blobs, owner)
+                inputs.place_inputs(placed, spec.cwd_input, dirs.work, self._blobs, owner)
                 self._start_shell(spec, dirs, mode)
             except (ClawnetError, OSError):
                 self._remove(dirs)
@@ -311,7 +314,7 @@ class Executor:
             return
         self._preparing[spec.job] = spec
 
-        def placed(future: Future[None]) -> None:
+        def ready(future: Future[None]) -> None:
             del self._preparing[spec.job]
             stopped = self._stop_asked.pop(spec.job, None)
             try:
@@ -327,7 +330,7 @@ class Executor:
             self._remove(dirs)
             self._deliver(exited)
 
-        self._in_thread(placed, inputs.place_inputs, list(spec.inputs), spec.cwd_input, dirs.work, self._blobs, owner)
+        self._in_thread(ready, inputs.place_inputs, placed, spec.cwd_input, dirs.work, self._blobs, owner)
 
     def _start_shell(self, spec: JobSpec, dirs: JobDirs, mode: str) -> None:
         job = spec.job
@@ -340,7 +343,8 @@ class Executor:
             self._remove(dirs)
             self._shell_ended(spec, run, ended)
 
-        run = ShellRun(spec, dirs.work, self._places.place(mode), on_output=on_output, on_end=on_end)
+        place, stdin = self._places.place(mode), feeding.stdin_path(spec, self._blobs)
+        run = ShellRun(spec, dirs.work, place, stdin=stdin, on_output=on_output, on_end=on_end)
         run.start()
         self._running[job] = run
 
@@ -420,7 +424,10 @@ class Executor:
         private = (self._home.dir.resolve(), self._home.data_dir.resolve())
 
         def work() -> tuple[dict[str, Any], ...]:
-            return tuple(inputs.pack_path(name, path, self._blobs, private=private) for name, path in paths)
+            return tuple(
+                inputs.pack_path(name, path, self._blobs, private=feeding.private_but(self._home, path, private))
+                for name, path in paths
+            )
 
         def done(future: Future[tuple[dict[str, Any], ...]]) -> None:
             try:

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.execution import process, sandbox_bwrap
+from clawnet.execution.feeding import Feed
 from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
 from clawnet.execution.spec import JobSpec
 
@@ -124,7 +125,10 @@ class _Stream:
 
 
 class ShellRun:
-    """One run. `on_output(stream, offset, data)` comes as output does, `on_end(Ended)` once, after all of it."""
+    """One run. `on_output(stream, offset, data)` comes as output does, `on_end(Ended)` once, after all of it.
+
+    `stdin` is a file to read standard input from instead of `spec.stdin`.
+    """
 
     def __init__(
         self,
@@ -132,6 +136,7 @@ class ShellRun:
         directory: Path,
         place: Place,
         *,
+        stdin: Path | None = None,
         on_output: Callable[[int, int, bytes], None],
         on_end: Callable[[Ended], None],
     ) -> None:
@@ -139,6 +144,8 @@ class ShellRun:
         self.streams: list[_Stream] = []
         self._directory = directory
         self._place = place
+        self._stdin = stdin
+        self._feed: Feed | None = None
         self._on_output = on_output
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -163,7 +170,7 @@ class ShellRun:
         ours: list[int] = []
         theirs: dict[int, int] = {}
         try:
-            theirs[0] = os.open(os.devnull, os.O_RDONLY) if not spec.stdin else process.memory_file(spec.stdin)
+            theirs[0] = self._standard_input()
             for target in (1, 2, sandbox_bwrap.STATUS_FD):
                 reading, theirs[target] = os.pipe()
                 os.set_blocking(reading, False)
@@ -180,7 +187,7 @@ class ShellRun:
         except OSError:
             for descriptor in ours:
                 os.close(descriptor)
-            self._close_lifeline()
+            self._close_held()
             raise
         finally:
             for descriptor in theirs.values():
@@ -191,9 +198,18 @@ class ShellRun:
             stream = _Stream(number, descriptor, place.spool_dir)
             self.streams.append(stream)
             self._loop.add_reader(descriptor, self._on_readable, stream)
+        if self._feed is not None:
+            self._feed.start()
         self._later(spec.wall_s, self.stop, "wall_limit", f"the run took longer than {spec.wall_s:g} s")
         if process.LINUX:
             self._later(_FIRST_LOOK_S, self._look)
+
+    def _standard_input(self) -> int:
+        """A descriptor for the command to read from."""
+        if self._stdin is not None:
+            self._feed = Feed(self._stdin, self._loop, lambda reason: self.stop("failed", reason))
+            return self._feed.reading
+        return process.memory_file(self.spec.stdin) if self.spec.stdin else os.open(os.devnull, os.O_RDONLY)
 
     def _command(self, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """The command line, and the environment of its outermost program: never the task's where that one is root."""
@@ -372,10 +388,12 @@ class ShellRun:
         self._finished = True
         for timer in self._timers:
             timer.cancel()
-        self._close_lifeline()
+        self._close_held()
         self._on_end(self._ended(*self._result))
 
-    def _close_lifeline(self) -> None:
+    def _close_held(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
