@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, NotFoundError, NotPermittedError
-from clawnet.execution.inputs import check_name, pack_path, place_inputs, stays_inside, unpack_tree
+from clawnet.execution.inputs import check_name, pack_path, place_inputs
 from clawnet.execution.spec import InputRef
+from clawnet.execution.trees import stays_inside, unpack_tree
 from clawnet.storage.blobs import BlobStore
 
 
