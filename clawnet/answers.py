@@ -214,13 +214,23 @@ class SpendLimit(Answer):
     resets_at: str | None
 
 
+class SpendKind(Answer):
+    """The limits of `market.spend.KIND`, which bind tasks of that kind besides those that bind everything."""
+
+    kind: str
+    per_task: SpendLimit
+    per_day: SpendLimit
+    open: SpendLimit
+
+
 class Spend(Answer):
-    """What `credential`, whoever asks, may spend and has spent."""
+    """What `credential`, whoever asks, may spend and has spent; `kinds` tells the same of each kind of task."""
 
     credential: str
     per_task: SpendLimit
     per_day: SpendLimit
     open: SpendLimit
+    kinds: list[SpendKind] = field(default_factory=list)
 
 
 class Restore(Answer):

@@ -36,12 +36,20 @@ def _second_text(seconds: int) -> str:
     return f"{full_year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{second % 60:02}"
 
 
+class Held(Answer):
+    """The task is a draft that waits for `market approve`: why, and until when; then it has failed (77)."""
+
+    reason: str
+    until: str
+
+
 class Submitted(Answer):
     """The task is durably accepted by the local node. `created` is false when an idempotency key found it."""
 
     task_id: str
     created: bool
     deadline: str = ""
+    held: Held | None = None
 
 
 class Party(Answer):
@@ -160,6 +168,7 @@ class Task(Answer):
     final: bool = False
     ended_at: str | None = None
     transitions: list[Transition] = field(default_factory=list)
+    held: Held | None = None
 
 
 class TaskSummary(Answer):
@@ -176,6 +185,7 @@ class TaskSummary(Answer):
     executor: Party | None
     exit_code: int | None
     error: TaskError | None
+    held: Held | None = None
 
 
 class TaskList(Answer):
@@ -251,6 +261,21 @@ class CancelAnswer(Answer):
 
     task_id: str
     state: str
+
+
+class Approval(Answer):
+    """The state after the approval; `changed` is false for a task that was approved before."""
+
+    task_id: str
+    state: str
+    changed: bool
+
+
+class ApprovalList(Answer):
+    """In the order of the tasks named (`market approve A B`); without any, `market approve` lists what is held."""
+
+    items: list[Approval]
+    next: str | None = None
 
 
 class Terms(Answer):

@@ -18,6 +18,10 @@ SECTIONS: Final[dict[str, str]] = {
     "market.send_to": "The outermost ring that may see a task when a command names no --ring.",
     "market.rates": "What this node asks for its work.",
     "market.spend": "How much each local user may spend; none: no limit but the wallet, 0: nothing.",
+    "market.spend.shell": "The same for shell tasks alone.",
+    "market.spend.compute": "The same for compute tasks alone.",
+    "market.spend.prompt": "The same for prompts alone.",
+    "market.approve": "Budgets above which a task for members waits for `clawnet market approve`; none: it never does.",
     "ledger": "Credits and their books.",
     "memory": "The replicated memory.",
     "openclaw": "The AI endpoint.",
@@ -36,6 +40,16 @@ SECTIONS: Final[dict[str, str]] = {
 def _unbuilt(section: str, feature: str, names: str) -> tuple[Key, ...]:
     reason = f"{feature} not built yet in this version; remove the key"
     return tuple(Key(f"{section}.{name}", "text", "", feature, unbuilt=reason) for name in names.split())
+
+
+def _spend(section: str) -> tuple[Key, ...]:
+    """The three limits of a spend section; payments are no task, so they count in the day of the first alone."""
+    sent = "locked, less refunded" + (", and sent" if section == "market.spend" else "")
+    return (
+        Key(f"{section}.per_task", "allowance", "none", "for one task, over all its attempts", RELOAD),
+        Key(f"{section}.per_day", "allowance", "none", f"in a day (UTC): {sent}", RELOAD),
+        Key(f"{section}.open", "allowance", "none", "in open escrow at once", RELOAD),
+    )
 
 
 _OWN_OR_MEMBER = ("own", "member")
@@ -233,9 +247,23 @@ _TABLE: Final[tuple[Key, ...]] = (
     Key("market.rates.cpu_second", "amount", "0.1", "for a second of processor time", RELOAD, "0", "1000000"),
     Key("market.rates.tokens_in", "amount", "0.1", "for 1,000 tokens of a prompt", RELOAD, "0", "1000000"),
     Key("market.rates.tokens_out", "amount", "0.3", "for 1,000 tokens of an answer", RELOAD, "0", "1000000"),
-    Key("market.spend.per_task", "allowance", "none", "for one task, over all its attempts", RELOAD),
-    Key("market.spend.per_day", "allowance", "none", "in a day (UTC): locked, less refunded, and sent", RELOAD),
-    Key("market.spend.open", "allowance", "none", "in open escrow at once", RELOAD),
+    *_spend("market.spend"),
+    *_spend("market.spend.shell"),
+    *_spend("market.spend.compute"),
+    *_spend("market.spend.prompt"),
+    Key("market.approve.above", "allowance", "none", "any task", RELOAD),
+    Key("market.approve.shell", "allowance", "none", "shell tasks, where this is less", RELOAD),
+    Key("market.approve.compute", "allowance", "none", "compute tasks, where this is less", RELOAD),
+    Key("market.approve.prompt", "allowance", "none", "prompts, where this is less", RELOAD),
+    Key(
+        "market.approve.timeout",
+        "duration",
+        "1d",
+        "how long a task waits for approval, at most to its deadline; then it has failed",
+        RELOAD,
+        "1s",
+        "30d",
+    ),
     Key(
         "ledger.audit_entries_max",
         "integer",

@@ -164,6 +164,8 @@ ELIGIBLE_CACHE_MAX: Final = 256
 DURATION_KEYS_MAX: Final = 4_096
 REPUTATION_PEERS_MAX: Final = 16_384
 OPEN_TASKS_MAX: Final = 20_000
+HELD_TASKS_MAX: Final = 1_000
+"""Tasks that wait for approval at once (market.approve)."""
 QUEUED_OFFERS_MAX: Final = 4_096
 INPUTS_MAX: Final = 64
 OUTPUT_GLOBS_MAX: Final = 64

@@ -42,6 +42,7 @@ METHODS: Final[dict[str, str]] = {
     "{task, output, from, stdout, stderr, attempt, so_far}",
     "task.read": "a piece of a stored stream; {task, stream, offset, length}",
     "task.cancel": "cancel a task; {task, reason}",
+    "task.approve": "release a task that was held; {task}",
     "peer.list": "the peers known",
     "peer.nearby": "who announces itself on the local network",
     "peer.show": "one peer; {peer}",

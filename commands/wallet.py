@@ -43,13 +43,20 @@ def _limits(spend: dict[str, Any] | None) -> str:
     """The limits of market.spend that are set, with what is left of them; an older daemon knows none."""
     if spend is None:
         return ""
-    task, day, bound = spend["per_task"], spend["per_day"], spend["open"]
-    parts = [f"{task['limit']} for one task"] if task["limit"] is not None else []
-    if day["limit"] is not None:
-        parts.append(f"{day['left']} of {day['limit']} left until {day['resets_at']}")
-    if bound["limit"] is not None:
-        parts.append(f"{bound['left']} of {bound['limit']} left to lock at once")
+    parts = _limits_of(spend, "")
+    for kind in spend.get("kinds", []):
+        parts += _limits_of(kind, f" for {kind['kind']} tasks")
     return ", ".join(parts)
+
+
+def _limits_of(section: dict[str, Any], whose: str) -> list[str]:
+    task, day, bound = section["per_task"], section["per_day"], section["open"]
+    parts = [f"{task['limit']} for one task{whose}"] if task["limit"] is not None else []
+    if day["limit"] is not None:
+        parts.append(f"{day['left']} of {day['limit']} left{whose} until {day['resets_at']}")
+    if bound["limit"] is not None:
+        parts.append(f"{bound['left']} of {bound['limit']} left to lock at once{whose}")
+    return parts
 
 
 @app.command(cls=NodeCommand)

@@ -95,6 +95,10 @@ class Task(Struct, array_like=True):
     """The newest transitions (n, time, state, reason): they get rows together, at the latest at the end."""
     credential: str = ""
     """Who submitted it (RpcCall.credential): its spend limits bound what is locked for the task."""
+    held_until_ms: int = 0
+    """A draft that waits for approval, until when; 0 for one that was never held, or is approved."""
+    held_reason: str = ""
+    """Why it was held, kept when it no longer is."""
 
     @property
     def paying(self) -> Attempt | None:

@@ -15,17 +15,27 @@ from msgspec import Struct, field
 DAY_MS: Final = 86_400_000
 DAYS_KEPT: Final = 32
 
+SECTION: Final = "market.spend."
 PER_TASK: Final = "market.spend.per_task"
 PER_DAY: Final = "market.spend.per_day"
 OPEN: Final = "market.spend.open"
+KINDS: Final = ("shell", "compute", "prompt")
 
 
 class SpendLimits(Struct, frozen=True):
-    """The limits of one credential in micro-credits; None is no limit, 0 is nothing at all."""
+    """The limits of one credential in micro-credits; None is no limit, 0 is nothing at all.
+
+    `kind` is that of the tasks they bind; "" for those that bind whatever is spent.
+    """
 
     per_task_ucr: int | None = None
     per_day_ucr: int | None = None
     open_ucr: int | None = None
+    kind: str = ""
+
+    def name(self, limit: str) -> str:
+        """The configuration key of a limit: market.spend.per_day, or market.spend.shell.per_day."""
+        return SECTION + (self.kind and self.kind + ".") + limit.removeprefix(SECTION)
 
 
 class Spent(Struct):
@@ -54,13 +64,22 @@ class Spent(Struct):
 
 
 class Hit(Struct, frozen=True):
-    """A limit that an amount would pass: which, its value, what is used of it, and what was asked for."""
+    """A limit that an amount would pass: which, its value, what is used of it, and what was asked for.
+
+    `limit` is its configuration key; `kind` the only kind of tasks that it binds, if it is one of those.
+    """
 
     limit: str
     limit_ucr: int
     used_ucr: int
     asked_ucr: int
     resets_ms: int = 0
+    kind: str = ""
+
+    @property
+    def what(self) -> str:
+        """The last word of the key: per_task, per_day or open."""
+        return self.limit.rpartition(".")[2]
 
     @property
     def left_ucr(self) -> int:
@@ -76,9 +95,9 @@ def day_of(at_ms: int) -> int:
 def check_lock(now_ms: int, limits: SpendLimits, spent: Spent, of_task_ucr: int, amount_ucr: int) -> Hit | None:
     """What limit a lock of `amount_ucr` would pass, for a task that has `of_task_ucr` promised or paid already."""
     if limits.per_task_ucr is not None and of_task_ucr + amount_ucr > limits.per_task_ucr:
-        return Hit(PER_TASK, limits.per_task_ucr, of_task_ucr, amount_ucr)
+        return Hit(limits.name(PER_TASK), limits.per_task_ucr, of_task_ucr, amount_ucr, kind=limits.kind)
     if limits.open_ucr is not None and spent.open_ucr + amount_ucr > limits.open_ucr:
-        return Hit(OPEN, limits.open_ucr, spent.open_ucr, amount_ucr)
+        return Hit(limits.name(OPEN), limits.open_ucr, spent.open_ucr, amount_ucr, kind=limits.kind)
     return check_send(now_ms, limits, spent, amount_ucr)
 
 
@@ -86,7 +105,8 @@ def check_send(now_ms: int, limits: SpendLimits, spent: Spent, amount_ucr: int) 
     """What limit a payment would pass; it is no task and leaves no line open, so the day's limit alone bounds it."""
     used_ucr = spent.today_ucr(now_ms)
     if limits.per_day_ucr is not None and used_ucr + amount_ucr > limits.per_day_ucr:
-        return Hit(PER_DAY, limits.per_day_ucr, used_ucr, amount_ucr, (day_of(now_ms) + 1) * DAY_MS)
+        resets_ms = (day_of(now_ms) + 1) * DAY_MS
+        return Hit(limits.name(PER_DAY), limits.per_day_ucr, used_ucr, amount_ucr, resets_ms, limits.kind)
     return None
 
 

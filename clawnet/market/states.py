@@ -20,7 +20,7 @@ class TaskState(StrEnum):
     """DESIGN section 5, as the requester sees its task."""
 
     DRAFT = "draft"
-    """Durably accepted from the client; inputs are being packed."""
+    """Durably accepted from the client; held until somebody approves it (market.approve)."""
     ANNOUNCED = "announced"
     """An offer went to the candidates of a ring."""
     BIDDING = "bidding"

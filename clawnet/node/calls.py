@@ -42,6 +42,7 @@ class Calls:
             "task.follow": self._with_task(self._task_follow),
             "task.read": self._with_task(self._task_read),
             "task.cancel": self._with_task(self._task_cancel),
+            "task.approve": self._with_task(rooms.approvals.approve),
             "task.list": self._task_list,
             "peer.list": self._peer_list,
             "peer.nearby": lambda call, params: ctx.reply(call, {"items": rooms.neighbours.items(), "next": None}),
@@ -222,7 +223,7 @@ class Calls:
                 after_ms, after_id = min(int(stamp), 2**62), bytes.fromhex(identifier)
             except ValueError:
                 raise DataError(f"{params['after']!r} is no continuation of a list") from None
-        if states == ["open"] or (len(states) > 1 and not FINAL_STATES & set(states)):
+        if states and not FINAL_STATES & set(states):
             tasks = [task for task in self._rooms.tasks.open.values() if task.state not in FINAL_STATES]
             if states != ["open"]:
                 tasks = [task for task in tasks if task.state in states]

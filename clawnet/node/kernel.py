@@ -10,6 +10,7 @@ from clawnet.config import Config
 from clawnet.errors import ClawnetError
 from clawnet.ledger.terms import LedgerTerms
 from clawnet.market.records import Job, decode_job
+from clawnet.node.approvals import Approvals
 from clawnet.node.auctions import Auctions
 from clawnet.node.awards import Awards
 from clawnet.node.bidding import Bidding
@@ -31,7 +32,7 @@ from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.removals import Removals
 from clawnet.node.results import Results
-from clawnet.node.spending import ROW, Spending
+from clawnet.node.spending import KIND_ROW, ROW, Spending
 from clawnet.node.streaming import Streaming
 from clawnet.node.succession import Successions
 from clawnet.node.taking import Taking
@@ -92,6 +93,7 @@ class Rooms:
     gossiping: Gossiping
     books: Books
     spending: Spending
+    approvals: Approvals
     tasks: Tasks
     auctions: Auctions
     awards: Awards
@@ -149,6 +151,7 @@ class Node:
         rooms.gossiping = Gossiping(self.ctx, rooms)
         rooms.books = Books(self.ctx, rooms, terms, facts.mesh)
         rooms.spending = Spending(self.ctx, rooms)
+        rooms.approvals = Approvals(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
@@ -186,7 +189,7 @@ class Node:
                 rooms.books.countersigns.load(body)
             elif key == "restore":
                 rooms.books.chains.restore.load_reason(body.decode())
-            elif key.startswith(ROW):
+            elif key.startswith((ROW, KIND_ROW)):
                 rooms.spending.load(key, body)
             elif key == "host":
                 stored_host = body.decode()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clawnet import limits
 from clawnet.errors import ExecutorLostError, TimedOutError
 from clawnet.market.records import FINAL_STATES, Attempt, Task
+from clawnet.node.approvals import is_held
 from clawnet.node.context import Context
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire.messages import LedgerPull
@@ -28,6 +29,9 @@ class Leases:
 
     def arm(self, task: Task) -> None:
         """One timer a task, at the earliest thing that could be due."""
+        if is_held(task):
+            self._ctx.wake(("task", task.task_id), task.held_until_ms)
+            return
         due = [self._due_ms(task, attempt) for attempt in task.attempts if not attempt.closed]
         if task.state not in FINAL_STATES and not task.shown_lost and task.state not in ("delivered", "verified"):
             due.append(task.deadline_ms)
@@ -76,8 +80,12 @@ class Leases:
         return (waited // HOUR_MS + 1) * HOUR_MS
 
     def timer(self, task: Task) -> None:
-        """Something may be due: deadline, accept, lease, key, expiry."""
+        """Something may be due: the end of a hold, deadline, accept, lease, key, expiry."""
         ctx = self._ctx
+        if is_held(task):
+            self._rooms.approvals.timer(task)
+            self.arm(task)
+            return
         if (
             task.state not in FINAL_STATES
             and ctx.now >= task.deadline_ms

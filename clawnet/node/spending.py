@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 ROW: Final = "spent:"
 """Row keys of `meta`: this and the credential; the value maps UTC days to micro-credits."""
+KIND_ROW: Final = "spent_of:"
+"""The same for tasks of one kind: this, the kind, a colon and the credential."""
 
-_WORDS: Final = {
-    rule.PER_TASK: "a task",
-    rule.PER_DAY: "a day (UTC)",
-    rule.OPEN: "in open escrow at once",
-}
+_WORDS: Final = {"per_task": "a task", "per_day": "a day (UTC)", "open": "in open escrow at once"}
 
 
 class Spending:
@@ -34,18 +32,25 @@ class Spending:
         self._ctx = ctx
         self._rooms = rooms
         self._spent: dict[str, Spent] = {}
+        self._spent_of: dict[tuple[str, str], Spent] = {}
 
     # --- keeping
 
     def load(self, key: str, body: bytes) -> None:
-        """Takes in a row of `meta` whose key begins with ROW."""
-        self.of(key.removeprefix(ROW)).days = msgspec.msgpack.decode(body, type=dict[int, int])
+        """Takes in a row of `meta` whose key begins with ROW or KIND_ROW."""
+        days = msgspec.msgpack.decode(body, type=dict[int, int])
+        if key.startswith(ROW):
+            self.of(key.removeprefix(ROW)).days = days
+            return
+        kind, _, credential = key.removeprefix(KIND_ROW).partition(":")
+        self.of_kind(credential, kind).days = days
 
     def load_task(self, task: Task) -> None:
         """Takes in the open lines of a task at start-up."""
         for attempt in task.attempts:
             if attempt.lock_seq >= 0 and not attempt.refunded:
-                self.of(task.credential).open_ucr += _bound_ucr(attempt)
+                for spent in self._both(task):
+                    spent.open_ucr += _bound_ucr(attempt)
 
     def of(self, credential: str) -> Spent:
         """What this credential has spent."""
@@ -54,34 +59,66 @@ class Spending:
             spent = self._spent[credential] = Spent()
         return spent
 
-    def _save(self, credential: str) -> None:
+    def of_kind(self, credential: str, kind: str) -> Spent:
+        """What of it went into tasks of one kind."""
+        spent = self._spent_of.get((credential, kind))
+        if spent is None:
+            spent = self._spent_of[credential, kind] = Spent()
+        return spent
+
+    def _both(self, task: Task) -> tuple[Spent, Spent]:
+        """What the task's submitter has spent in all, and on tasks of its kind."""
+        return self.of(task.credential), self.of_kind(task.credential, task.kind)
+
+    def _save(self, credential: str, kind: str = "") -> None:
         self._ctx.put("meta", ROW + credential, msgspec.msgpack.encode(self.of(credential).days))
+        if kind:
+            days = self.of_kind(credential, kind).days
+            self._ctx.put("meta", f"{KIND_ROW}{kind}:{credential}", msgspec.msgpack.encode(days))
 
     @property
     def limits(self) -> SpendLimits:
-        """What the configuration says now."""
+        """What the configuration says now of whatever is spent."""
         read = self._ctx.config.allowance_ucr
         return SpendLimits(read(rule.PER_TASK), read(rule.PER_DAY), read(rule.OPEN))
 
+    def limits_of(self, kind: str) -> SpendLimits:
+        """What it says now of tasks of one kind; storage and swarm tasks have no limits of their own yet."""
+        if kind not in rule.KINDS:
+            return SpendLimits(kind=kind)
+        read = self._ctx.config.allowance_ucr
+        section = f"market.spend.{kind}"
+        return SpendLimits(read(section + ".per_task"), read(section + ".per_day"), read(section + ".open"), kind)
+
     # --- asking
 
-    def check_submission(self, budget_ucr: int, given: bool) -> int:
+    def check_submission(self, kind: str, budget_ucr: int, given: bool) -> int:
         """The budget that a task for members may have; raises FundsError for one that was asked for and cannot fit.
 
-        A default budget gives way to the limit of one task; what is open may end before the task needs its lock.
+        A default budget gives way to the limits of one task; what is open may end before the task needs its lock.
         """
-        limits, spent = self.limits, self.of(self._ctx.credential)
-        if not given:
-            return budget_ucr if limits.per_task_ucr is None else min(budget_ucr, limits.per_task_ucr)
-        hit = rule.check_lock(self._ctx.now, limits, Spent(spent.days), 0, budget_ucr)
-        if hit is not None:
-            raise self.error(hit)
+        credential = self._ctx.credential
+        pairs = (self.limits, self.of(credential)), (self.limits_of(kind), self.of_kind(credential, kind))
+        for limits, spent in pairs:
+            if not given:
+                budget_ucr = budget_ucr if limits.per_task_ucr is None else min(budget_ucr, limits.per_task_ucr)
+                continue
+            hit = rule.check_lock(self._ctx.now, limits, Spent(spent.days), 0, budget_ucr)
+            if hit is not None:
+                raise self.error(hit)
         return budget_ucr
 
     def capped(self, task: Task, budget_ucr: int) -> int:
         """What of a budget may be offered: a bid above what the limits leave could not be taken."""
-        left_ucr = rule.left_ucr(self._ctx.now, self.limits, self.of(task.credential), _promised_ucr(task))
-        return budget_ucr if left_ucr is None else min(left_ucr, budget_ucr)
+        promised_ucr = _promised_ucr(task)
+        for limits, spent in self._limits(task):
+            left_ucr = rule.left_ucr(self._ctx.now, limits, spent, promised_ucr)
+            budget_ucr = budget_ucr if left_ucr is None else min(left_ucr, budget_ucr)
+        return budget_ucr
+
+    def _limits(self, task: Task) -> tuple[tuple[SpendLimits, Spent], ...]:
+        """The limits that bind a task, each with what counts against it."""
+        return tuple(zip((self.limits, self.limits_of(task.kind)), self._both(task), strict=True))
 
     def exhausted(self, task: Task) -> bool:
         """Whether nothing at all may be locked for the task now: members need not be asked."""
@@ -89,8 +126,14 @@ class Spending:
 
     def blocked(self, task: Task, amount_ucr: int) -> FundsError | None:
         """The error of a task for which `amount_ucr` more cannot be locked."""
-        hit = rule.check_lock(self._ctx.now, self.limits, self.of(task.credential), _promised_ucr(task), amount_ucr)
-        return None if hit is None else self.error(hit)
+        return self._hit(task, _promised_ucr(task), amount_ucr)
+
+    def _hit(self, task: Task, of_task_ucr: int, amount_ucr: int) -> FundsError | None:
+        for limits, spent in self._limits(task):
+            hit = rule.check_lock(self._ctx.now, limits, spent, of_task_ucr, amount_ucr)
+            if hit is not None:
+                return self.error(hit)
+        return None
 
     def error(self, hit: Hit) -> FundsError:
         """Which limit, its value, what is used, what was asked, and how to have more."""
@@ -99,10 +142,10 @@ class Spending:
         hint = f"clawnet config set {hit.limit} {raised} raises it (none: no limit)"
         if hit.resets_ms:
             hint += f"; the next day begins at {time_text(hit.resets_ms)}"
-        elif hit.limit == rule.OPEN:
+        elif hit.what == "open":
             hint += "; lines come free as tasks end (clawnet wallet escrows)"
         return FundsError(
-            f"{hit.limit} allows {limit} credits {_WORDS[hit.limit]}: {used} are used, "
+            f"{hit.limit} allows {limit} credits {_WORDS[hit.what]}: {used} are used, "
             f"{format_credits(hit.asked_ucr)} were asked for",
             hint=hint,
             limit=hit.limit,
@@ -115,30 +158,30 @@ class Spending:
 
     def lock(self, task: Task, attempt: Attempt) -> FundsError | None:
         """Counts the line of this attempt, or says which limit forbids it."""
-        now_ms, spent = self._ctx.now, self.of(task.credential)
-        others_ucr = _promised_ucr(task) - attempt.price_ucr
-        hit = rule.check_lock(now_ms, self.limits, spent, others_ucr, attempt.price_ucr)
-        if hit is not None:
-            return self.error(hit)
-        attempt.locked_ms = now_ms
-        spent.bind(now_ms, attempt.price_ucr)
-        spent.open_ucr += attempt.price_ucr
-        self._save(task.credential)
+        error = self._hit(task, _promised_ucr(task) - attempt.price_ucr, attempt.price_ucr)
+        if error is not None:
+            return error
+        attempt.locked_ms = self._ctx.now
+        for spent in self._both(task):
+            spent.bind(self._ctx.now, attempt.price_ucr)
+            spent.open_ucr += attempt.price_ucr
+        self._save(task.credential, task.kind)
         return None
 
     def unlocked(self, task: Task, attempt: Attempt) -> None:
         """The line was counted and not written after all, or all or the rest of it came back."""
         amount_ucr = _bound_ucr(attempt)
-        spent = self.of(task.credential)
-        spent.open_ucr = max(0, spent.open_ucr - amount_ucr)
+        for spent in self._both(task):
+            spent.open_ucr = max(0, spent.open_ucr - amount_ucr)
+            if attempt.locked_ms and amount_ucr:
+                spent.give_back(attempt.locked_ms, amount_ucr)
         if attempt.locked_ms and amount_ucr:
-            spent.give_back(attempt.locked_ms, amount_ucr)
-            self._save(task.credential)
+            self._save(task.credential, task.kind)
 
     def paid(self, task: Task, attempt: Attempt) -> None:
         """The line, or the part named in the release, is open no longer; it stays spent."""
-        spent = self.of(task.credential)
-        spent.open_ucr = max(0, spent.open_ucr - attempt.released_ucr)
+        for spent in self._both(task):
+            spent.open_ucr = max(0, spent.open_ucr - attempt.released_ucr)
 
     def check_payment(self, credential: str, amount_ucr: int) -> None:
         """Raises FundsError for a payment that the day's limit forbids."""
@@ -154,11 +197,17 @@ class Spending:
     # --- showing
 
     def view(self) -> dict[str, Any]:
-        """Limits, use and rest, for whoever asks."""
-        now_ms, limits, spent = self._ctx.now, self.limits, self.of(self._ctx.credential)
+        """Limits, use and rest, for whoever asks: of everything, and of each kind of task."""
+        credential = self._ctx.credential
+        kinds = [
+            {"kind": kind, **self._section(self.limits_of(kind), self.of_kind(credential, kind))} for kind in rule.KINDS
+        ]
+        return {"credential": credential, **self._section(self.limits, self.of(credential)), "kinds": kinds}
+
+    def _section(self, limits: SpendLimits, spent: Spent) -> dict[str, Any]:
+        now_ms = self._ctx.now
         resets = time_text((rule.day_of(now_ms) + 1) * rule.DAY_MS)
         return {
-            "credential": self._ctx.credential,
             "per_task": {**_shown(limits.per_task_ucr, 0), "used": None},
             "per_day": {**_shown(limits.per_day_ucr, spent.today_ucr(now_ms)), "resets_at": resets},
             "open": _shown(limits.open_ucr, spent.open_ucr),

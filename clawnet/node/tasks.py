@@ -25,6 +25,7 @@ from clawnet.market import taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
+from clawnet.node.approvals import is_held
 from clawnet.node.context import Context, held_as
 from clawnet.node.output import Followers, Start
 from clawnet.wire.events import GrantBlob, InputsReady, PackInputs
@@ -80,7 +81,9 @@ class Tasks:
 
     def resume(self, task: Task) -> None:
         """Goes on with a loaded task: before an award the auction is held again, after it the attempt's timers run."""
-        if task.state in ("draft", "announced", "bidding", "reassigned"):
+        if is_held(task):
+            self._rooms.approvals.resume(task)
+        elif task.state in ("draft", "announced", "bidding", "reassigned"):
             self._rooms.auctions.queue(task)
         self._rooms.awards.resume(task)
 
@@ -162,6 +165,7 @@ class Tasks:
         self.move(task, state, reason or task.error_code)
         self._ctx.count("tasks_total", state)
         self._rooms.auctions.drop(task)
+        self._rooms.approvals.drop(task)
         if state != "settled" or task.result is None:
             self._forget_key(task)
         self.answer(task)
@@ -292,7 +296,8 @@ class Tasks:
 
     def _submitted(self, call: int, task: Task, *, created: bool) -> None:
         deadline = self._rooms.views.time(task.deadline_ms)
-        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": created, "deadline": deadline})
+        held = self._rooms.approvals.view(task)
+        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": created, "deadline": deadline, "held": held})
 
     def _budget(self, normal: dict[str, Any]) -> tuple[list[str], int]:
         """The rings to ask, and the most that may be paid; raises what the balance or a spend limit forbids."""
@@ -306,13 +311,15 @@ class Tasks:
             )
         budget_ucr = normal["budget_ucr"]
         if "member" in stages:
-            budget_ucr = self._rooms.spending.check_submission(budget_ucr, normal["budget_given"])
+            budget_ucr = self._rooms.spending.check_submission(normal["type"], budget_ucr, normal["budget_given"])
         return stages, budget_ucr
 
     def _begin(self, draft: _Draft) -> None:
         """A new task."""
         ctx, normal = self._ctx, draft.spec
         stages, budget_ucr = self._budget(normal)
+        deadline_ms = ctx.now + taskspec.seconds_to_ms(normal["deadline_s"])
+        held = self._rooms.approvals.reason(normal["type"], stages, budget_ucr)
         task = Task(
             task_id=draft.task_id,
             created_ms=ctx.now,
@@ -320,7 +327,7 @@ class Tasks:
             description=normal["description"] or self._describe(normal),
             spec=normal,
             secret=ctx.entropy(32),
-            deadline_ms=ctx.now + taskspec.seconds_to_ms(normal["deadline_s"]),
+            deadline_ms=deadline_ms,
             max_budget_ucr=budget_ucr,
             stages=stages,
             credential=draft.credential,
@@ -328,6 +335,8 @@ class Tasks:
             content=self.content_hash(normal, draft.inputs) if normal["idempotency_key"] else "",
             inputs=draft.inputs,
             input_bytes=sum(int(item["bytes"]) for item in draft.inputs),
+            held_until_ms=self._rooms.approvals.until_ms(deadline_ms) if held else 0,
+            held_reason=held,
         )
         self._accept(draft.call, task)
         if not draft.awaited or normal["idempotency_key"]:
@@ -371,10 +380,17 @@ class Tasks:
             ctx.hold(held_as(task.task_id, "inputs"), item["blob"])
         self._rooms.awards.documents[task.task_id] = document
         task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
-        self.move(task, "announced", "accepted")
+        if task.held_until_ms:
+            self._rooms.approvals.hold(task)
+        else:
+            self.announce(task, "accepted")
         self._submitted(call, task, created=True)
-        self._rooms.auctions.queue(task)
         self._rooms.leases.arm(task)
+
+    def announce(self, task: Task, reason: str) -> None:
+        """The task leaves its draft: an auction is held for it."""
+        self.move(task, "announced", reason)
+        self._rooms.auctions.queue(task)
 
     def _document(self, task: Task) -> TaskDocument:
         spec = task.spec

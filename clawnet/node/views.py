@@ -12,6 +12,7 @@ from clawnet.errors import FundsError, exit_code_of
 from clawnet.market.auction import decode_record, explain
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
+from clawnet.node.approvals import is_held
 from clawnet.node.context import Context
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 STREAMS_KEPT_MAX = 16
 SMALL_STREAMS_BYTES = 16 * 1024
 UNDER_WAY = ("awarded", "locked", "accepted")
+APPROVE = "clawnet market approve TASK lets it go, clawnet market cancel TASK drops it"
 OUTCOME_STATES = ("delivering", "released", "claimed", "done")
 
 
@@ -98,6 +100,7 @@ class Views:
             "idempotency_key": task.spec["idempotency_key"] or None,
             "final": task.state in FINAL_STATES,
             "ended_at": time_text(task.updated_ms) if task.state in FINAL_STATES and task.updated_ms else None,
+            "held": self._rooms.approvals.view(task),
         }
 
     @staticmethod
@@ -168,6 +171,7 @@ class Views:
             "price",
             "executor",
             "error",
+            "held",
         )
         return {**{name: whole[name] for name in names}, "exit_code": (task.result or {}).get("exit_code")}
 
@@ -203,7 +207,8 @@ class Views:
         rounds = self._rounds(bids)
         last = rounds[-1] if rounds else None
         if last is None:
-            summary = task.error_text or "nobody has been asked yet"
+            waits = f"waits for approval: {task.held_reason}" if is_held(task) else "nobody has been asked yet"
+            summary = task.error_text or waits
         elif last["winner"] is not None:
             summary = f"{last['winner']['name']} won: {last['reason']}"
         else:
@@ -220,7 +225,7 @@ class Views:
             "task_id": task.task_id.hex(),
             "state": task.state,
             "summary": summary,
-            "hint": task.error_hint,
+            "hint": APPROVE if is_held(task) else task.error_hint,
             "rounds": rounds,
             "attempts": [self._attempt(attempt) for attempt in task.attempts],
             "transitions": self.transitions(transitions, newest),

@@ -137,6 +137,7 @@ METHODS = (
         "task.follow",
         "task.read",
         "task.cancel",
+        "task.approve",
         "task.list",
     ),
     *("peer.list", "peer.show", "peer.connect", "peer.disconnect", "peer.invite", "peer.join", "peer.ban"),
