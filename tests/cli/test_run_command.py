@@ -123,7 +123,6 @@ def test_stdin_is_taken_from_a_pipe_or_a_file_unless_refused(
     with file.open() as source:
         clawnet.start("market", "submit", "Summarize", stdin=source).communicate(timeout=60)
     assert stdin() == "filed"
-    assert clawnet("run", "--", "cat", stdin=b"x" * 200_000).returncode == 65
 
 
 def test_a_directory_becomes_the_working_directory(clawnet: Program, accepting: Script, tmp_path: Path) -> None:
