@@ -36,7 +36,13 @@ class SwitchPort(Protocol):
     def join(self, call: int, inviter: str, addresses: Sequence[str], ask: Any) -> None: ...
     def join_reply(self, call: int, answer: Any) -> None: ...
     def fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
+        self,
+        request: bytes,
+        peer: str,
+        task_id: bytes,
+        blobs: Sequence[tuple[bytes, int]],
+        inline_max: int = 0,
+        source: str = "",
     ) -> None: ...
 
 

@@ -278,11 +278,12 @@ class Runtime:
         self.switch.hangup(effect.old, f"its node goes on as {effect.new}")
 
     def _fetch(self, effect: e.Fetch) -> None:
-        if effect.peer == self.me or all(self.blobs.has(blob) for blob, _ in effect.blobs):
-            missing = [blob for blob, _ in effect.blobs if not self.blobs.has(blob)]
-            self.feed(e.BlobReady(effect.request, "a blob is missing from this node's store" if missing else ""))
+        known = [self.blobs.came_from(blob, effect.source) for blob, _ in effect.blobs]
+        if effect.peer == self.me or all(known):
+            reason, fault = ("", "") if all(known) else ("a blob is missing from this node's store", e.STORAGE)
+            self.feed(e.BlobReady(effect.request, reason, fault=fault))
             return
-        self.switch.fetch(effect.request, effect.peer, effect.task_id, effect.blobs, effect.inline_max)
+        self.switch.fetch(effect.request, effect.peer, effect.task_id, effect.blobs, effect.inline_max, effect.source)
 
     def _read_blob(self, effect: e.ReadBlob) -> None:
         try:

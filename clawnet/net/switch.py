@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, DataError, LinkError
+from clawnet.errors import DataError, LinkError
 from clawnet.identity.keys import KeyPair, public_of, verify
 from clawnet.identity.multiaddr import Multiaddr
 from clawnet.net.blobs import BLOB_PROTOCOL, BlobDesk, BlobStore
 from clawnet.net.bulk import BulkRoutes
 from clawnet.net.control import CONTROL_PROTOCOL, Link, LinkInfo
 from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
+from clawnet.net.fetching import BlobFetcher, Wish
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
 from clawnet.net.port import Connection, Listener, Stream, Transport
@@ -30,7 +32,7 @@ from clawnet.net.settings import SwitchSettings
 from clawnet.net.visits import Visit, Visits
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.envelope import Envelope
-from clawnet.wire.events import BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
+from clawnet.wire.events import LINK, BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
 from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, Message
 from clawnet.wire.session import Encoded, Handshake, HelloFacts, Item
 
@@ -71,11 +73,11 @@ class Switch:
         self._log = log
         self._joins = JoinDesk(deliver, self.note)
         self._blobs = BlobDesk(blobs, self.note, self.count)
-        self._store = blobs
+        self._fetcher = BlobFetcher(blobs, self.note, self.count)
         self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
-        self._visits = Visits(self, self._blobs.forget)
+        self._visits = Visits(self, self._fetcher.forget)
         self._diallers: dict[str, Dialler] = {}
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,13 +215,19 @@ class Switch:
         self._joins.reply(call, answer)
 
     def fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
+        self,
+        request: bytes,
+        peer: str,
+        task_id: bytes,
+        blobs: Sequence[tuple[bytes, int]],
+        inline_max: int = 0,
+        source: str = "",
     ) -> None:
         """Fetches blobs (id, size) of a task; BlobReady follows, before the start of the switch with a reason."""
         if self._early is not None:
-            self._deliver(BlobReady(request, f"{peer} is not connected yet"))
+            self._deliver(BlobReady(request, f"{peer} is not connected yet", fault=LINK))
             return
-        self._spawn(self._fetch(request, peer, task_id, blobs, inline_max))
+        self._spawn(self._fetch(request, peer, Wish(task_id, blobs, inline_max, source)))
 
     def connection(self, peer: str) -> Connection:
         """The open connection to a peer; raises LinkError when there is none."""
@@ -428,7 +436,7 @@ class Switch:
         if "tcp" not in self._transports:
             raise LinkError("this node does not speak TCP")
         connection = await race(partial(self._dial, peer, limits.BULK_DIAL_S), addresses)
-        connection.closed.add_done_callback(lambda _: self._blobs.forget(connection))
+        connection.closed.add_done_callback(lambda _: self._fetcher.forget(connection))
         connection.closed.add_done_callback(lambda _: self._visits.cut(connection))
         return connection
 
@@ -452,27 +460,15 @@ class Switch:
         link.start()
         return link
 
-    async def _fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int
-    ) -> None:
-        reason, inline = "", b""
+    async def _fetch(self, request: bytes, peer: str, wish: Wish) -> None:
         try:
-            if all(self._store.has(blob) for blob, _ in blobs):
-                small = len(blobs) == 1 and blobs[0][1] <= inline_max
-                inline = b"".join(self._store.read_chunks(blobs[0][0])) if small else b""
-            elif (link := self._links.get(peer)) is None:
-                reason = f"{peer} is not connected"
-            else:
-                async with self._bulk.route(link.connection, sum(size for _, size in blobs)) as way:
-                    inline = await self._blobs.fetch(way, task_id, blobs, inline_max)
+            self._deliver(await self._fetcher.outcome(request, peer, wish, self._bulk_way))
         except asyncio.CancelledError:
-            self._deliver(BlobReady(request, "the connection was closed"))
+            self._deliver(BlobReady(request, "the connection was closed", b"", LINK, wish.received))
             raise
-        except ClawnetError as problem:
-            reason = problem.message
-        except OSError as problem:
-            reason = f"the blob store: {problem.strerror}"
-        self._deliver(BlobReady(request, reason, inline))
+
+    def _bulk_way(self, peer: str, size: int) -> AbstractAsyncContextManager[Connection]:
+        return self._bulk.route(self.connection(peer), size)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

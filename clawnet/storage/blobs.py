@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from clawnet import limits
-from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
-from clawnet.wire.blobid import BlobHasher, blob_id, leaf
+from clawnet.errors import DataError, NotFoundError, StorageFullError
+from clawnet.storage.files import open_new, sync, sync_directory, translated
+from clawnet.storage.partials import BlobPart, Parts, SeenPart, source_tag
+from clawnet.wire.blobid import BlobHasher, blob_id, id_of_leaves, leaf, leaf_count, split_leaves
 
 FREE_BYTES_MIN: Final = 16 * limits.MIB
 
 _TEMPORARY: Final = "tmp"
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PARTS: Final = "parts"
+_LEAVES: Final = ".leaves"
+_SOURCES: Final = ".from"
 
 
 class BlobStore:
     """Blobs of one node, each in a file named by its id. Writers may be used in any thread, one thread each.
 
     A blob is here whole or not at all: what a crash leaves half written lies in a directory of its own, which is
-    emptied at the start. `bytes_max` bounds the whole (0: no bound), and FREE_BYTES_MIN of the disk are left to the
-    database; beyond either, writing raises StorageFullError.
+    emptied at the start, and what is half fetched in another, where it waits for the rest. `bytes_max` bounds the whole
+    (0: no bound), and FREE_BYTES_MIN of the disk are left to the database; beyond either, writing raises
+    StorageFullError. Beside a large blob lie its chunk hashes, and who has sent it.
     """
 
     def __init__(self, directory: Path, bytes_max: int = 0) -> None:
@@ -40,14 +44,24 @@ class BlobStore:
         # task -> (peer, blob) pairs granted, and how many grants a blob has in all.
         self._grants: dict[bytes, set[tuple[str, bytes]]] = {}
         self._uses: dict[bytes, int] = {}
+        self._sources: dict[bytes, set[str]] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._temporary.mkdir(mode=0o700, exist_ok=True)
             for stale in self._temporary.iterdir():
                 stale.unlink()
-            self._bytes = sum(file.stat().st_size for _, file in self._files())
+            self.parts = Parts(directory / _PARTS, self)
+            self._drop_left_behind()
+            self._bytes = sum(file.stat().st_size for _, file in self._files()) + self.parts.bytes_held
         except OSError as err:
-            raise _translate(err, directory) from err
+            raise translated(err, directory) from err
+
+    def _drop_left_behind(self) -> None:
+        """Chunk hashes of blobs that are gone."""
+        for shelf in self._shelves():
+            for file in list(shelf.iterdir()):
+                if file.suffix in (_LEAVES, _SOURCES) and not file.with_suffix("").exists():
+                    file.unlink()
 
     # --- writing
 
@@ -70,10 +84,25 @@ class BlobStore:
             self._serial += 1
             path = self._temporary / f"{os.getpid()}-{self._serial}"
         try:
-            file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o600), "wb")
+            file = open_new(path)
         except OSError as err:
-            raise _translate(err, path) from err
+            raise translated(err, path) from err
         return BlobWriter(self, path, file)
+
+    def fetching(self, blob: bytes, size: int, source: str) -> BlobPart | SeenPart:
+        """Where a blob of `size` bytes that `source` sends is gathered; StorageFullError when there is no room for it.
+
+        What an earlier try brought is found there again. A blob that is here from elsewhere is only compared.
+        """
+        if self.has(blob):
+            return SeenPart(blob, size)
+        part = self.parts.open(blob, size, source)
+        try:
+            self.check_room(size - part.find())
+        except StorageFullError:
+            part.drop()
+            raise
+        return part
 
     def check_room(self, size: int) -> None:
         """Raises StorageFullError when `size` more bytes do not fit."""
@@ -81,7 +110,7 @@ class BlobStore:
         try:
             free = shutil.disk_usage(self.directory).free
         except OSError as err:
-            raise _translate(err, self.directory) from err
+            raise translated(err, self.directory) from err
         if free < size + FREE_BYTES_MIN:
             raise StorageFullError(
                 f"the disk of {self.directory} is full: {free} bytes are free, {size} more are needed",
@@ -95,23 +124,38 @@ class BlobStore:
                 hint="raise storage.max_size, or wait until old results are forgotten",
             )
 
-    def _reserve(self, more: int) -> None:
-        """Room for `more` bytes of a blob being written; given back by _release."""
+    def room(self) -> int:
+        """How many bytes more can be stored now."""
+        try:
+            free = shutil.disk_usage(self.directory).free - FREE_BYTES_MIN
+        except OSError as err:
+            raise translated(err, self.directory) from err
+        return max(0, min(free, self.bytes_max - self._bytes) if self.bytes_max else free)
+
+    def reserve(self, more: int) -> None:
+        """Room for `more` bytes of a blob being written; given back by release."""
         with self._lock:
             self._check_bound(more)
             self._bytes += more
 
-    def _release(self, fewer: int) -> None:
+    def release(self, fewer: int) -> None:
+        """So many bytes are not written any longer, or gone."""
         with self._lock:
             self._bytes -= fewer
 
-    def _place(self, part: Path, target: Path, size: int) -> None:
+    def place(self, part: Path, target: Path, size: int) -> None:
         """Gives a finished file its name; of two that are the same blob, one counts."""
         with self._lock:
             known = target.is_file()
             os.replace(part, target)
             if known:
                 self._bytes -= size
+
+    def keep_leaves(self, blob: bytes, size: int, leaves: Sequence[bytes]) -> None:
+        """Spares whoever serves this blob the reading of all of it before the first byte; small ones are read."""
+        if size >= limits.BLOB_LEAVES_KEPT_FROM:
+            with open_new(self.path(blob).with_suffix(_LEAVES), replace=True) as file:
+                file.write(b"".join(leaves))
 
     # --- reading
 
@@ -141,7 +185,7 @@ class BlobStore:
         except FileNotFoundError as err:
             raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
         except OSError as err:
-            raise _translate(err, self.path(blob)) from err
+            raise translated(err, self.path(blob)) from err
 
     def read_at(self, blob: bytes, offset: int, length: int) -> bytes:
         """At most `length` bytes from `offset` on; NotFoundError when the blob is not here."""
@@ -152,11 +196,19 @@ class BlobStore:
         except FileNotFoundError as err:
             raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
         except OSError as err:
-            raise _translate(err, self.path(blob)) from err
+            raise translated(err, self.path(blob)) from err
 
     def leaves(self, blob: bytes) -> list[bytes]:
-        """The hashes of its chunks, computed from the file."""
-        return [leaf(chunk) for chunk in self.read_chunks(blob)]
+        """The hashes of its chunks: as they were kept, or computed from the file. DataError when it is damaged."""
+        size = self.size(blob)
+        with contextlib.suppress(OSError):
+            kept = split_leaves(self.path(blob).with_suffix(_LEAVES).read_bytes())
+            if len(kept) == leaf_count(size) and id_of_leaves(size, kept) == blob:
+                return kept
+        leaves = [leaf(chunk) for chunk in self.read_chunks(blob)]
+        if id_of_leaves(size, leaves) != blob:
+            raise DataError(f"the stored blob {blob.hex()[:16]} is damaged", blob=blob.hex())
+        return leaves
 
     @property
     def total_bytes(self) -> int:
@@ -175,8 +227,11 @@ class BlobStore:
             except FileNotFoundError:
                 return
             except OSError as err:
-                raise _translate(err, path) from err
+                raise translated(err, path) from err
             self._bytes -= size
+            self._sources.pop(blob, None)
+            for suffix in (_LEAVES, _SOURCES):
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
     def sweep(self, before_ms: int, kept: Set[bytes] = frozenset()) -> int:
         """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many."""
@@ -189,10 +244,17 @@ class BlobStore:
             self.delete(blob)
         return len(old)
 
-    def _files(self) -> Iterator[tuple[bytes, Path]]:
+    def sweep_parts(self, before_ms: int) -> None:
+        """Forgets what was half fetched for nobody any longer, and what was not gone on with since then."""
+        self.parts.sweep(self._uses.__contains__, before_ms)
+
+    def _shelves(self) -> Iterator[Path]:
         for shelf in self.directory.iterdir():
-            if shelf.name == _TEMPORARY or not shelf.is_dir():
-                continue
+            if shelf.name not in (_TEMPORARY, _PARTS) and shelf.is_dir():
+                yield shelf
+
+    def _files(self) -> Iterator[tuple[bytes, Path]]:
+        for shelf in self._shelves():
             for file in shelf.iterdir():
                 try:
                     yield bytes.fromhex(file.name), file
@@ -221,6 +283,8 @@ class BlobStore:
                 self._uses[blob] = left
             else:
                 del self._uses[blob]
+                # In this order: a fetch that ends between the two sees the one, or is seen by the other.
+                self.parts.forget(blob)
                 self.delete(blob)
 
     def succeeded(self, old: str, new: str) -> None:
@@ -233,6 +297,33 @@ class BlobStore:
     def may_fetch(self, peer: str, task_id: bytes, blob: bytes) -> bool:
         """Whether this peer was granted this blob for this task."""
         return (peer, blob) in self._grants.get(task_id, ())
+
+    # --- who has sent what
+
+    def came_from(self, blob: bytes, source: str) -> bool:
+        """Whether the blob is here and `source` has shown that it has it; an empty source need not show it."""
+        return self.has(blob) and (not source or source_tag(source) in self._sources_of(blob))
+
+    def note_source(self, blob: bytes, source: str) -> None:
+        """`source` has sent the blob, whole; remembered over restarts where it is large, as long as it is here."""
+        tag = source_tag(source)
+        known = self._sources_of(blob)
+        if not source or tag in known or len(known) >= limits.BLOB_SOURCES_MAX:
+            return
+        known.add(tag)
+        path = self.path(blob)
+        with contextlib.suppress(OSError):
+            if path.stat().st_size >= limits.BLOB_LEAVES_KEPT_FROM:
+                with path.with_suffix(_SOURCES).open("a") as file:
+                    file.write(tag + "\n")
+
+    def _sources_of(self, blob: bytes) -> set[str]:
+        known = self._sources.get(blob)
+        if known is None:
+            known = self._sources[blob] = set()
+            with contextlib.suppress(OSError, ValueError):
+                known.update(self.path(blob).with_suffix(_SOURCES).read_text().split())
+        return known
 
 
 class BlobWriter:
@@ -252,12 +343,12 @@ class BlobWriter:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """The next bytes; StorageFullError when they do not fit."""
         assert self._file is not None, "the blob is already committed or aborted"
-        self._store._reserve(len(data))
+        self._store.reserve(len(data))
         self._hasher.update(data)
         try:
             self._file.write(data)
         except OSError as err:
-            raise _translate(err, self._path) from err
+            raise translated(err, self._path) from err
         return len(data)
 
     def commit(self, expected: bytes | None = None, durable: bool | None = None) -> bytes:
@@ -277,15 +368,16 @@ class BlobWriter:
         try:
             self._file.flush()
             if durable:
-                _sync(self._file.fileno())
+                sync(self._file.fileno())
             self._file.close()
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            self._store._place(self._path, target, self._hasher.size)
+            self._store.place(self._path, target, self._hasher.size)
+            self._store.keep_leaves(blob, self._hasher.size, self._hasher.leaves)
             if durable:
-                _sync_directory(target.parent)
+                sync_directory(target.parent)
         except OSError as err:
             self.abort()
-            raise _translate(err, target) from err
+            raise translated(err, target) from err
         self._file = None
         return blob
 
@@ -298,37 +390,4 @@ class BlobWriter:
         with contextlib.suppress(OSError):
             file.close()
         self._path.unlink(missing_ok=True)
-        self._store._release(self._hasher.size)
-
-
-_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
-
-
-def _sync(fd: int) -> None:
-    try:
-        import fcntl
-
-        # macOS: fsync alone leaves the data in the drive's cache. Elsewhere there is no such command.
-        fcntl.fcntl(fd, getattr(fcntl, "F_FULLFSYNC"))  # noqa: B009
-    except (ImportError, AttributeError, OSError):
-        os.fsync(fd)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes renames in the directory and the directory itself last; Windows has no such call and needs none."""
-    if os.name != "posix":
-        return
-    for each in (directory, directory.parent):
-        fd = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _translate(err: OSError, path: Path) -> StorageError:
-    if err.errno in _FULL:
-        return StorageFullError(
-            f"cannot write {path}: {err.strerror}", hint="make room on the disk, then try again", path=str(path)
-        )
-    return StorageError(f"the blob store does not work: {path}: {err.strerror}", path=str(path))
+        self._store.release(self._hasher.size)

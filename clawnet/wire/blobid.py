@@ -7,7 +7,7 @@ limits.BLOB_CHUNK_BYTES, the last one shorter. The two prefixes keep a leaf from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Final
 
@@ -15,6 +15,7 @@ from clawnet import limits
 
 LEAF_PREFIX: Final = b"\x00"
 ROOT_PREFIX: Final = b"\x01"
+LEAF_BYTES: Final = 32
 
 
 def leaf(chunk: bytes | bytearray | memoryview) -> bytes:
@@ -22,6 +23,19 @@ def leaf(chunk: bytes | bytearray | memoryview) -> bytes:
     digest = sha256(LEAF_PREFIX)
     digest.update(chunk)
     return digest.digest()
+
+
+def leaf_of(pieces: Iterable[bytes | memoryview]) -> bytes:
+    """The hash of one chunk that lies in pieces."""
+    digest = sha256(LEAF_PREFIX)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def split_leaves(joined: bytes) -> list[bytes]:
+    """Chunk hashes that lie one after the other; the last is shorter where that is not what they are."""
+    return [joined[at : at + LEAF_BYTES] for at in range(0, len(joined), LEAF_BYTES)]
 
 
 def leaf_count(size: int) -> int:

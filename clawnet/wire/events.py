@@ -119,7 +119,10 @@ class InputsReady(Stimulus, frozen=True, gc=False):
 
 
 class BlobReady(Stimulus, frozen=True, gc=False):
-    """A Fetch ended: all its blobs are stored and verified, or `reason` says why not."""
+    """A Fetch ended: all its blobs are stored and verified, or `reason` says why not, and `fault` whose fault it is.
+
+    Asking again goes on where this one ended; `received` bytes are new since it began.
+    """
 
     request: bytes
     reason: str = ""
@@ -128,6 +131,16 @@ class BlobReady(Stimulus, frozen=True, gc=False):
 
 class Opened(Stimulus, frozen=True, gc=False):
     """An Open ended: `bundle` is the result's summary (execution/bundle.py), or `reason` says why it does not open."""
+    fault: str = ""
+    received: int = 0
+
+
+LINK = "link"
+"""The connection was cut, the other side stalled, or does not give it: it may be had later."""
+CONTENT = "content"
+"""What came is not what was promised: the sender is convicted."""
+STORAGE = "storage"
+"""There is no room here, or the disk does not work."""
 
     request: bytes
     reason: str
@@ -337,6 +350,7 @@ class RevokeBlobs(Effect, frozen=True, gc=False):
     task_id: bytes
 
 
+    source: str = ""
 class Open(Effect, frozen=True, gc=False):
     """Unseal a result (key None: it is not sealed) held inline or as a blob; answered by Opened."""
 

@@ -6,12 +6,13 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any
 
 from clawnet import limits
+from clawnet.errors import DataError
 from clawnet.identity.keys import KeyPair
 from clawnet.net.fake import FakeNetwork
 from clawnet.net.port import Transport
@@ -19,7 +20,7 @@ from clawnet.net.quic import QuicTransport
 from clawnet.net.settings import SwitchSettings
 from clawnet.net.switch import PROTOCOLS, Switch
 from clawnet.net.tcp import TcpTransport
-from clawnet.wire.blobid import blob_id
+from clawnet.wire.blobid import blob_id, id_of_leaves, leaf, split_leaves
 from clawnet.wire.events import DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
 from clawnet.wire.messages import Hello, Message
 from clawnet.wire.session import HelloFacts
@@ -42,7 +43,9 @@ class MemoryBlobs:
     def __init__(self) -> None:
         self.kept: dict[bytes, bytes] = {}
         self.granted: set[tuple[str, bytes, bytes]] = set()
-        self.open_writers = 0
+        self.sources: set[tuple[bytes, str]] = set()
+        self.parts: dict[tuple[bytes, str], bytes] = {}
+        self.open_parts = 0
 
     def put(self, data: bytes) -> bytes:
         blob = blob_id(data)
@@ -58,36 +61,55 @@ class MemoryBlobs:
     def size(self, blob: bytes) -> int:
         return len(self.kept[blob])
 
-    def read_chunks(self, blob: bytes) -> Iterator[bytes]:
+    def came_from(self, blob: bytes, source: str) -> bool:
+        return blob in self.kept and (not source or (blob, source) in self.sources)
+
+    def note_source(self, blob: bytes, source: str) -> None:
+        self.sources.add((blob, source))
+
+    def leaves(self, blob: bytes) -> list[bytes]:
+        leaves = [leaf(chunk) for chunk in self.read_chunks(blob)]
+        if id_of_leaves(len(self.kept[blob]), leaves) != blob:
+            raise DataError("the stored blob is damaged")
+        return leaves
+
+    def read_chunks(self, blob: bytes, offset: int = 0) -> Iterator[bytes]:
         data = self.kept[blob]
-        for at in range(0, len(data), limits.BLOB_CHUNK_BYTES):
+        for at in range(offset, len(data), limits.BLOB_CHUNK_BYTES):
             yield data[at : at + limits.BLOB_CHUNK_BYTES]
 
-    def writer(self, size: int) -> MemoryWriter:
-        return MemoryWriter(self)
+    def fetching(self, blob: bytes, size: int, source: str) -> MemoryPart:
+        return MemoryPart(self, blob, size, source)
 
 
-class MemoryWriter:
-    """See net.blobs.BlobWriter."""
+class MemoryPart:
+    """See net.blobs.BlobPart."""
 
-    def __init__(self, store: MemoryBlobs) -> None:
+    def __init__(self, store: MemoryBlobs, blob: bytes, size: int, source: str) -> None:
         self.store = store
-        self.parts: list[bytes] = []
-        store.open_writers += 1
-        self.open = True
+        self.name = (blob, source)
+        self.size = size
+        self.data = store.parts.pop(self.name, b"")
+        store.open_parts += 1
 
-    def write(self, data: bytes) -> None:
-        self.parts.append(data)
+    @property
+    def verified(self) -> int:
+        return len(self.data)
 
-    def commit(self, blob: bytes) -> None:
-        data = b"".join(self.parts)
-        assert blob_id(data) == blob
-        self.store.kept[blob] = data
+    def begin(self, leaves: bytes) -> None:
+        assert id_of_leaves(self.size, split_leaves(leaves)) == self.name[0]
 
-    def abort(self) -> None:
-        if self.open:
-            self.open = False
-            self.store.open_writers -= 1
+    def write(self, pieces: Sequence[bytes]) -> None:
+        self.data += b"".join(pieces)
+
+    def commit(self) -> None:
+        assert blob_id(self.data) == self.name[0]
+        self.store.kept[self.name[0]] = self.data
+
+    def stop(self) -> None:
+        self.store.open_parts -= 1
+        if self.data and self.name[0] not in self.store.kept:
+            self.store.parts[self.name] = self.data
 
 
 class SwitchNode:

@@ -94,7 +94,7 @@ def test_what_came_from_elsewhere_is_synced_before_it_is_named(
     store: BlobStore, monkeypatch: pytest.MonkeyPatch, expected: bytes | None, durable: bool | None, synced: bool
 ) -> None:
     order: list[str] = []
-    real_sync, real_replace = blobs_module._sync, os.replace
+    real_sync, real_replace = blobs_module.sync, os.replace
 
     def sync(fd: int) -> None:
         order.append("sync")
@@ -104,9 +104,9 @@ def test_what_came_from_elsewhere_is_synced_before_it_is_named(
         order.append("rename")
         real_replace(source, target)
 
-    monkeypatch.setattr(blobs_module, "_sync", sync)
+    monkeypatch.setattr(blobs_module, "sync", sync)
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(blobs_module, "_sync_directory", lambda directory: order.append("sync directory"))
+    monkeypatch.setattr(blobs_module, "sync_directory", lambda directory: order.append("sync directory"))
     writer = store.writer()
     writer.write(b"x")
     writer.commit(expected, durable)

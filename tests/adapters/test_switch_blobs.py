@@ -51,7 +51,7 @@ async def fetched(
     request = REQUEST + bytes([len(asker.told)])
     asker.switch.fetch(request, holder.peer, task, blobs, inline_max)
     ready: BlobReady = await asker.find(BlobReady, request=request)
-    assert asker.blobs.open_writers == 0
+    assert asker.blobs.open_parts == 0
     return ready
 
 
@@ -189,7 +189,7 @@ def test_a_lost_connection_ends_the_fetch_with_a_reason() -> None:
                 await asyncio.sleep(0)
             world.network.cut(asker.peer, holder.peer)
             assert (await asker.find(BlobReady, request=b"1")).reason
-            assert asker.blobs.open_writers == 0
+            assert asker.blobs.open_parts == 0
 
     asyncio.run(main())
 
@@ -279,15 +279,14 @@ def test_a_damaged_blob_is_not_passed_on() -> None:
 def test_the_real_store_serves_and_takes(tmp_path: Path) -> None:
     async def body(asker: SwitchNode, holder: SwitchNode) -> None:
         here, there = BlobStore(tmp_path / "here"), BlobStore(tmp_path / "there")
-        asker.switch._store = asker.switch._blobs._store = here
-        holder.switch._store = holder.switch._blobs._store = there
+        asker.switch._fetcher._store, holder.switch._blobs._store = here, there
         data = bytes(range(256)) * 3_000
         blob = there.put_bytes(data)
         there.grant(TASK, asker.peer, blob)
         assert (await fetched(asker, holder, ((blob, len(data)),))).reason == ""
         assert here.path(blob).read_bytes() == data
         full = BlobStore(tmp_path / "full", bytes_max=1_000)
-        asker.switch._store = asker.switch._blobs._store = full
+        asker.switch._fetcher._store = full
         assert "768000" in (await fetched(asker, holder, ((blob, len(data)),))).reason
         assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
 

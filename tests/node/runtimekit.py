@@ -230,7 +230,13 @@ class World:
         self.note("join_reply", call)
 
     def fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
+        self,
+        request: bytes,
+        peer: str,
+        task_id: bytes,
+        blobs: Sequence[tuple[bytes, int]],
+        inline_max: int = 0,
+        source: str = "",
     ) -> None:
         self.note("fetch", peer)
 
@@ -242,7 +248,7 @@ class World:
     def revoke(self, task_id: bytes) -> None:
         self.note("revoke", task_id)
 
-    def has(self, blob: bytes) -> bool:
+    def came_from(self, blob: bytes, source: str) -> bool:
         return False
 
     def size(self, blob: bytes) -> int:

@@ -88,8 +88,8 @@ class Blobs:
     def succeeded(self, old: str, new: str) -> None:
         """The port's: nobody changes its key in this world."""
 
-    def has(self, blob: bytes) -> bool:
-        """The port's."""
+    def came_from(self, blob: bytes, source: str) -> bool:
+        """The port's; whoever names a blob here has it."""
         return blob in self.data
 
     def size(self, blob: bytes) -> int:
@@ -443,7 +443,13 @@ class Machine:
         """Switch: nobody joins in this world."""
 
     def fetch(
-        self, request: bytes, peer: str, task_id: bytes, blobs: Sequence[tuple[bytes, int]], inline_max: int = 0
+        self,
+        request: bytes,
+        peer: str,
+        task_id: bytes,
+        blobs: Sequence[tuple[bytes, int]],
+        inline_max: int = 0,
+        source: str = "",
     ) -> None:
         """Switch: bulk data."""
         self.world.network.fetch(self, request, peer, task_id, blobs, inline_max)

@@ -1,0 +1,51 @@
+"""What the blob store asks of the file system: new files, what is on the disk for good, and errors in our words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from clawnet.errors import StorageError, StorageFullError
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
+
+
+def open_new(path: Path, *, replace: bool = False) -> BinaryIO:
+    """A file of mode 0600 to write; with `replace` one that is there already is emptied."""
+    how = os.O_TRUNC if replace else os.O_EXCL
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | how | _BINARY, 0o600), "wb")
+
+
+def sync(fd: int) -> None:
+    """What was written to the file is on the disk when this returns."""
+    try:
+        import fcntl
+
+        # macOS: fsync alone leaves the data in the drive's cache. Elsewhere there is no such command.
+        fcntl.fcntl(fd, getattr(fcntl, "F_FULLFSYNC"))  # noqa: B009
+    except (ImportError, AttributeError, OSError):
+        os.fsync(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames in the directory and the directory itself last; Windows has no such call and needs none."""
+    if os.name != "posix":
+        return
+    for each in (directory, directory.parent):
+        fd = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def translated(err: OSError, path: Path) -> StorageError:
+    """The same in our words."""
+    if err.errno in _FULL:
+        return StorageFullError(
+            f"cannot write {path}: {err.strerror}", hint="make room on the disk, then try again", path=str(path)
+        )
+    return StorageError(f"the blob store does not work: {path}: {err.strerror}", path=str(path))
