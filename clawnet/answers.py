@@ -16,6 +16,7 @@ from clawnet.answers_local import LOCAL_ANSWERS
 from clawnet.answers_market import *  # noqa: F403 - one vocabulary in two files
 from clawnet.answers_market import (
     Answer,
+    ApprovalList,
     AttemptLine,
     BidList,
     CancelAnswer,
@@ -457,6 +458,8 @@ ANSWERS: Final[dict[str, Any]] = {
     "daemon restart": DaemonStatus,
     "demo": Demo,
     "doctor": DoctorReport,
+    "market approve": ApprovalList,
+    "market approve held": TaskList,
     "market batch": BatchLine,
     "market bids": BidList,
     "market cancel": CancelAnswer,

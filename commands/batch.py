@@ -26,7 +26,7 @@ from clawnet.errors import (
     UsageError,
 )
 
-from . import following, submission
+from . import approving, following, submission
 from . import options as o
 from .app import report
 from .batch_lines import Keys, Line, Reader, Source
@@ -352,6 +352,8 @@ class Batch:
             self._moved_on()
             flight.task_id, flight.resumed = event.value["task_id"], not event.value["created"]
             flight.spec = {}
+            if event.value.get("held"):
+                self._view.above(lambda: approving.tell(self._invocation, event.value))
             self._send(flight)
 
     def _moved_on(self) -> None:

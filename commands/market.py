@@ -9,7 +9,7 @@ import typer
 
 from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
-from . import batch, following, piped, submission, waiting
+from . import approving, batch, following, paging, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
 from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, table, who, write
@@ -98,6 +98,7 @@ def submit(
             limit = invocation.deadline()
             with piped.handed_over(client, task_spec, data):
                 accepted = following.submit(client, task_spec, awaited=wait, deadline=limit, say=invocation.say)
+            approving.tell(invocation, accepted)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
                 _already_over(client, task_spec, accepted)
@@ -181,6 +182,7 @@ _COLUMNS = (
     ("EXIT", lambda task: task["exit_code"]),
     ("CREATED", lambda task: task["created_at"]),
     ("DESCRIPTION", lambda task: task["description"][:60]),
+    ("HELD", lambda task: task["held"] and f"until {task['held']['until']}: {task['held']['reason']}"),
 )
 
 
@@ -197,7 +199,9 @@ def history(context: typer.Context, limit: o.LIMIT = 100) -> None:
 
 
 def _list(invocation: Invocation, states: list[str], limit: int, empty: str) -> None:
-    table(invocation, invocation.call("task.list", {"states": states, "limit": limit}), _COLUMNS, empty=empty)
+    with invocation.client() as client:
+        found = paging.first(client, "task.list", {"states": states}, limit)
+    table(invocation, found, _COLUMNS, empty=empty)
 
 
 @app.command(cls=NodeCommand)
@@ -233,6 +237,7 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         ("executor", who(task["executor"])),
         ("price", f"{task['price'] or '-'} of {task['max_budget']}"),
         ("error", error.get("message")),
+        ("held", task.get("held") and f"until {task['held']['until']}: {task['held']['reason']}"),
         ("description", task["description"]),
         ("created", task["created_at"]),
         ("deadline", task["deadline"]),
@@ -351,6 +356,8 @@ def wait(context: typer.Context, task: TASKS) -> None:
     invocation = here(context)
     with waiting.terminable(), invocation.client() as client:
         tasks = [client.call("task.get", {"task": one}) for one in task]
+        for one in tasks:
+            approving.tell(invocation, one)
         patience = _patience(invocation, client, max(one["deadline"] for one in tasks))
         found = following.follow_all(client, tasks, patience=patience, deadline=invocation.deadline())
     codes = [waiting.exit_code(one) for one in found]
@@ -361,6 +368,9 @@ def wait(context: typer.Context, task: TASKS) -> None:
     )
     table(invocation, {"items": found, "next": None}, columns)
     raise typer.Exit(codes[0] if len(codes) == 1 else int(any(codes)))
+
+
+app.command("approve", cls=NodeCommand)(approving.approve)
 
 
 @app.command(cls=NodeCommand)

@@ -12,7 +12,7 @@ import typer
 from clawnet.api import Client
 from clawnet.errors import TimedOutError, UnreachableError, UsageError
 
-from . import following, piped, submission, waiting
+from . import approving, following, piped, submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .options import (
     ATTACH,
@@ -175,6 +175,7 @@ def _follow(
 ) -> tuple[dict[str, Any], int]:
     """The task as it ended, its output printed, with the exit code of this command."""
     task_id, ends_at = accepted["task_id"], accepted.get("deadline")
+    approving.tell(invocation, accepted)
     quiet = invocation.json and not as_lines
     shown = None if quiet else printer
     with following.interrupts(invocation, client, task_id) as interrupts:

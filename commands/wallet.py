@@ -10,7 +10,7 @@ from clawnet import money
 from clawnet.errors import VerificationError
 
 from . import options as o
-from . import wallet_files
+from . import paging, wallet_files
 from .invocation import NodeCommand, group, here
 from .render import json_line, pairs, show, table, who, write
 
@@ -72,7 +72,9 @@ def history(context: typer.Context, limit: o.LIMIT = 50) -> None:
         ("WITH", lambda entry: who(entry["counterparty"])),
         ("TASK", lambda entry: entry["task_id"]),
     )
-    table(invocation, invocation.call("wallet.history", {"limit": limit}), columns, empty="no entries yet")
+    with invocation.client() as client:
+        found = paging.first(client, "wallet.history", {}, limit)
+    table(invocation, found, columns, empty="no entries yet")
 
 
 @app.command(cls=NodeCommand)

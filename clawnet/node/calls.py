@@ -235,7 +235,8 @@ class Calls:
             return
 
         def done(rows: tuple[Any, ...]) -> None:
-            items = [self._rooms.views.summary(self._rooms.tasks.get(row[0]) or decode_task(row[-1])) for row in rows]
+            found = [self._rooms.tasks.get(row[0]) or decode_task(row[-1]) for row in rows]
+            items = [self._rooms.views.summary(task) for task in found if not states or task.state in states]
             following = f"{rows[-1][2]}-{rows[-1][0].hex()}" if len(rows) == limit else None
             self._ctx.reply(call, {"items": items, "next": following})
 

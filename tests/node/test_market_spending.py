@@ -342,3 +342,62 @@ def test_a_paid_invite_is_counted_for_who_made_it(mesh: Mesh) -> None:
     (record,) = alice.node.rooms.invites._records.values()
     assert alice.replies[number]["credits"] == "4" and record.credential == "uid:7"
     assert spent(alice).get("uid:7", 0) == 0, "a promise is not yet a payment"
+
+
+@pytest.mark.parametrize("what", ["per_task", "per_day", "open"])
+def test_a_limit_of_one_kind_binds_that_kind_alone(mesh: Mesh, what: str) -> None:
+    alice, bob = pair(mesh)
+    price = price_of_one(mesh, alice)
+    key = f"market.spend.compute.{what}"
+    reconfigure(alice, **{key: in_credits(price if what == "open" else price * 3 // 2)})
+    if what == "open":
+        bob.runner = quiet
+    if what == "per_task":
+        call = submit(alice, budget=in_credits(2 * price))
+        mesh.run(1)
+        error = alice.replies[call]
+    else:
+        calls = [submit(alice, deadline_s=60) for _ in range(3)]
+        mesh.run(2)
+        failed = [view for call in calls if (view := alice.task(call))["state"] == "failed"]
+        assert len(failed) == (3 if what == "per_day" else 2)
+        error = failed[0]["error"]
+    assert error["exit_code"] == 79 and key in error["message"] and f"config set {key}" in error["hint"]
+    bob.runs.clear()
+    other = as_user(alice, "", "task.submit", spec={"type": "shell", "argv": ["true"], "ring": "member"})
+    mesh.run(2)
+    assert bob.runs, alice.task(other)
+    shown = {kind["kind"]: kind[what] for kind in limits_of(mesh, alice)["kinds"]}
+    assert shown["compute"]["limit"] is not None and shown["shell"]["limit"] is None
+
+
+def test_both_limits_hold_and_the_one_that_is_hit_is_named(mesh: Mesh) -> None:
+    alice, _ = pair(mesh, **{"market.spend.compute.per_task": "4", TASK: "2"})
+    calls = [compute(alice, budget=budget) for budget in ("3", "5", "2")]
+    mesh.run(2)
+    assert f"{TASK} allows 2" in alice.replies[calls[0]]["message"]
+    assert f"{TASK} allows 2" in alice.replies[calls[1]]["message"]
+    assert alice.task(calls[2])["state"] == "settled"
+    reconfigure(alice, **{"market.spend.compute.per_task": "1", TASK: "2"})
+    default = compute(alice)
+    mesh.run(2)
+    assert alice.task(default)["max_budget"] == "1", "a default budget gives way to the lower of the two"
+
+
+def test_what_each_kind_has_spent_is_kept_over_a_restart_and_comes_back_with_a_refund(mesh: Mesh) -> None:
+    alice, bob = pair(mesh)
+    price = price_of_one(mesh, alice)
+
+    def used(what: str) -> str:
+        return str(next(kind[what]["used"] for kind in limits_of(mesh, alice)["kinds"] if kind["kind"] == "compute"))
+
+    bob.runner = quiet
+    call = submit(alice, deadline_s=600)
+    mesh.run(2)
+    assert (used("per_day"), used("open")) == (format_credits(2 * price), format_credits(price))
+    alice.restart()
+    mesh.run(2)
+    assert (used("per_day"), used("open")) == (format_credits(2 * price), format_credits(price))
+    alice.call("task.cancel", task=next(t.task_id.hex() for t in tasks(alice) if t.state == "executing"))
+    mesh.run(2)
+    assert (used("per_day"), used("open")) == (format_credits(price), "0"), call
