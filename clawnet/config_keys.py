@@ -152,6 +152,15 @@ _TABLE: Final[tuple[Key, ...]] = (
         "1000000000",
     ),
     Key(
+        "market.outputs_max",
+        "size",
+        "2GiB",
+        "the most that is taken as the files of one result (--output), as an archive",
+        RELOAD,
+        "0",
+        "15GiB",
+    ),
+    Key(
         "market.min_bid_increment",
         "amount",
         "0.1",
@@ -328,6 +337,15 @@ _TABLE: Final[tuple[Key, ...]] = (
     Key("execution.memory_max", "size", "1GiB", "memory of one run", RELOAD, "16MiB", "1TiB"),
     Key("execution.wall_max", "duration", "1h", "how long one run may take", RELOAD, "1s", "24h"),
     Key("execution.output_max", "size", "64MiB", "stdout and stderr of one run together", RELOAD, "4KiB", "64MiB"),
+    Key(
+        "execution.outputs_max",
+        "size",
+        "2GiB",
+        "the files that one run may leave (--output), as an archive",
+        RELOAD,
+        "0",
+        "15GiB",
+    ),
     Key("execution.user", "text", "nobody", "whom shell tasks run as when this node runs as root"),
     Key(
         "execution.shell.own",

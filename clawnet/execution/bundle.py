@@ -1,14 +1,14 @@
 """The result of a run as one run of bytes, and its seal: nobody reads a result before its escrow is released.
 
-Plain form: "CWB1", the head's length (u32 big-endian), the head (MessagePack), stdout, stderr. Sealed form: libsodium
-secretstream (XChaCha20-Poly1305; LEDGER.md, "Seal"): 24 bytes of header, then chunks of 64 KiB each longer by 17, the
-last one marked final, so that neither a byte nor the end can be changed unnoticed. Both stream, for results that do
-not fit in memory comfortably.
+Plain form: "CWB1", the head's length (u32 big-endian), the head (MessagePack), stdout, stderr, the output files as one
+archive (execution/trees.py). Sealed form: libsodium secretstream (XChaCha20-Poly1305; LEDGER.md, "Seal"): 24 bytes of
+header, then chunks of 64 KiB each longer by 17, the last one marked final, so that neither a byte nor the end can be
+changed unnoticed. Both stream, for results that do not fit in memory comfortably.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Annotated, Any, Final
 
@@ -17,7 +17,8 @@ from msgspec import Meta, Struct
 from nacl import bindings, exceptions
 
 from clawnet import limits
-from clawnet.errors import VerificationError
+from clawnet.errors import DataError, VerificationError
+from clawnet.execution.outputs import NAMED_MAX, Listing, listing
 from clawnet.execution.spec import BlobPort
 
 MAGIC: Final = b"CWB1"
@@ -47,8 +48,24 @@ class Usage(Struct, frozen=True, array_like=True, gc=False):
     finish_reason: str = ""
 
 
+_Patterns = Annotated[list[str], Meta(max_length=limits.OUTPUT_GLOBS_MAX)]
+_Told = Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=NAMED_MAX)]
+
+
+class Outputs(Struct, frozen=True, array_like=True, gc=False):
+    """What the executor says of the output files: the archive's length, patterns that matched nothing, what it left.
+
+    `left_out` tells the first of `left_out_count` files that cannot travel, each with the reason.
+    """
+
+    bytes: Annotated[int, Meta(ge=0, le=limits.OUTPUTS_BYTES_MAX)] = 0
+    missing: _Patterns = []
+    left_out: _Told = []
+    left_out_count: Annotated[int, Meta(ge=0, le=2**53)] = 0
+
+
 class Head(Struct, frozen=True, array_like=True, gc=False):
-    """A bundle without its streams."""
+    """A bundle without its streams and files."""
 
     exit_code: int | None
     signal: int | None
@@ -56,11 +73,14 @@ class Head(Struct, frozen=True, array_like=True, gc=False):
     stderr_bytes: _Size
     text: str = ""
     usage: Usage = Usage()
-    outputs: list[Any] = []
+    outputs: Outputs = Outputs()
 
 
 class Bundle(Struct, frozen=True, gc=False):
-    """A result: `signal` is set, and exit_code None, when a signal ended the command; `text` is a prompt's answer."""
+    """A result: `signal` is set, and exit_code None, when a signal ended the command; `text` is a prompt's answer.
+
+    `files` is the archive of the output files.
+    """
 
     exit_code: int | None
     signal: int | None
@@ -68,14 +88,16 @@ class Bundle(Struct, frozen=True, gc=False):
     stderr: bytes = b""
     text: str = ""
     usage: Usage = Usage()
-    outputs: list[Any] = []
+    outputs: Outputs = Outputs()
+    files: bytes = b""
 
 
 class Summary(Struct, frozen=True, gc=False):
     """An opened bundle as the node keeps it.
 
     Streams that are together at most RESULT_JSON_BYTES_MAX are here as bytes; else `stdout` and `stderr` are None and
-    the store holds them as the blobs `stdout_blob` and `stderr_blob`. `sha256` is that of the plain bundle.
+    the store holds them as the blobs `stdout_blob` and `stderr_blob`. `sha256` is that of the plain bundle. `outputs`
+    names the first of `outputs_count` output files; all of them are in the archive `outputs_blob`, read and found good.
     """
 
     exit_code: int | None
@@ -90,6 +112,12 @@ class Summary(Struct, frozen=True, gc=False):
     stderr: bytes | None
     stdout_blob: bytes = b""
     stderr_blob: bytes = b""
+    outputs_blob: bytes = b""
+    outputs_count: int = 0
+    outputs_bytes: int = 0
+    outputs_missing: list[str] = []
+    outputs_left_out: list[str] = []
+    outputs_left_out_count: int = 0
 
 
 _heads: Final = msgspec.msgpack.Decoder(Head)
@@ -115,18 +143,20 @@ def encode(bundle: Bundle) -> bytes:
         len(bundle.stderr),
         bundle.text,
         bundle.usage,
-        bundle.outputs,
+        msgspec.structs.replace(bundle.outputs, bytes=len(bundle.files)),
     )
-    return b"".join((encode_head(head), bundle.stdout, bundle.stderr))
+    return b"".join((encode_head(head), bundle.stdout, bundle.stderr, bundle.files))
 
 
 def decode(plain: bytes) -> Bundle:
     """The reverse of encode; raises VerificationError for anything else."""
     head, start = _split_head(plain)
-    if len(plain) != start + head.stdout_bytes + head.stderr_bytes:
-        raise _bad("its length is not what its head says")
     middle = start + head.stdout_bytes
-    return Bundle(head.exit_code, head.signal, plain[start:middle], plain[middle:], head.text, head.usage, head.outputs)
+    files = middle + head.stderr_bytes
+    if len(plain) != files + head.outputs.bytes:
+        raise _bad("its length is not what its head says")
+    out, err = plain[start:middle], plain[middle:files]
+    return Bundle(head.exit_code, head.signal, out, err, head.text, head.usage, head.outputs, plain[files:])
 
 
 def _split_head(plain: bytes) -> tuple[Head, int]:
@@ -231,10 +261,10 @@ def pack(
     entropy: Callable[[int], bytes],
     blobs: BlobPort,
 ) -> Packed:
-    """Writes head and streams (stdout's bytes, then stderr's) as a bundle, sealed when there is a key."""
+    """Writes head and streams (stdout's bytes, stderr's, the archive's) as a bundle, sealed when there is a key."""
     first = encode_head(head)
     hasher = sha256()
-    plain_bytes = len(first) + head.stdout_bytes + head.stderr_bytes
+    plain_bytes = len(first) + head.stdout_bytes + head.stderr_bytes + head.outputs.bytes
     size = plain_bytes if key is None else sealed_size(plain_bytes)
 
     def hashed() -> Iterator[bytes]:
@@ -262,11 +292,19 @@ def _store(blobs: BlobPort, parts: Iterable[bytes]) -> bytes:
         writer.abort()
 
 
-def unpack(parts: Iterable[bytes], key: bytes | None, blobs: BlobPort) -> Summary:
-    """Opens a bundle that comes in pieces; long streams go to the store as blobs of their own.
+def unpack(
+    parts: Iterable[bytes],
+    key: bytes | None,
+    blobs: BlobPort,
+    *,
+    outputs: Sequence[str] = (),
+    outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX,
+) -> Summary:
+    """Opens a bundle that comes in pieces; long streams and output files go to the store as blobs of their own.
 
-    Raises VerificationError. The pieces together must not be longer than the caller allows: sizes are declared and
-    checked before a blob is fetched.
+    `outputs` are the patterns of the files that were asked for: what else comes, or breaks a rule of names, refuses the
+    whole result. Raises VerificationError. The pieces together must not be longer than the caller allows: sizes are
+    declared and checked before a blob is fetched.
     """
     hasher = sha256()
     plain = iter(parts if key is None else open_parts(parts, key))
@@ -278,34 +316,51 @@ def unpack(parts: Iterable[bytes], key: bytes | None, blobs: BlobPort) -> Summar
         hasher.update(part)
         held += part
     head, start = _split_head(bytes(held))
+    if head.outputs.bytes > (outputs_bytes_max if outputs else 0):
+        raise _bad(f"it holds {head.outputs.bytes} bytes of files" + (", too many" if outputs else ", and none is due"))
     rest = _Cut(_hashing(bytes(held[start:]), plain, hasher))
+    out: bytes | None = None
+    err: bytes | None = None
+    out_blob = err_blob = files_blob = b""
     if head.stdout_bytes + head.stderr_bytes <= limits.RESULT_JSON_BYTES_MAX:
         out, err = b"".join(rest.take(head.stdout_bytes)), b"".join(rest.take(head.stderr_bytes))
-        rest.end()
-        return _summary(head, hasher.digest(), out, err, b"", b"")
-    out_blob = _store(blobs, rest.take(head.stdout_bytes))
-    err_blob = _store(blobs, rest.take(head.stderr_bytes))
+    else:
+        out_blob = _store(blobs, rest.take(head.stdout_bytes))
+        err_blob = _store(blobs, rest.take(head.stderr_bytes))
+    if head.outputs.bytes:
+        files_blob = _store(blobs, rest.take(head.outputs.bytes))
     rest.end()
-    return _summary(head, hasher.digest(), None, None, out_blob, err_blob)
-
-
-def _summary(
-    head: Head, digest: bytes, out: bytes | None, err: bytes | None, out_blob: bytes, err_blob: bytes
-) -> Summary:
+    found = _listed(blobs, files_blob, outputs, outputs_bytes_max)
     return Summary(
         exit_code=head.exit_code,
         signal=head.signal,
         text=head.text,
         usage=head.usage,
-        outputs=head.outputs,
-        sha256=digest,
+        outputs=found.files,
+        sha256=hasher.digest(),
         stdout_bytes=head.stdout_bytes,
         stderr_bytes=head.stderr_bytes,
         stdout=out,
         stderr=err,
         stdout_blob=out_blob,
         stderr_blob=err_blob,
+        outputs_blob=files_blob,
+        outputs_count=found.count,
+        outputs_bytes=found.bytes,
+        outputs_missing=[pattern for pattern in outputs if pattern in head.outputs.missing],
+        outputs_left_out=head.outputs.left_out,
+        outputs_left_out_count=max(head.outputs.left_out_count, len(head.outputs.left_out)),
     )
+
+
+def _listed(blobs: BlobPort, blob: bytes, outputs: Sequence[str], bytes_max: int) -> Listing:
+    if not blob:
+        return Listing([], 0, 0)
+    try:
+        with blobs.path(blob).open("rb") as file:
+            return listing(file, outputs, bytes_max=bytes_max)
+    except DataError as error:
+        raise _bad(error.message) from error
 
 
 def _hashing(first: bytes, rest: Iterator[bytes], hasher: Any) -> Iterator[bytes]:

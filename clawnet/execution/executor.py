@@ -16,7 +16,7 @@ from typing import IO, Any, Final, TypeVar
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, StorageFullError
-from clawnet.execution import bundle, feeding, inputs
+from clawnet.execution import bundle, delivery, feeding, inputs
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.endings import physical_memory, with_result, without_result
 from clawnet.execution.endpoint import Answer
@@ -227,6 +227,7 @@ class Executor:
             wall_s=min(spec.wall_s, settings.wall_s_max, limits.RUN_WALL_S_MAX),
             memory_bytes_max=min(spec.memory_bytes_max, settings.memory_bytes_max),
             output_bytes_max=min(spec.output_bytes_max, settings.output_bytes_max, limits.RUN_OUTPUT_BYTES_MAX),
+            outputs_bytes_max=min(spec.outputs_bytes_max, settings.outputs_bytes_max),
         )
 
     def _refuse(self, job: bytes, reason: str) -> None:
@@ -340,21 +341,21 @@ class Executor:
 
         def on_end(ended: Ended) -> None:
             del self._running[job]
-            self._remove(dirs)
-            self._shell_ended(spec, run, ended)
+            self._shell_ended(spec, run, ended, dirs)
 
         place, stdin = self._places.place(mode), feeding.stdin_path(spec, self._blobs)
         run = ShellRun(spec, dirs.work, place, stdin=stdin, on_output=on_output, on_end=on_end)
         run.start()
         self._running[job] = run
 
-    def _shell_ended(self, spec: JobSpec, run: ShellRun, ended: Ended) -> None:
+    def _shell_ended(self, spec: JobSpec, run: ShellRun, ended: Ended, dirs: JobDirs) -> None:
         kept = [stream.kept for stream in run.streams]
         sizes = [stream.size for stream in run.streams]
 
         def close() -> None:
             for file in kept:
                 file.close()
+            self._remove(dirs)
             self._note_idle()
 
         if ended.how != "exit":
@@ -367,29 +368,37 @@ class Executor:
             return
         usage = bundle.Usage(ended.duration_s, ended.cpu_s, ended.memory_bytes_max)
         head = bundle.Head(ended.exit_code, ended.signal, sizes[0], sizes[1], "", usage)
-        self._pack(spec, head, _contents(kept), close)
+        files = None
+        if spec.outputs:
+            files = delivery.Files(dirs.work, spec.outputs, spec.outputs_bytes_max, self._dirs.owner)
+        self._pack(spec, head, _contents(kept), close, files)
 
     # --- results
 
-    def _pack(self, spec: JobSpec, head: bundle.Head, parts: Iterable[bytes], close: Callable[[], None]) -> None:
-        output_bytes = head.stdout_bytes + head.stderr_bytes
-        args = (head, parts, spec.seal_key, self._entropy, self._blobs)
-        if output_bytes <= limits.RUN_INLINE_WORK_BYTES_MAX:
-            packed = bundle.pack(*args)
+    def _pack(
+        self,
+        spec: JobSpec,
+        head: bundle.Head,
+        parts: Iterable[bytes],
+        close: Callable[[], None],
+        files: delivery.Files | None = None,
+    ) -> None:
+        args = (head, parts, spec.seal_key, self._entropy, self._blobs, files)
+        if files is None and head.stdout_bytes + head.stderr_bytes <= limits.RUN_INLINE_WORK_BYTES_MAX:
+            told, packed = delivery.pack(*args)
             close()
-            self._deliver(with_result(spec.job, head, packed))
+            self._deliver(with_result(spec.job, told, packed))
             return
 
-        def done(future: Future[bundle.Packed]) -> None:
+        def done(future: Future[tuple[bundle.Head, bundle.Packed]]) -> None:
             close()
             try:
-                exited = with_result(spec.job, head, future.result())
+                exited = with_result(spec.job, *future.result())
             except (OSError, ClawnetError) as error:
-                reason = f"the result cannot be stored: {error}"
-                exited = without_result(spec.job, "failed", reason, head.usage.duration_s, head.usage.cpu_s)
+                exited = delivery.failure(spec.job, head, error)
             self._deliver(exited)
 
-        self._in_thread(done, bundle.pack, *args)
+        self._in_thread(done, delivery.pack, *args)
 
     def open_result(self, effect: Open) -> None:
         """Unseals a result; Opened tells its Summary (execution/bundle.py) or why it does not open."""

@@ -12,6 +12,7 @@ from clawnet import limits
 from clawnet.config import Config
 from clawnet.errors import DataError
 from clawnet.execution.prompt import PromptSettings
+from clawnet.wire.globs import Globs
 from clawnet.wire.jobspec import InputRef, JobSpec
 
 __all__ = ["BlobPort", "BlobWriter", "ExecutionSettings", "InputRef", "JobSpec", "check"]
@@ -39,6 +40,7 @@ class ExecutionSettings(Struct, frozen=True):
     memory_bytes_max: int = 1024 * limits.MIB
     wall_s_max: float = 3_600.0
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
+    outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX
     offers: tuple[str, ...] = (COMPUTE, SHELL)
     worker_argv: tuple[str, ...] = ()
     backlog: Callable[[], bool] = field(default=lambda: False)
@@ -64,6 +66,7 @@ class ExecutionSettings(Struct, frozen=True):
             memory_bytes_max=read.integer("execution.memory_max"),
             wall_s_max=read.seconds("execution.wall_max"),
             output_bytes_max=read.integer("execution.output_max"),
+            outputs_bytes_max=read.integer("execution.outputs_max"),
             offers=tuple(word for word in (COMPUTE, SHELL) if word in offers),
             worker_argv=worker_argv,
             backlog=backlog,
@@ -93,6 +96,7 @@ class BlobPort(Protocol):
 
 def check(spec: JobSpec) -> None:
     """Raises DataError when no runner could make sense of `spec`, which may have come from a peer."""
+    Globs(spec.outputs)
     if spec.kind == "compute":
         if spec.op not in OPERATIONS:
             raise DataError(f"there is no operation {spec.op[:40]!r}", hint="known: " + ", ".join(OPERATIONS))

@@ -57,3 +57,5 @@ class JobSpec(Struct, frozen=True, gc=False):
     wall_s: float = 3_600.0
     memory_bytes_max: int = 1024 * limits.MIB
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
+    outputs: list[str] = []
+    outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX

@@ -305,7 +305,7 @@ class Member:
             opened.signal,
             opened.text,
             opened.usage,
-            opened.outputs,
+            [],
             hashlib.sha256(plain).digest(),
             len(opened.stdout),
             len(opened.stderr),

@@ -56,7 +56,7 @@ def _fixed(size: int) -> bytes:
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.text(max_size=50), st.integers(0, 255) | st.none())
 def test_a_bundle_comes_back_whole(stdout: bytes, stderr: bytes, text: str, code: int | None) -> None:
-    there = Bundle(code, None if code is not None else 9, stdout, stderr, text, Usage(1.5, 0.5, 10), [])
+    there = Bundle(code, None if code is not None else 9, stdout, stderr, text, Usage(1.5, 0.5, 10))
     assert bundle.decode(bundle.encode(there)) == there
 
 

@@ -193,7 +193,7 @@ class Executor:
             machine.runtime.feed(e.Opened(effect.request, str(error) or type(error).__name__))
             return
         summary = bundle.Summary(
-            opened.exit_code, opened.signal, opened.text, opened.usage, opened.outputs, hashlib.sha256(plain).digest(),
+            opened.exit_code, opened.signal, opened.text, opened.usage, [], hashlib.sha256(plain).digest(),
             len(opened.stdout), len(opened.stderr), opened.stdout, opened.stderr,
         )  # fmt: skip
         machine.world.clock.after(500, machine.deliver, machine.starts, e.Opened(effect.request, "", summary))
