@@ -175,12 +175,20 @@ def _expect(learned: Learned, trust: float) -> Estimate:
 
 class Workload(Struct, frozen=True, gc=False):
     """What stands before a new task: slots in all, slots committed (running, awarded, waiting), and the expected
-    seconds of all that work together. Beyond `slots` + `queue_max` commitments the node is full."""
+    slot-seconds of all the work that goes before it. `opens_s` is when what it needs should be free. Beyond `slots` +
+    `queue_max` commitments the node is full, and for this requester where it `has_place` no longer."""
 
     slots: int
     committed: int = 0
     work_ahead_s: float = 0.0
     queue_max: int = 0
+    opens_s: float = 0.0
+    has_place: bool = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is taken on."""
+        return self.slots <= 0 or not self.has_place or self.committed >= self.slots + self.queue_max
 
     @property
     def load(self) -> float:
@@ -189,10 +197,10 @@ class Workload(Struct, frozen=True, gc=False):
 
     @property
     def queue_wait_s(self) -> float:
-        """How long until a slot is free: nothing while one is, else the work ahead spread over the slots."""
+        """How long until it can start: until what it needs is free, and the work ahead, spread over the slots, done."""
         if self.committed < self.slots:
-            return 0.0
-        return self.work_ahead_s / max(self.slots, 1)
+            return self.opens_s
+        return max(self.opens_s, self.work_ahead_s / max(self.slots, 1))
 
 
 class Quote(Struct, frozen=True, gc=False):
@@ -272,7 +280,7 @@ def quote(
         return lacking
     if offer.input_bytes > input_bytes_max or offer.payload_bytes > limits.TASK_DOCUMENT_BYTES_MAX:
         return Reason.TOO_LARGE
-    if workload.slots <= 0 or workload.committed >= workload.slots + workload.queue_max:
+    if workload.is_full:
         return Reason.FULL
     keys = offer_keys(offer)
     expected = durations.estimate(keys, offer.kind)

@@ -161,6 +161,10 @@ class Job(Struct, array_like=True):
     report: bytes = b""
     pulls: int = 0
     description: str = ""
+    cpu: int = 0
+    memory_bytes: int = 0
+    gpu: int = 0
+    priority: int = 0
 
 
 FINAL_STATES: Final = frozenset({"settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"})

@@ -15,6 +15,8 @@ ALIASES: Final = {"shell_task": "shell", "openclaw_prompt": "prompt", "swarm_ai"
 LATER: Final = {"storage": "storage tasks", "swarm": "swarm tasks"}
 OPERATIONS: Final = ("sha256", "sort", "wordcount", "primes")
 OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
+AMOUNTS: Final = {"cpu": (0, 4096), "memory_bytes": (0, 2**50), "gpu": (0, 64), "priority": (-100, 100)}
+"""What a task may ask for, and its order among its requester's own; the executor reserves and sorts by them."""
 RINGS: Final = ("own", "member")
 SEND_TO: Final = ("shell", "compute", "prompt")
 """Kinds with a configuration key for the outermost ring that may see them."""
@@ -89,6 +91,11 @@ def _number(spec: dict[str, Any], field: str, low: float, high: float, default: 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise _bad(field, value, f"a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _amount(spec: dict[str, Any], field: str) -> int:
+    low, high = AMOUNTS[field]
+    return int(_number(spec, field, low, high, 0))
 
 
 def _argv(spec: dict[str, Any]) -> tuple[list[str] | None, str | None]:
@@ -224,9 +231,9 @@ def _requirements(spec: dict[str, Any], kind: str, op: str, family: str) -> dict
     return {
         "capabilities": sorted(set(wanted)),
         "min_reputation": _number(spec, "min_reputation", 0, 1, 0.0),
-        "cpu": int(_number(spec, "cpu", 0, 4096, 0)),
-        "memory_bytes": int(_number(spec, "memory_bytes", 0, 2**50, 0)),
-        "gpu": int(_number(spec, "gpu", 0, 64, 0)),
+        "cpu": _amount(spec, "cpu"),
+        "memory_bytes": _amount(spec, "memory_bytes"),
+        "gpu": _amount(spec, "gpu"),
         "model": _text(spec, "model", 64),
         "labels": _words(spec, "labels"),
         "os": ("" if system == "any" else system or (family if kind == "shell" else "")),
@@ -293,7 +300,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "retries": int(_number(spec, "retries", 0, limits.ATTEMPTS_MAX, 0 if kind == "shell" else 2))
         if retries is not None
         else (0 if kind == "shell" else 2),
-        "priority": int(_number(spec, "priority", -100, 100, 0)),
+        "priority": _amount(spec, "priority"),
         "idempotency_key": _text(spec, "idempotency_key", 256),
         "stream": bool(spec.get("stream", True)),
     }

@@ -5,19 +5,34 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from clawnet.ledger import taskdoc
-from clawnet.market.pricing import Durations, Rates, Workload, is_prompt, metered, quote, rates_from
+from clawnet.market.pricing import Durations, Rates, metered, quote, rates_from
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job
 from clawnet.node.context import Context
 from clawnet.wire.events import MessageIn, TaskExited
-from clawnet.wire.messages import Bid, Decline, Offer
+from clawnet.wire.messages import Bid, Decline, Offer, Requirements
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 
 PROMISES_MAX = 65_536
+
+
+class Promise(Struct, frozen=True, gc=False):
+    """What a bid was for, and at what price."""
+
+    price_ucr: int
+    requirements: Requirements
+
+    def covers(self, job: Job) -> bool:
+        """Whether an award is what was bid for: for no less, and with no greater needs."""
+        asked = self.requirements
+        needs_more = job.cpu > asked.cpu or job.memory_bytes > asked.memory_bytes or job.gpu > asked.gpu
+        return job.price_ucr >= self.price_ucr and not needs_more
 
 
 class Bidding:
@@ -30,31 +45,14 @@ class Bidding:
         self.rates: Rates
         self._enabled: bool
         self.reloaded()
-        self._queue_max = ctx.config.integer("execution.queue_max")
-        self.promised: OrderedDict[tuple[str, bytes], int] = OrderedDict()
-        """What was last asked for a task: an award for less is refused. Forgotten over a restart, like the bids."""
+        self.promised: OrderedDict[tuple[str, bytes], Promise] = OrderedDict()
+        """What was last bid for a task: an award of anything else is refused. Forgotten over a restart, like the bids.
+        """
 
     def reloaded(self) -> None:
         """What the configuration says now; read here so that an offer costs no look-up."""
         self.rates = rates_from(self._ctx.config)
         self._enabled = self._ctx.config.flag("market.enabled")
-
-    def workload(self, kind: str) -> Workload:
-        """What stands before one more task of this kind: prompts have slots of their own."""
-        jobs = self._rooms.jobs
-        if is_prompt(kind):
-            names = (*jobs.prompting, *jobs.prompts)
-            ahead_s = sum(job.estimated_s for name in names if (job := jobs.jobs.get(name)))
-            return Workload(self._ctx.config.integer("execution.prompt_slots"), len(names), ahead_s, self._queue_max)
-        committed = (
-            len(jobs.running)
-            - len(jobs.prompting)
-            + len(jobs.queue)
-            + sum(1 for job in jobs.jobs.values() if job.state == "fetching")
-        )
-        names = tuple(name for name in (*jobs.running, *jobs.queue) if name not in jobs.prompting)
-        ahead_s = sum(job.estimated_s for name in names if (job := jobs.jobs.get(name)))
-        return Workload(jobs.slots, committed, ahead_s, self._queue_max)
 
     def metered(self, job: Job, document: taskdoc.TaskDocument | None, event: TaskExited) -> int:
         """What a finished job asks: its price, and of a prompt the part of it that was used."""
@@ -77,7 +75,7 @@ class Bidding:
             offer,
             card=rooms.cards.own,
             ring=ring,
-            workload=self.workload(offer.kind),
+            workload=rooms.placing.workload(offer.kind, peer, ring, offer.requirements),
             durations=self.durations,
             rates=self.rates,
             now_ms=ctx.now,
@@ -86,7 +84,7 @@ class Bidding:
         if isinstance(terms, Reason):
             return Decline(offer.task_id, offer.round, terms.value)
         if ring != "own":
-            self._promise(peer, offer.task_id, terms.price_ucr)
+            self._promise(peer, offer.task_id, Promise(terms.price_ucr, offer.requirements))
         account = rooms.members.account_of(peer)
         head = rooms.books.book.head(account) if account != ctx.account else None
         return Bid(
@@ -118,8 +116,8 @@ class Bidding:
             return Reason.FULL
         return None
 
-    def _promise(self, peer: str, task_id: bytes, price_ucr: int) -> None:
-        self.promised[(peer, task_id)] = price_ucr
+    def _promise(self, peer: str, task_id: bytes, promise: Promise) -> None:
+        self.promised[(peer, task_id)] = promise
         self.promised.move_to_end((peer, task_id))
         if len(self.promised) > PROMISES_MAX:
             self.promised.popitem(last=False)

@@ -11,6 +11,7 @@ from clawnet.errors import ClawnetError, WireError
 from clawnet.identity.keys import peer_id_of
 from clawnet.identity.membership import verify_keys
 from clawnet.market.capability import AI, capability_hash
+from clawnet.market.machine import MILLI, Amounts
 from clawnet.mesh.roster import PeerRecord
 from clawnet.node.context import Context
 from clawnet.wire.codec import decode_struct, encode
@@ -107,8 +108,8 @@ class Cards:
             rings, reason = " ".join(event.prompt_rings), event.prompt_trouble
             self._ctx.log("warn" if reason else "info", "endpoint.changed", rings=rings, reason=reason)
         self.capacity = event
-        configured = self._ctx.config.integer("execution.slots")
-        self._rooms.jobs.slots = configured or max(2, event.cpu)
+        slots = self._ctx.config.integer("execution.slots") or max(2, event.cpu)
+        self._rooms.jobs.resized(Amounts(slots, event.cpu * MILLI, event.memory_bytes, event.gpu))
         self.refresh()
 
     def listening(self, event: Listening) -> None:
@@ -119,7 +120,7 @@ class Cards:
     def take_over(self, previous: Cards) -> None:
         """A node built again while the process lives: capacity and addresses are still what they were."""
         self.addresses, self.capacity = previous.addresses, previous.capacity
-        self._rooms.jobs.slots = previous._rooms.jobs.slots
+        self._rooms.jobs.resized(previous._rooms.placing.capacity)
         self.refresh()
 
     # --- others' cards

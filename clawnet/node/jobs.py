@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,6 +9,7 @@ import msgspec
 from clawnet import limits
 from clawnet.ledger import taskdoc
 from clawnet.ledger.seal import content_key, key_hash
+from clawnet.market.machine import Amounts
 from clawnet.market.pricing import Workload, price
 from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
@@ -34,15 +34,20 @@ class Jobs:
         self.os_family = os_family
         self.jobs: dict[bytes, Job] = {}
         self.running: dict[bytes, None] = {}
-        self._short: set[bytes] = set()
-        self.queue: deque[bytes] = deque()
-        self.prompting: set[bytes] = set()
-        self.prompts: deque[bytes] = deque()
         self.documents: dict[bytes, taskdoc.TaskDocument] = {}
         self._unfetched: dict[bytes, None] = {}
         self._dirty: dict[bytes, Job] = {}
-        self.slots = 0
         self._progress_armed = False
+
+    @property
+    def slots(self) -> int:
+        """How many may run at once, prompts apart; 0 before it is known what the machine can do."""
+        return self._rooms.placing.capacity.slots
+
+    def resized(self, capacity: Amounts) -> None:
+        """What the machine has, as the execution adapters found it; what it no longer has room for is handed back."""
+        for job in self._rooms.placing.resize(capacity):
+            self._give_up(job, "capacity", "this machine no longer has what the task needs")
 
     # --- running
 
@@ -58,8 +63,9 @@ class Jobs:
         self.touch(job)
         self._arm_progress()
         if not document.inputs:
-            self._queue_of(job).append(job.job)
+            self._rooms.placing.wait(job)
             return
+        self._rooms.placing.expect(job)
         for item in document.inputs:
             self._ctx.hold(held_as(job.job, "inputs"), item.blob)
         self._fetch(job, document)
@@ -82,11 +88,8 @@ class Jobs:
                 self._ctx.wake(("job", job.job), min(job.deadline_ms, job.deliver_by_ms))
             return
         job.state = "queued"
-        self._queue_of(job).append(job.job)
+        self._rooms.placing.wait(job)
         self.touch(job)
-
-    def _queue_of(self, job: Job) -> deque[bytes]:
-        return self.prompts if job.kind == "prompt" else self.queue
 
     def peer_up(self, peer: str) -> None:
         """A requester is back: the inputs that could not be had from it are asked for again."""
@@ -107,38 +110,15 @@ class Jobs:
             self._rooms.pay.timer(job)
 
     def pump(self) -> None:
-        """At the end of a turn: starts queued jobs while a slot is free, in the order they came.
-
-        Short built-in operations share a slot: the worker process does them one after the other, and handed over one
-        by one each would cost it a wake-up and this node a turn. Prompts use another machine's processor, or a GPU:
-        they have slots of their own.
-        """
-        self._pump_prompts()
-        while self.queue:
-            job = self.jobs.get(self.queue[0])
-            if job is None or job.state != "queued":
-                self.queue.popleft()
-                continue
-            short = job.kind == "compute" and job.estimated_s <= limits.SHORT_RUN_S
-            taken = len(self.running) - len(self.prompting) - max(0, len(self._short) - 1)
-            if taken >= self.slots and not (short and 0 < len(self._short) < limits.SHORT_RUNS_MAX):
-                return
-            self.queue.popleft()
-            self._run(job)
-            if short and job.job in self.running:
-                self._short.add(job.job)
-
-    def _pump_prompts(self) -> None:
-        if not self.slots:
-            return  # the executor has not said yet what it can do
-        while self.prompts and len(self.prompting) < self._ctx.config.integer("execution.prompt_slots"):
-            job = self.jobs.get(self.prompts.popleft())
+        """At the end of a turn: starts the jobs whose turn it is (market/queueing.py)."""
+        for identifier, gpus in self._rooms.placing.due():
+            job = self.jobs.get(identifier)
             if job is not None and job.state == "queued":
-                self._run(job)
-                if job.job in self.running:
-                    self.prompting.add(job.job)
+                self._run(job, gpus)
+            if identifier not in self.running:
+                self._rooms.placing.end(identifier, 0.0)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, gpus: tuple[int, ...]) -> None:
         ctx = self._ctx
         document = self.documents.get(job.job)
         left_s = (min(job.deadline_ms, job.deliver_by_ms) - ctx.now) / 1000
@@ -168,7 +148,8 @@ class Jobs:
                     "cwd_input": payload.get("cwd") or "",
                     "seal_key": key,
                     "wall_s": min(left_s, ctx.config.seconds("execution.wall_max")),
-                    "memory_bytes_max": ctx.config.integer("execution.memory_max"),
+                    "memory_bytes_max": self._rooms.placing.memory_bytes_max(job),
+                    "gpus": gpus,
                     "output_bytes_max": min(ctx.config.integer("execution.output_max"), limits.RESULT_BYTES_MAX),
                 },
                 JobSpec,
@@ -206,8 +187,7 @@ class Jobs:
         job = self.jobs.get(event.job)
         self.running.pop(event.job, None)
         self._rooms.streaming.over(event.job)
-        self._short.discard(event.job)
-        self.prompting.discard(event.job)
+        self._rooms.placing.end(event.job, event.duration_s)
         if job is None or job.state != "running":
             return
         job.ended_ms, job.duration_s, job.cpu_s = self._ctx.now, event.duration_s, event.cpu_s
@@ -266,8 +246,7 @@ class Jobs:
         document = self.documents.pop(job.job, None)
         if document is not None and document.inputs:
             self._ctx.let_go(held_as(job.job, "inputs"))
-        if job.state == "queued" and job.job in self._queue_of(job):
-            self._queue_of(job).remove(job.job)
+        self._rooms.placing.leave(job)
 
     def stop_for(self, account: bytes, *, own: bool = False) -> None:
         """A fork is proven against this requester, or its membership is over: nothing more runs for it."""
@@ -304,7 +283,7 @@ class Jobs:
 
     def resume(self) -> None:
         """After a restart (LEDGER.md section 9): a second start where one is allowed, else a waiver; wait for pay."""
-        for job in list(self.jobs.values()):
+        for job in sorted(self.jobs.values(), key=lambda job: job.received_ms):
             if job.state == "running" and job.cancelled:
                 self._give_up(job, "cancelled", "")
             elif job.state == "running" and (job.retries == 0 or self._ctx.now >= job.deliver_by_ms):

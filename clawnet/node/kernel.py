@@ -28,6 +28,7 @@ from clawnet.node.mesh_keys import MeshKeys
 from clawnet.node.neighbours import Neighbours
 from clawnet.node.offers import Offers
 from clawnet.node.pay import Pay
+from clawnet.node.placing import Placing
 from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.removals import Removals
@@ -101,6 +102,7 @@ class Rooms:
     results: Results
     bidding: Bidding
     taking: Taking
+    placing: Placing
     jobs: Jobs
     streaming: Streaming
     pay: Pay
@@ -132,6 +134,7 @@ class Node:
         rooms.outbox = Outbox(self.ctx)
         rooms.loads = Loads(self.ctx)
         rooms.bidding = Bidding(self.ctx, rooms)
+        rooms.placing = Placing(self.ctx, rooms)
         rooms.jobs = Jobs(self.ctx, rooms, os_family)
         rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)

@@ -66,7 +66,9 @@ class Taking:
         except RemoteError as error:
             self._refuse(event.peer, message.task_id, message.attempt, "invalid", text=error.message)
             return
-        award = Award(self._job(event.peer, identifier, message, document), message.document, document, payload)
+        award = Award(
+            self._job(event.peer, identifier, message, document, payload), message.document, document, payload
+        )
         if not message.locked:
             if award.job.ring != "own" or message.price_ucr:
                 self._refuse(event.peer, message.task_id, message.attempt, Reason.POLICY.value, text="no lock")
@@ -89,7 +91,9 @@ class Taking:
         if award.lock is not None:
             self._check(award)
 
-    def _job(self, peer: str, identifier: bytes, message: Winner, document: taskdoc.TaskDocument) -> Job:
+    def _job(
+        self, peer: str, identifier: bytes, message: Winner, document: taskdoc.TaskDocument, payload: dict[str, Any]
+    ) -> Job:
         members = self._rooms.members
         ring = members.ring_of(peer)
         return Job(
@@ -108,6 +112,10 @@ class Taking:
             stream_output=message.stream_output and ring in self._ctx.config.words("market.preview"),
             locked=message.locked,
             lease_s=document.lease_s,
+            cpu=payload.get("cpu", 0),
+            memory_bytes=payload.get("memory_bytes", 0),
+            gpu=payload.get("gpu", 0),
+            priority=payload.get("priority", 0),
         )
 
     def lock(self, event: MessageIn, message: EscrowLock) -> None:
@@ -259,12 +267,12 @@ class Taking:
         if job.lease_s < limits.LEASE_S:
             return Reason.POLICY.value
         if job.lock_seq >= 0:
-            promised_ucr = self._rooms.bidding.promised.get((job.peer, job.task_id))
-            if promised_ucr is None or job.price_ucr < promised_ucr:
+            promise = self._rooms.bidding.promised.get((job.peer, job.task_id))
+            if promise is None or not promise.covers(job):
                 return "no_bid"
-        workload = self._rooms.bidding.workload(job.kind)
-        if workload.committed >= workload.slots + workload.queue_max:
-            return Reason.FULL.value
+        lacking = self._rooms.placing.lacking(job)
+        if lacking is not None:
+            return lacking.value
         if ctx.now >= min(job.deadline_ms, job.deliver_by_ms):
             return Reason.DEADLINE.value
         if sum(item.bytes for item in award.document.inputs) > limits.INPUT_BYTES_MAX:
@@ -315,4 +323,7 @@ def payload_of(document: taskdoc.TaskDocument) -> dict[str, Any]:
     operation = payload.get("op") or ""
     if not isinstance(operation, str) or len(operation) > WORD_CHARS_MAX:
         raise WireError("not a payload: its operation is no word")
+    for name, (low, high) in taskspec.AMOUNTS.items():
+        if type(payload.get(name, 0)) is not int or not low <= payload.get(name, 0) <= high:
+            raise WireError(f"not a payload: its {name} is no number from {low} to {high}")
     return payload

@@ -407,6 +407,8 @@ class Tasks:
             "stdin_input": spec["stdin_input"],
             "cwd": spec["cwd"],
             "prompt": spec["description"] if task.kind == "prompt" else "",
+            **{name: value for name in ("cpu", "memory_bytes", "gpu") if (value := spec["requirements"][name])},
+            **({"priority": spec["priority"]} if spec["priority"] else {}),
         }
         return TaskDocument(
             kind=taskspec.KINDS[task.kind],

@@ -35,6 +35,7 @@ class JobSpec(Struct, frozen=True, gc=False):
     `stdin`. Prompt: `prompt`, and after it the text on `stdin`. File inputs lie in the working directory under their
     names; the tree input named `cwd_input` becomes the working directory itself, other trees are directories in it; the
     file input named `stdin_input` is no file there but what the command reads on standard input, instead of `stdin`.
+    `gpus` are the numbers of those that are this run's own, in the order in which the machine was found to have them.
     `sandbox` is "" (the machine's policy for `ring` decides), "sandboxed" (insist) or "host" (ring own only, and only
     where the policy allows it). With `seal_key` the result leaves the executor sealed only.
     """
@@ -56,6 +57,7 @@ class JobSpec(Struct, frozen=True, gc=False):
     seal_key: bytes | None = None
     wall_s: float = 3_600.0
     memory_bytes_max: int = 1024 * limits.MIB
+    gpus: tuple[int, ...] = ()
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
     outputs: list[str] = []
     outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX

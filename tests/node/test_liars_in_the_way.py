@@ -12,7 +12,7 @@ from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import EscrowLock, Head, LedgerPush, PeerInfo, Winner
 from tests.node.meshkit import Member, Mesh
 from tests.node.test_market_hostile import forged, head
-from tests.node.trades import CREDIT, compute, only, pair, shell, tasks, three
+from tests.node.trades import CREDIT, compute, one_slot, only, pair, shell, tasks, three
 
 
 def tell(sender: Member, receiver: Member, message: object) -> None:
@@ -78,7 +78,7 @@ def test_one_that_always_bids_and_never_takes_does_not_use_up_the_attempts() -> 
 def test_who_hands_back_as_it_ends_gets_the_task_again_when_it_is_back() -> None:
     mesh = Mesh()
     alice, bob = pair(mesh)
-    bob.node.rooms.jobs.slots = 1
+    one_slot(bob)
     bob.runner = lambda member, run: None
     shell(alice, "first", deadline_s=600)
     shell(alice, "second", deadline_s=600)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from clawnet.wire import events as e
 from tests.node.meshkit import Member, Mesh, stopped
-from tests.node.trades import SELFLESS, pair, shell, tasks, three
+from tests.node.trades import SELFLESS, one_slot, pair, shell, tasks, three
 
 
 def test_a_command_that_waited_for_a_slot_does_not_start_again() -> None:
     mesh = Mesh()
     alice, bob = pair(mesh)
-    bob.node.rooms.jobs.slots = 1
+    one_slot(bob)
     bob.runner = lambda member, run: None
     shell(alice, "first")
     shell(alice, "second")
@@ -85,7 +85,7 @@ def test_a_result_for_nothing_is_synced_before_its_executor_hears_that_it_came()
 def test_what_was_handed_back_does_not_start_after_a_power_loss() -> None:
     mesh = Mesh()
     alice, bob, carol = three(mesh)
-    bob.node.rooms.jobs.slots = 1
+    one_slot(bob)
     bob.runner = lambda member, run: None
     for word in ("first", "second"):
         shell(alice, word, peer=["bob", "carol"] if word == "second" else ["bob"], exclude=[])

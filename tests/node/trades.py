@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from clawnet.ledger.entries import Claim, Release, parse
 from clawnet.market.records import FINAL_STATES, Task, decode_task
 from tests.node.meshkit import Member, Mesh
@@ -77,6 +79,12 @@ def claims(member: Member) -> int:
     entries = [parse(row[-1]) for row in member.store.load_all("entries")]
     mine = [entry.body for entry in entries if entry.account == member.account and isinstance(entry.body, Claim)]
     return sum(item.key is not None for body in mine for item in body.items)
+
+
+def one_slot(member: Member) -> None:
+    """Only one of its jobs runs at a time."""
+    jobs = member.node.rooms.jobs
+    jobs.resized(msgspec.structs.replace(member.node.rooms.placing.capacity, slots=1))
 
 
 def laws(mesh: Mesh) -> None:
