@@ -335,6 +335,15 @@ _TABLE: Final[tuple[Key, ...]] = (
     Key("execution.prompt_slots", "integer", "2", "prompts that the endpoint is asked at once", RELOAD, "1", "64"),
     Key("execution.queue_max", "integer", "256", "tasks won that may wait for a slot", RESTART, "0", "4096"),
     Key("execution.memory_max", "size", "1GiB", "memory of one run", RELOAD, "16MiB", "1TiB"),
+    Key(
+        "execution.disk_max",
+        "size",
+        "4GiB",
+        "what one shell run may have on the disk besides its inputs",
+        RELOAD,
+        "1MiB",
+        "16TiB",
+    ),
     Key("execution.wall_max", "duration", "1h", "how long one run may take", RELOAD, "1s", "24h"),
     Key("execution.output_max", "size", "64MiB", "stdout and stderr of one run together", RELOAD, "4KiB", "64MiB"),
     Key(

@@ -344,7 +344,8 @@ class Executor:
             self._shell_ended(spec, run, ended, dirs)
 
         place, stdin = self._places.place(mode), feeding.stdin_path(spec, self._blobs)
-        run = ShellRun(spec, dirs.work, place, stdin=stdin, on_output=on_output, on_end=on_end)
+        room = self.settings.disk_bytes_max + sum(item.size for item in feeding.placed(spec))
+        run = ShellRun(spec, dirs.work, place, stdin=stdin, disk_bytes_max=room, on_output=on_output, on_end=on_end)
         run.start()
         self._running[job] = run
 

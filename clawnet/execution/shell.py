@@ -23,11 +23,10 @@ from clawnet.execution import process, sandbox_bwrap
 from clawnet.execution.feeding import Feed
 from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
 from clawnet.execution.spec import JobSpec
+from clawnet.execution.watching import Bounds, Watchdog
 
 STDOUT, STDERR = 1, 2
 _LIFELINE_FD: Final = 5
-_FIRST_LOOK_S: Final = 0.01
-_GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
 _PAUSE_S: Final = 0.02
 _SPOOL_BYTES: Final = limits.MIB
 
@@ -127,7 +126,8 @@ class _Stream:
 class ShellRun:
     """One run. `on_output(stream, offset, data)` comes as output does, `on_end(Ended)` once, after all of it.
 
-    `stdin` is a file to read standard input from instead of `spec.stdin`.
+    `stdin` is a file to read standard input from instead of `spec.stdin`; `disk_bytes_max` bounds what lies
+    in the job's directories.
     """
 
     def __init__(
@@ -137,6 +137,7 @@ class ShellRun:
         place: Place,
         *,
         stdin: Path | None = None,
+        disk_bytes_max: int = limits.RUN_DISK_BYTES_MAX,
         on_output: Callable[[int, int, bytes], None],
         on_end: Callable[[Ended], None],
     ) -> None:
@@ -156,8 +157,8 @@ class ShellRun:
         self._result: tuple[int, Any] | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._started_s = 0.0
-        self._peak_bytes = 0
-        self._sampled_cpu_s = 0.0
+        self._disk_bytes_max = disk_bytes_max
+        self._watchdog: Watchdog | None = None
         self._finished = False
 
     # --- start
@@ -202,7 +203,9 @@ class ShellRun:
             self._feed.start()
         self._later(spec.wall_s, self.stop, "wall_limit", f"the run took longer than {spec.wall_s:g} s")
         if process.LINUX:
-            self._later(_FIRST_LOOK_S, self._look)
+            bounds = Bounds(spec.memory_bytes_max, self._disk_bytes_max)
+            self._watchdog = Watchdog(bounds, self._directory.parent, members=self._members, end=self.stop)
+            self._watchdog.start()
 
     def _standard_input(self) -> int:
         """A descriptor for the command to read from."""
@@ -346,29 +349,10 @@ class ShellRun:
         if self._place.sandbox is None:
             self._kill_host()
 
-    def _look(self) -> None:
-        """The watchdog: the memory of all processes together, the processor time so far, the room on the disk."""
-        if self._child is None or self._child.ended:
-            return
-        members = self._members()
-        most = self.spec.memory_bytes_max
-        used = process.resident_bytes(members)
-        if used > most:
-            used = process.proportional_bytes(members)
-        self._peak_bytes = max(self._peak_bytes, used)
-        self._sampled_cpu_s = max(self._sampled_cpu_s, process.cpu_seconds(members))
-        if used > most:
-            self.stop("memory_limit", f"the run held {used} bytes of memory; {most} are allowed")
-            return
-        disk = os.statvfs(self._place.spool_dir)
-        if disk.f_bavail * disk.f_frsize < limits.DISK_RESERVE_BYTES:
-            self.stop("failed", "the disk of the working directories is nearly full")
-            return
-        pause_s = (most - used) / _GROWTH_BYTES_PER_S
-        self._later(min(max(pause_s, limits.WATCH_MIN_S), limits.WATCH_MAX_S), self._look)
-
     def _on_exit(self, status: int, usage: Any) -> None:
         self._result = (status, usage)
+        if self._watchdog is not None:
+            self._watchdog.stop()
         for timer in self._timers:
             timer.cancel()
         for stream in self.streams:
@@ -407,6 +391,7 @@ class ShellRun:
         else:
             how, reason = "failed", "the run could not be set up: " + self._last_words()
         unit = 1024 if process.LINUX else 1
+        seen = self._watchdog
         # The kernel counts our own size into a process that posix_spawn started: a smaller figure says nothing.
         largest = usage.ru_maxrss if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss else 0
         return Ended(
@@ -415,8 +400,8 @@ class ShellRun:
             exit_code=code,
             signal=number,
             duration_s=time.monotonic() - self._started_s,
-            cpu_s=max(usage.ru_utime + usage.ru_stime, self._sampled_cpu_s),
-            memory_bytes_max=max(self._peak_bytes, largest * unit),
+            cpu_s=max(usage.ru_utime + usage.ru_stime, seen.cpu_s if seen is not None else 0.0),
+            memory_bytes_max=max(largest * unit, seen.peak_bytes if seen is not None else 0),
         )
 
     def _outcome(self, status: int) -> tuple[bool, int | None, int | None]:

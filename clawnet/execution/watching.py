@@ -1,0 +1,212 @@
+"""The watchdog over a run: memory of all its processes together, processor time, disk space, room on the machine.
+
+What the kernel would bound with a cgroup is looked at here, since few machines give a user one that can be written. A
+run may therefore pass a bound for the moment between two looks; what it holds then is given back by ending it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.execution import process
+
+FIRST_LOOK_S: Final = 0.01
+_GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
+_WALK_SHARE: Final = 20
+_OPEN_MAX: Final = 65_536
+
+
+class Bounds(Struct, frozen=True, gc=False):
+    """What a run may hold. `disk_bytes_max` is of its working directory, inputs included."""
+
+    memory_bytes_max: int
+    disk_bytes_max: int
+    files_max: int = limits.RUN_FILES_MAX
+
+
+class Used(Struct, gc=False):
+    """What lies on the disk for a run: bytes as allocated, files and directories, whether any lie too `deep`."""
+
+    bytes: int = 0
+    files: int = 0
+    deep: bool = False
+
+
+def disk_used(root: Path, members: Sequence[int], files_max: int) -> Used:
+    """What lies below `root`, and what `members` hold open though it has no name any longer; stops above `files_max`
+    and at directories nested more than RUN_DEPTH_MAX deep.
+
+    Links are not followed, also where one takes a directory's place meanwhile; a file of several names counts once.
+    """
+    found = Used()
+    seen: set[tuple[int, int]] = set()
+
+    def add(info: os.stat_result) -> None:
+        if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
+            key = (info.st_dev, info.st_ino)
+            if key in seen:
+                return
+            seen.add(key)
+        found.files += 1
+        found.bytes += info.st_blocks * 512
+
+    top = len(root.parts)
+    for path, directories, files, descriptor in os.fwalk(root, follow_symlinks=False):
+        for name in (*directories, *files):
+            try:
+                add(os.stat(name, dir_fd=descriptor, follow_symlinks=False))
+            except OSError:
+                continue  # gone meanwhile
+        found.deep = path.count("/") + 1 - top >= limits.RUN_DEPTH_MAX
+        if found.deep or found.files > files_max:
+            return found
+    try:
+        device = root.stat().st_dev
+    except OSError:
+        return found
+    looked = 0
+    for pid in members:
+        try:
+            names = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        for name in names:
+            looked += 1
+            if looked > _OPEN_MAX:
+                return found
+            try:
+                info = os.stat(f"/proc/{pid}/fd/{name}")
+            except OSError:
+                continue
+            key = (info.st_dev, info.st_ino)
+            if info.st_nlink == 0 and info.st_dev == device and stat.S_ISREG(info.st_mode) and key not in seen:
+                seen.add(key)
+                found.bytes += info.st_blocks * 512
+    return found
+
+
+def memory_left() -> int | None:
+    """What this machine can still give without swapping; None where it does not tell."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            for line in file:
+                if line.startswith(b"MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+class Watchdog:
+    """Looks at one run again and again until `stop`; ends it with `end(how, reason)` when it holds too much.
+
+    `members` gives its processes, `root` is the directory of the job, on the file system of the working directories.
+    `peak_bytes` and `cpu_s` are the most that was seen.
+    """
+
+    def __init__(
+        self, bounds: Bounds, root: Path, *, members: Callable[[], list[int]], end: Callable[[str, str], None]
+    ) -> None:
+        self.peak_bytes = 0
+        self.cpu_s = 0.0
+        self._bounds = bounds
+        self._root = root
+        self._members = members
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self._walking = False
+        self._walked_s = time.monotonic()
+        self._walk_took_s = 0.0
+        self._used_bytes = 0
+        self._free_then = _free(root)
+
+    def start(self) -> None:
+        """The first look comes at once: a run that begins holds nothing yet."""
+        self._timer = self._loop.call_later(FIRST_LOOK_S, self._look)
+
+    def stop(self) -> None:
+        """No more looks."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._stopped:
+            return
+        members = self._members()
+        most = self._bounds.memory_bytes_max
+        used = process.resident_bytes(members)
+        if used > most:
+            used = process.proportional_bytes(members)
+        self.peak_bytes = max(self.peak_bytes, used)
+        self.cpu_s = max(self.cpu_s, process.cpu_seconds(members))
+        if used > most:
+            self._end("memory_limit", f"the run held {used} bytes of memory; {most} are allowed")
+            return
+        if self._machine_is_full():
+            return
+        self._look_at_disk(members)
+        pause_s = (most - used) / _GROWTH_BYTES_PER_S
+        self._timer = self._loop.call_later(min(max(pause_s, limits.WATCH_MIN_S), limits.WATCH_MAX_S), self._look)
+
+    def _machine_is_full(self) -> bool:
+        left = memory_left()
+        if left is not None and left < limits.MEMORY_RESERVE_BYTES:
+            self._end("failed", "the memory of the executor is nearly used up")
+            return True
+        if _free(self._root) < limits.DISK_RESERVE_BYTES:
+            self._end("failed", "the disk of the working directories is nearly full")
+            return True
+        return False
+
+    # --- disk
+
+    def _look_at_disk(self, members: list[int]) -> None:
+        """Walks the working directory when it can have grown too large since the last walk, and now and then anyway."""
+        if self._walking:
+            return
+        left = self._bounds.disk_bytes_max - self._used_bytes
+        taken = self._free_then - _free(self._root)
+        rest_s = max(limits.WATCH_DISK_S, _WALK_SHARE * self._walk_took_s)
+        if taken <= left and time.monotonic() - self._walked_s < rest_s:
+            return
+        self._walking = True
+        self._walked_s = time.monotonic()
+        free = _free(self._root)
+        future = self._loop.run_in_executor(None, disk_used, self._root, members, self._bounds.files_max)
+        future.add_done_callback(lambda done: self._walked(done, free))
+
+    def _walked(self, done: asyncio.Future[Used], free: int) -> None:
+        self._walking = False
+        if self._stopped or done.cancelled() or done.exception() is not None:
+            return  # a directory that goes away under the walk is one of a run that ends
+        found = done.result()
+        self._walk_took_s = time.monotonic() - self._walked_s
+        self._used_bytes, self._free_then = found.bytes, free
+        most = self._bounds.disk_bytes_max
+        if found.bytes > most:
+            self._end("disk_limit", f"the run held {found.bytes} bytes on the disk; {most} are allowed")
+        elif found.files > self._bounds.files_max:
+            self._end("disk_limit", f"the run made more than {self._bounds.files_max} files")
+        elif found.deep:
+            self._end("disk_limit", f"the run nested directories more than {limits.RUN_DEPTH_MAX} deep")
+
+
+def _free(path: Path) -> int:
+    """The bytes that a user may still write there; a path that is gone has room enough."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return 2**62
+    return found.f_bavail * found.f_frsize
