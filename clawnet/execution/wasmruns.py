@@ -1,0 +1,107 @@
+"""What the node and its workers say to each other about WebAssembly runs, and whether such can be done here at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from clawnet import limits
+
+WASM: Final = "wasm"
+TRAPPED: Final = 134
+"""The exit code of a module that trapped, as of a program that was aborted."""
+NO_WASM: Final = "wasmtime is not installed here, so WebAssembly modules do not run"
+NO_WASM_REMEDY: Final = "pip install wasmtime, then `clawnet daemon restart`"
+NOT_HERE: Final = "wasmtime is installed, but has no engine for this system"
+_LIBRARIES: Final = {"linux": "_libwasmtime.so", "android": "_libwasmtime.so", "darwin": "_libwasmtime.dylib"}
+_MACHINES: Final = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
+
+
+class InputFile(Struct, frozen=True, array_like=True, gc=False):
+    """An input as the module finds it; a tree without a name is its root. `key` names the content."""
+
+    name: str
+    kind: str
+    path: str
+    size: int
+    mode: int
+    key: str
+
+
+class WasmRequest(Struct, frozen=True, array_like=True, gc=False):
+    """One run. `key` names the module's content and `module` is its file; `argv` begins with the program's name.
+
+    Standard input is `stdin`, or the file `stdin_path` whose content `stdin_key` names. `directory` is the run's own;
+    it is made when long streams, or files that match `outputs`, are to be left in it.
+    """
+
+    module: str
+    key: str
+    argv: list[str]
+    env: dict[str, str] = {}
+    stdin: bytes = b""
+    stdin_path: str = ""
+    stdin_key: str = ""
+    files: list[InputFile] = []
+    fuel: int = 0
+    memory_bytes_max: int = 1024 * limits.MIB
+    output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
+    directory: str = ""
+    outputs: list[str] = []
+    cache: str = ""
+    cache_bytes_max: int = 0
+
+
+class WasmEnded(Struct, frozen=True, array_like=True, gc=False):
+    """How a run ended: streams are bytes, or None when they lie in the run's directory as stream-1 and stream-2."""
+
+    exit_code: int
+    stdout_bytes: int
+    stderr_bytes: int
+    stdout: bytes | None
+    stderr: bytes | None
+    fuel: int
+    memory_bytes: int
+
+
+def engine_trouble() -> str:
+    """Why no module can run here; "" when one can. Looks at what is installed and loads nothing."""
+    spec = importlib.util.find_spec("wasmtime")
+    if spec is None or spec.origin is None:
+        return NO_WASM
+    system = "android" if hasattr(sys, "getandroidapilevel") else sys.platform
+    machine = _MACHINES.get(platform.machine(), platform.machine())
+    library = _LIBRARIES.get(system, "_wasmtime.dll")
+    return "" if (Path(spec.origin).parent / f"{system}-{machine}" / library).is_file() else NOT_HERE
+
+
+def magic_trouble(first: bytes, size: int) -> str:
+    """What is wrong with a module by its first bytes and its length, as the end of a sentence; "" for nothing."""
+    if size > limits.WASM_MODULE_BYTES_MAX:
+        return f"is larger than a module may be ({limits.WASM_MODULE_BYTES_MAX // limits.MIB} MiB)"
+    if not size:
+        return "is empty"
+    if first[:4] != b"\0asm":
+        if first.lstrip()[:7] == b"(module":
+            return "is WebAssembly text: compile it first (wat2wasm)"
+        return "is no WebAssembly: it does not begin with the bytes of one"
+    if first[4:8] == b"\1\0\0\0":
+        return ""
+    if first[6:8] == b"\1\0":
+        return "is a component, which is not supported: build a WASI preview 1 command (a core module)"
+    return "is WebAssembly of a version that is not supported"
+
+
+def said(word: str, request: WasmRequest, time_s: float) -> str:
+    """The sentence for a bound that ended a run."""
+    return {
+        "wall_limit": f"the module ran longer than {time_s:g} s",
+        "fuel_limit": f"the module used up its fuel of {request.fuel or limits.WASM_FUEL_MAX}",
+        "memory_limit": f"the module wants more memory than {request.memory_bytes_max} bytes",
+        "output_limit": f"the module wrote more than {request.output_bytes_max} bytes",
+    }.get(word, word)
