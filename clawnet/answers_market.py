@@ -63,6 +63,10 @@ class Party(Answer):
 class Usage(Answer):
     """The cost record of a run; of a prompt also its tokens, the model that answered, and why it stopped there.
 
+    `bytes_in` is what went to the executor (the task with its standard input, and the inputs), `bytes_out` what the run
+    brought: both streams and output files. `memory_bytes_max` is 0 when the run was over before it was measured.
+    Seconds, memory and, of a run without a result, `bytes_out` are its executor's word, within what is possible.
+
     `finish_reason` is the endpoint's own word: "length" means that the answer was cut at the longest that is allowed.
     """
 
@@ -70,6 +74,8 @@ class Usage(Answer):
     cpu_s: float
     memory_bytes_max: int
     output_bytes: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
     tokens_in: int | UnsetType = UNSET
     tokens_out: int | UnsetType = UNSET
     model: str | UnsetType = UNSET
@@ -126,6 +132,7 @@ class EscrowRef(Answer):
 class Attempt(Answer):
     """One executor's try at the task; `state` is awarded, locked, accepted, delivering, released, claimed, done, or how
     it ended: rejected, waived, refunded, unpaid, or lost, whose escrow is still locked until a hand-back or its expiry.
+    `usage` is null where nothing ran, or nothing was told of it.
     """
 
     attempt: int
@@ -136,6 +143,7 @@ class Attempt(Answer):
     ended_at: str | None
     reason: str
     escrow: EscrowRef
+    usage: Usage | None = None
 
 
 class Transition(Answer):

@@ -197,6 +197,10 @@ VERIFIER_STDERR_BYTES_MAX: Final = 4 * KIB
 VERIFIER_OUTPUT_BYTES_MAX: Final = 1 * MIB
 ACCEPT_TIMEOUT_MS: Final = 15_000
 LEASE_S: Final = 30
+PROCESSORS_MAX: Final = 4_096
+MEMORY_BYTES_MAX: Final = 2**50
+TOKENS_MAX: Final = 10**12
+"""What the cost record of a run may claim at most."""
 TASK_RETENTION_MS: Final = 30 * 86_400_000
 RESULT_RETENTION_MS: Final = 7 * 86_400_000
 REFUSALS_OWED_MAX: Final = 1_024

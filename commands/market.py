@@ -12,7 +12,7 @@ from clawnet.errors import NotFoundError, TimedOutError, UsageError
 from . import approving, batch, following, paging, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
-from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, table, who, write
+from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, size, table, who, write
 
 FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
 OPEN = [
@@ -246,11 +246,24 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         ("exit code", result.get("exit_code")),
         ("signal", result.get("signal")),
         ("took", seconds(result.get("duration_s"))),
+        *_usage_lines(result.get("usage") or {}),
         ("result sha256", result.get("sha256")),
         ("idempotency key", task["idempotency_key"]),
     ]
     rows += _attempt_lines(task["attempts"])
     return rows + [(f"{t['at']}", f"{t['state']} {t['reason']}") for t in task.get("transitions", [])]
+
+
+def _usage_lines(usage: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run cost."""
+    if not usage:
+        return []
+    return [
+        ("processor", seconds(usage["cpu_s"])),
+        ("peak memory", size(usage["memory_bytes_max"]) if usage["memory_bytes_max"] else "not measured"),
+        ("bytes in", f"{usage['bytes_in']}"),
+        ("bytes out", f"{usage['bytes_out']}"),
+    ]
 
 
 def _attempt_lines(attempts: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -261,7 +274,8 @@ def _attempt_lines(attempts: list[dict[str, Any]]) -> list[tuple[str, str]]:
             f"{who(one['executor'])} {one['state']}"
             + (f" ({one['reason']})" if one["reason"] else "")
             + f", {one['started_at']} to {one['ended_at'] or 'now'}, {one['price']} credits"
-            + (f", escrow {one['escrow']['state']}" if one["escrow"]["id"] else ""),
+            + (f", escrow {one['escrow']['state']}" if one["escrow"]["id"] else "")
+            + "".join(f", {label} {told}" for label, told in _usage_lines(one.get("usage") or {})),
         )
         for one in attempts
     ]

@@ -138,6 +138,16 @@ def who(party: dict[str, Any] | None) -> str:
     return f"{party['name'] or short(party['peer_id'])} ({party['ring']})"
 
 
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
 def seconds(value: float | None) -> str:
     """A duration for people."""
     if value is None:

@@ -8,6 +8,7 @@ from clawnet import limits
 from clawnet.errors import ClawnetError, ExecutorLostError, RemoteError
 from clawnet.identity.keys import verify
 from clawnet.ledger import statements
+from clawnet.market import usage
 from clawnet.market.auction import BidFacts
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
@@ -23,6 +24,7 @@ from clawnet.wire.messages import (
     Output,
     Progress,
     Reject,
+    Result,
     Waiver,
     Winner,
 )
@@ -44,6 +46,14 @@ REJECTS_TAKEN = 3
 def about(task_id: bytes, n: int) -> bytes:
     """The outbox's name of an attempt."""
     return task_id + n.to_bytes(4, "big")
+
+
+def note_cost(attempt: Attempt, told: Result | Waiver, now_ms: int) -> None:
+    """What the run cost, as far as that can be."""
+    cost = usage.Cost(told.duration_s, told.cpu_s, told.memory_bytes_max, told.output_bytes)
+    cost = usage.believed(cost, (now_ms - attempt.awarded_ms) / 1000)
+    attempt.duration_s, attempt.cpu_s = cost.duration_s, cost.cpu_s
+    attempt.memory_bytes_max, attempt.output_bytes = cost.memory_bytes_max, cost.output_bytes
 
 
 class Awards:
@@ -261,6 +271,7 @@ class Awards:
         task, attempt = found
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(message.task_id, message.attempt))
         attempt.state, attempt.reason = "waived", attempt.reason or message.reason
+        note_cost(attempt, message, self._ctx.now)
         attempt.lost = attempt.lost or message.reason in GONE
         self.remembered(task, attempt)
         self._give_back(task, attempt, message.waiver)

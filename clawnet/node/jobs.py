@@ -314,6 +314,11 @@ class Jobs:
 
     def _oblige(self, job: Job, message: Reject | Waiver) -> None:
         """Says that the job is over here. What may run once stays over though the power fails: another may have it."""
+        if isinstance(message, Waiver):
+            cost = (job.duration_s, job.cpu_s, job.memory_bytes_max, job.output_bytes)
+            message = msgspec.structs.replace(
+                message, duration_s=cost[0], cpu_s=cost[1], memory_bytes_max=cost[2], output_bytes=cost[3]
+            )
         self._rooms.outbox.oblige(job.peer, message, job.job)
         self.touch(job)
         if job.retries == 0 and job.peer != self._ctx.me:

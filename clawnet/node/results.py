@@ -10,10 +10,11 @@ from clawnet.identity.keys import verify
 from clawnet.ledger import statements
 from clawnet.ledger.entries import ReleaseItem
 from clawnet.ledger.seal import content_key
+from clawnet.market import usage
 from clawnet.market.records import FINAL_STATES, Attempt, Task
-from clawnet.node.awards import about
+from clawnet.node.awards import about, note_cost
 from clawnet.node.context import Context, held_as, job_id
-from clawnet.node.views import SMALL_STREAMS_BYTES
+from clawnet.node.views import SMALL_STREAMS_BYTES, written
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import BlobReady, Fetch, MessageIn, Open, Opened
@@ -51,8 +52,8 @@ class Results:
             self._rooms.awards.acknowledge(event)
             return
         attempt.delivered_ms = attempt.heard_ms = self._ctx.now
-        attempt.cpu_s, attempt.memory_bytes_max = message.cpu_s, message.memory_bytes_max
-        attempt.duration_s, attempt.waiver = message.duration_s, message.waiver
+        attempt.waiver = message.waiver
+        note_cost(attempt, message, self._ctx.now)
         attempt.inline, attempt.blob, attempt.blob_bytes = bool(message.inline), message.blob, message.blob_bytes
         if message.inline:
             self.stored(task, attempt, message.inline)
@@ -229,7 +230,9 @@ class Results:
                 ctx.hold(task.task_id, blob)
         result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
         result["attempt"] = attempt.n
-        result["usage"] = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
+        told = {name: getattr(bundle.usage, name) for name in bundle.usage.__struct_fields__}
+        result["usage"] = usage.kept(told, (ctx.now - attempt.awarded_ms) / 1000)
+        attempt.output_bytes = written(result)
         stdout, stderr = result["stdout"], result["stderr"]
         if stdout is None or stderr is None:
             ctx.delete("results", task.task_id, attempt.n)

@@ -35,14 +35,41 @@ def _stream(data: bytes | None, name: str) -> dict[str, Any]:
         return {name: None, name + "_b64": base64.b64encode(data).decode()}
 
 
-def _usage(kind: str, result: dict[str, Any]) -> dict[str, Any]:
+def written(result: dict[str, Any]) -> int:
+    """The bytes that a run brought: both streams, an answer's text, output files."""
+    streams: int = result["stdout_bytes"] + result["stderr_bytes"] + len((result["text"] or "").encode())
+    files: int = result.get("outputs_bytes", 0)  # a result of an older version has none
+    return streams + files
+
+
+def _usage(task: Task, result: dict[str, Any]) -> dict[str, Any]:
     """The cost record; tokens and model are a prompt's alone."""
     usage = dict(result["usage"])
-    if kind != "prompt":
+    if task.kind != "prompt":
         for name in ("tokens_in", "tokens_out", "model", "finish_reason"):
             usage.pop(name, None)
     text = len((result["text"] or "").encode())
-    return {**usage, "output_bytes": result["stdout_bytes"] + result["stderr_bytes"] + text}
+    streams = result["stdout_bytes"] + result["stderr_bytes"] + text
+    return {**usage, "output_bytes": streams, "bytes_in": _sent(task), "bytes_out": written(result)}
+
+
+def _sent(task: Task) -> int:
+    """What an executor gets: the document, standard input in it, and the inputs."""
+    return task.document_bytes + task.input_bytes
+
+
+def _attempt_usage(task: Task, attempt: Attempt) -> dict[str, Any] | None:
+    """What a try has cost, also one that failed, as its executor told it; None where nothing was told."""
+    if not (attempt.duration_s or attempt.cpu_s or attempt.output_bytes):
+        return None
+    return {
+        "duration_s": attempt.duration_s,
+        "cpu_s": attempt.cpu_s,
+        "memory_bytes_max": attempt.memory_bytes_max,
+        "output_bytes": attempt.output_bytes,
+        "bytes_in": _sent(task),
+        "bytes_out": attempt.output_bytes,
+    }
 
 
 class Views:
@@ -92,7 +119,7 @@ class Views:
             "price": None if shown is None else format_credits(shown.released_ucr or shown.price_ucr),
             "ring": None if shown is None else ("own" if shown.ring == "self" else shown.ring),
             "executor": None if shown is None else self._rooms.members.party(shown.peer),
-            "attempts": [self._attempt(attempt) for attempt in task.attempts],
+            "attempts": [self._attempt(task, attempt) for attempt in task.attempts],
             "bids": task.bids,
             "escrow": self._escrow(shown),
             "result": self._result(task),
@@ -121,7 +148,7 @@ class Views:
             "amount": format_credits(attempt.released_ucr or attempt.price_ucr),
         }
 
-    def _attempt(self, attempt: Attempt) -> dict[str, Any]:
+    def _attempt(self, task: Task, attempt: Attempt) -> dict[str, Any]:
         lost = not attempt.paying and not attempt.closed and attempt.state in UNDER_WAY
         ended = attempt.delivered_ms or attempt.ended_ms
         return {
@@ -133,6 +160,7 @@ class Views:
             "ended_at": time_text(ended) if ended else None,
             "reason": attempt.reason,
             "escrow": self._escrow(attempt),
+            "usage": _attempt_usage(task, attempt),
         }
 
     def _result(self, task: Task) -> dict[str, Any] | None:
@@ -152,7 +180,7 @@ class Views:
             "outputs": result["outputs"],
             "sha256": result["sha256"].hex(),
             "duration_s": usage["duration_s"],
-            "usage": _usage(task.kind, result),
+            "usage": _usage(task, result),
             "stdout_bytes": result["stdout_bytes"],
             "stderr_bytes": result["stderr_bytes"],
         }
@@ -227,7 +255,7 @@ class Views:
             "summary": summary,
             "hint": APPROVE if is_held(task) else task.error_hint,
             "rounds": rounds,
-            "attempts": [self._attempt(attempt) for attempt in task.attempts],
+            "attempts": [self._attempt(task, attempt) for attempt in task.attempts],
             "transitions": self.transitions(transitions, newest),
         }
 

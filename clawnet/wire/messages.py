@@ -373,13 +373,20 @@ class Output(Message, frozen=True):
 
 
 class Waiver(Message, frozen=True):
-    """TASK_WAIVER: the attempt ends without a result; `waiver` frees the line, `report` says what happened."""
+    """TASK_WAIVER: the attempt ends without a result; `waiver` frees the line, `report` says what happened.
+
+    The last four are the cost record of a run that ended so; all 0 when nothing ran.
+    """
 
     task_id: Bytes16
     attempt: U32
     waiver: Statement
     reason: Word
     report: Annotated[bytes, Meta(max_length=64 * limits.KIB)]
+    duration_s: Seconds = 0.0
+    cpu_s: Seconds = 0.0
+    memory_bytes_max: U64 = 0
+    output_bytes: U64 = 0
 
 
 class Settlement(Message, frozen=True):
