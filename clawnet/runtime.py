@@ -278,7 +278,7 @@ class Runtime:
         self.switch.hangup(effect.old, f"its node goes on as {effect.new}")
 
     def _fetch(self, effect: e.Fetch) -> None:
-        known = [self.blobs.came_from(blob, effect.source) for blob, _ in effect.blobs]
+        known = [self.blobs.came_from(blob, size, effect.source) for blob, size in effect.blobs]
         if effect.peer == self.me or all(known):
             reason, fault = ("", "") if all(known) else ("a blob is missing from this node's store", e.STORAGE)
             self.feed(e.BlobReady(effect.request, reason, fault=fault))

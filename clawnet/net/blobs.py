@@ -78,8 +78,8 @@ class BlobStore(Protocol):
     def has(self, blob: bytes, /) -> bool:
         """Whether the blob is here, whole."""
 
-    def came_from(self, blob: bytes, source: str, /) -> bool:
-        """Whether it is here and the source has shown that it has it; any blob counts for the empty source."""
+    def came_from(self, blob: bytes, size: int, source: str, /) -> bool:
+        """Whether it is here, of that size, and the source has shown that it has it; the empty source need not."""
 
     def note_source(self, blob: bytes, source: str, /) -> object:
         """The source has sent all of it."""

@@ -109,9 +109,10 @@ class BlobFetcher:
 
     def missing(self, wish: Wish) -> list[tuple[bytes, int]]:
         """What of it is not here."""
-        return [
-            (blob, size) for blob, size in dict.fromkeys(wish.blobs) if not self._store.came_from(blob, wish.source)
-        ]
+        sizes = dict(wish.blobs)
+        if any(sizes[blob] != size for blob, size in wish.blobs):
+            raise WireError("one blob is promised with two sizes")
+        return [(blob, size) for blob, size in sizes.items() if not self._store.came_from(blob, size, wish.source)]
 
     def forget(self, connection: Connection) -> None:
         """The connection is gone, and its idle streams with it."""

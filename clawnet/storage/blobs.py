@@ -300,9 +300,11 @@ class BlobStore:
 
     # --- who has sent what
 
-    def came_from(self, blob: bytes, source: str) -> bool:
-        """Whether the blob is here and `source` has shown that it has it; an empty source need not show it."""
-        return self.has(blob) and (not source or source_tag(source) in self._sources_of(blob))
+    def came_from(self, blob: bytes, size: int, source: str) -> bool:
+        """Whether the blob is here, of that size, and `source` has shown that it has it; an empty one need not."""
+        return (
+            self.has(blob) and self.size(blob) == size and (not source or source_tag(source) in self._sources_of(blob))
+        )
 
     def note_source(self, blob: bytes, source: str) -> None:
         """`source` has sent the blob, whole; remembered over restarts where it is large, as long as it is here."""

@@ -248,7 +248,7 @@ class World:
     def revoke(self, task_id: bytes) -> None:
         self.note("revoke", task_id)
 
-    def came_from(self, blob: bytes, source: str) -> bool:
+    def came_from(self, blob: bytes, size: int, source: str) -> bool:
         return False
 
     def size(self, blob: bytes) -> int:
@@ -272,11 +272,16 @@ class Executor:
     def stop(self, job: bytes) -> None:
         self.world.note("stop", job)
 
-    def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
+    def pack(
+        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+    ) -> None:
         self.world.note("pack", request)
 
     def open_result(self, effect: e.Open) -> None:
         self.world.note("open", effect.request)
+
+    def stop_judging(self, request: bytes) -> None:
+        self.world.note("stop_judging", request)
 
     def read_output(self, effect: e.ReadOutput) -> None:
         self.world.note("read", effect.job)

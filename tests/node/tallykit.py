@@ -120,7 +120,7 @@ class Ports:
     def revoke(self, task_id: bytes) -> None:
         self.story.append(("revoke", task_id))
 
-    def came_from(self, blob: bytes, source: str) -> bool:
+    def came_from(self, blob: bytes, size: int, source: str) -> bool:
         return blob in self.blobs
 
     def size(self, blob: bytes) -> int:

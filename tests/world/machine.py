@@ -88,7 +88,7 @@ class Blobs:
     def succeeded(self, old: str, new: str) -> None:
         """The port's: nobody changes its key in this world."""
 
-    def came_from(self, blob: bytes, source: str) -> bool:
+    def came_from(self, blob: bytes, size: int, source: str) -> bool:
         """The port's; whoever names a blob here has it."""
         return blob in self.data
 
@@ -172,7 +172,12 @@ class Executor:
         data = b"working\n"[effect.offset :][: effect.length] if effect.job in self.runs else b""
         self._machine.runtime.feed(e.OutputKept(effect.job, effect.stream, effect.offset, data))
 
-    def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
+    def stop_judging(self, request: bytes) -> None:
+        """The port's: here a result is judged in no time."""
+
+    def pack(
+        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+    ) -> None:
         """The port's: a file's content is its path, some times over."""
         machine = self._machine
         items = []
