@@ -27,6 +27,7 @@ SECTIONS: Final[dict[str, str]] = {
     "openclaw": "The AI endpoint.",
     "tui": "The live view.",
     "execution": "How tasks run on this machine.",
+    "execution.input_max": "The most that the inputs of one task may be, by the ring of who sends it.",
     "execution.shell": "For whom shell tasks run here, and how.",
     "execution.prompt": "Whose prompts the AI endpoint answers (an OpenClaw agent that has tools: own machines alone).",
     "storage": "The database and the files beside it.",
@@ -389,3 +390,15 @@ _TABLE: Final[tuple[Key, ...]] = (
 )
 
 KEYS: Final[dict[str, Key]] = {key.name: key for key in _TABLE}
+    Key("execution.input_max.own", "size", "16GiB", "own machines", RELOAD, "0", "16GiB"),
+    Key("execution.input_max.member", "size", "4GiB", "members", RELOAD, "0", "16GiB"),
+    Key("execution.input_max.stranger", "size", "1MiB", "strangers", RELOAD, "0", "16GiB"),
+    Key(
+        "storage.requester_max",
+        "size",
+        "5GiB",
+        "inputs and unpaid results kept for one requester, own machines apart",
+        RELOAD,
+        "1MiB",
+        "1024TiB",
+    ),

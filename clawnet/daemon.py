@@ -217,8 +217,9 @@ class Daemon:
         facts = MeshFacts.of(local, self.key.public, mesh_key)
         terms = LedgerTerms.of(facts.charter)
         place = host.stamp(self.home.database)
+        key, switch = self.key, self.switch
         ports = Ports(
-            secrets.token_bytes, self.key.sign, self.switch.rtt_ms, owner, self.switch.skew_ms, self.key.unseal, place
+            secrets.token_bytes, key.sign, switch.rtt_ms, owner, switch.skew_ms, key.unseal, place, self.blobs.room
         )
         node = Node(
             self.config,
@@ -470,6 +471,7 @@ class Daemon:
             for task_id in sweep(self._store, clock_ms(), self._node.kept_ids()):
                 self.blobs.revoke(task_id)
             self.blobs.sweep(clock_ms() - 2 * limits.RESULT_RETENTION_MS)
+            self.blobs.sweep_parts(clock_ms() - limits.BLOB_PART_AGE_MS)
         except StorageError as error:
             self._log("error", "storage.sweep_failed", reason=error.message)
 

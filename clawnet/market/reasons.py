@@ -25,6 +25,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"
     DEADLINE = "deadline"
     FULL = "full"
+    QUOTA = "quota"
     RATE = "rate"
     DRAINING = "draining"
     BUSY_AUDIT = "busy_audit"
@@ -48,9 +49,10 @@ MEANING: Final[dict[Reason, str]] = {
     Reason.POLICY: "its policy refuses this kind of task from this ring",
     Reason.NOT_TRUSTED: "it does not accept work from this requester (ban, fork proof, or too low a reputation)",
     Reason.REPUTATION: "its reputation here is below the minimum asked for",
-    Reason.TOO_LARGE: "inputs or payload are larger than it takes",
+    Reason.TOO_LARGE: "the inputs are larger than it takes from this ring (execution.input_max), or the payload is",
     Reason.DEADLINE: "it cannot be done before the deadline",
     Reason.FULL: "all its slots are taken",
+    Reason.QUOTA: "it keeps as much for this requester already as it does for any",
     Reason.RATE: "it was asked more often than it allows",
     Reason.DRAINING: "it is shutting down",
     Reason.BUSY_AUDIT: "it is still auditing the requester's chain",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEN_S_MS = 10_000
 RUNNING = ("awarded", "locked", "accepted")
 WAIVABLE = (*RUNNING, "unpaid")
-TRANSIENT = frozenset(("full", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
+TRANSIENT = frozenset(("full", "quota", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
 """Words of a REJECT after which the same executor may be asked again: its state of the moment stood in the way."""
 GONE = frozenset(("restarted", "draining"))
 """Words of a WAIVER or REJECT that say nothing of the task, only that its executor could not go on."""

@@ -79,8 +79,11 @@ class Bidding:
             durations=self.durations,
             rates=self.rates,
             now_ms=ctx.now,
+            input_bytes_max=rooms.quotas.input_bytes_max(ring),
             draining=ctx.draining,
         )
+        if not isinstance(terms, Reason):
+            terms = rooms.quotas.refusal(peer, ring, offer.input_bytes) or terms
         if isinstance(terms, Reason):
             return Decline(offer.task_id, offer.round, terms.value)
         if ring != "own":

@@ -48,6 +48,8 @@ class Ports(Struct, frozen=True):
     """Opens what was sealed to this node's key; None when it was not."""
     host: str = ""
     """Where the database lies, "machine file" (observe/host.py): another place may be a copy. Empty: not told."""
+    room_bytes: Callable[[], int] = lambda: 2**62
+    """How many bytes more the disk takes, and `storage.max_size` allows."""
 
 
 class Link(Struct):

@@ -24,12 +24,14 @@ from clawnet.node.invites import Invites
 from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
+from clawnet.node.loads import Loads
 from clawnet.node.mesh_keys import MeshKeys
 from clawnet.node.neighbours import Neighbours
 from clawnet.node.offers import Offers
 from clawnet.node.pay import Pay
 from clawnet.node.placing import Placing
 from clawnet.node.reaching import Reaching
+from clawnet.node.quotas import Quotas
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.removals import Removals
 from clawnet.node.results import Results
@@ -48,31 +50,6 @@ from clawnet.wire.messages import Kind
 
 Read = Callable[[str, tuple[Any, ...]], Iterable[tuple[Any, ...]]]
 """A named read of storage/queries.py, or "table:NAME" for all rows of a table; used at start-up only."""
-
-
-class Loads:
-    """Reads of the database in progress: who goes on with the rows when they come."""
-
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
-        self._waiting: dict[int, tuple[Callable[[tuple[Any, ...]], None], int, str]] = {}
-        self._next = 0
-
-    def ask(self, query: str, args: tuple[Any, ...], then: Callable[[tuple[Any, ...]], None], call: int = 0) -> None:
-        """Reads rows; `then` goes on with them in a later turn. Errors of `then` answer `call` when there is one."""
-        self._next += 1
-        self._waiting[self._next] = (then, call, self._ctx.credential)
-        self._ctx.out.append(e.Load((self._next,), query, args))
-
-    def loaded(self, event: e.Loaded) -> None:
-        """The rows are here."""
-        then, call, self._ctx.credential = self._waiting.pop(event.request[0])
-        try:
-            then(event.rows)
-        except ClawnetError as error:
-            if not call:
-                raise
-            self._ctx.fail(call, error)
 
 
 class Rooms:
@@ -108,6 +85,8 @@ class Rooms:
     pay: Pay
     invites: Invites
     writes: Writes
+    fetches: Fetches
+    quotas: Quotas
     views: Views
     calls: Calls
     draining: Draining
@@ -141,6 +120,8 @@ class Node:
         rooms.taking = Taking(self.ctx, rooms)
         rooms.twins = Twins(self.ctx, rooms)
         rooms.relay = Relay(self.ctx, rooms)
+        rooms.fetches = Fetches(self.ctx, rooms)
+        rooms.quotas = Quotas(self.ctx, rooms)
         rooms.successions = Successions(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         self.ctx.wire_me = rooms.successions.present()

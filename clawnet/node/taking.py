@@ -275,9 +275,10 @@ class Taking:
             return lacking.value
         if ctx.now >= min(job.deadline_ms, job.deliver_by_ms):
             return Reason.DEADLINE.value
-        if sum(item.bytes for item in award.document.inputs) > limits.INPUT_BYTES_MAX:
-            return Reason.TOO_LARGE.value
-        return ""
+        # Declared here for the first time: the offer may have told another size.
+        size = sum(item.bytes for item in award.document.inputs)
+        refusal = self._rooms.quotas.refusal(job.peer, job.ring, size)
+        return refusal.value if refusal is not None else ""
 
     # --- refusing
 

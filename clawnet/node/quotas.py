@@ -1,0 +1,49 @@
+"""How much this node takes on its disk for others: for one task by the requester's ring, for one requester, in all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clawnet.market.reasons import Reason
+from clawnet.node.context import Context
+
+if TYPE_CHECKING:
+    from clawnet.node.kernel import Rooms
+
+
+class Quotas:
+    """Asked when an offer comes, before anybody locks a credit, and again when its document is here."""
+
+    def __init__(self, ctx: Context, rooms: Rooms) -> None:
+        self._ctx = ctx
+        self._rooms = rooms
+
+    def input_bytes_max(self, ring: str) -> int:
+        """The most that the inputs of one task of this ring may be."""
+        return self._ctx.config.integer(f"execution.input_max.{ring}")
+
+    def held_bytes(self, peer: str) -> int:
+        """What is kept here for a requester: the inputs of its unfinished tasks, its results until it has paid them."""
+        jobs = self._rooms.jobs
+        held = 0
+        for job in jobs.jobs.values():
+            if job.peer != peer:
+                continue
+            document = jobs.documents.get(job.job)
+            if document is not None:
+                held += sum(item.bytes for item in document.inputs)
+            if not job.inline:
+                held += job.blob_bytes
+        return held
+
+    def refusal(self, peer: str, ring: str, input_bytes: int) -> Reason | None:
+        """Why inputs of this size are not taken; None when they are."""
+        if not input_bytes:
+            return None
+        if input_bytes > self.input_bytes_max(ring):
+            return Reason.TOO_LARGE
+        if ring != "own" and self.held_bytes(peer) + input_bytes > self._ctx.config.integer("storage.requester_max"):
+            return Reason.QUOTA
+        if peer != self._ctx.me and input_bytes > self._ctx.ports.room_bytes():
+            return Reason.STORAGE_FULL
+        return None
