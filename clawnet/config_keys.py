@@ -356,6 +356,9 @@ _TABLE: Final[tuple[Key, ...]] = (
         "0",
         "15GiB",
     ),
+    Key("execution.input_max.own", "size", "16GiB", "own machines", RELOAD, "0", "16GiB"),
+    Key("execution.input_max.member", "size", "4GiB", "members", RELOAD, "0", "16GiB"),
+    Key("execution.input_max.stranger", "size", "1MiB", "strangers", RELOAD, "0", "16GiB"),
     Key("execution.user", "text", "nobody", "whom shell tasks run as when this node runs as root"),
     Key(
         "execution.shell.own",
@@ -378,6 +381,15 @@ _TABLE: Final[tuple[Key, ...]] = (
         "16MiB",
         "1024TiB",
     ),
+    Key(
+        "storage.requester_max",
+        "size",
+        "5GiB",
+        "inputs and unpaid results kept for one requester, own machines apart",
+        RELOAD,
+        "1MiB",
+        "1024TiB",
+    ),
     Key("daemon.drain_timeout", "duration", "30s", "how long a stop waits for what runs", RELOAD, "0s", "1d"),
     Key("security.check_permissions", "flag", "true", "refuse home, keys and config that others own or may write"),
     Key("log.level", "choice", "info", "the least that is written", RELOAD, choices=("debug", "info", "warn", "error")),
@@ -390,15 +402,3 @@ _TABLE: Final[tuple[Key, ...]] = (
 )
 
 KEYS: Final[dict[str, Key]] = {key.name: key for key in _TABLE}
-    Key("execution.input_max.own", "size", "16GiB", "own machines", RELOAD, "0", "16GiB"),
-    Key("execution.input_max.member", "size", "4GiB", "members", RELOAD, "0", "16GiB"),
-    Key("execution.input_max.stranger", "size", "1MiB", "strangers", RELOAD, "0", "16GiB"),
-    Key(
-        "storage.requester_max",
-        "size",
-        "5GiB",
-        "inputs and unpaid results kept for one requester, own machines apart",
-        RELOAD,
-        "1MiB",
-        "1024TiB",
-    ),

@@ -25,6 +25,7 @@ from clawnet.node.jobs import Jobs
 from clawnet.node.leases import Leases
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.loads import Loads
+from clawnet.node.members import Members, MeshFacts
 from clawnet.node.mesh_keys import MeshKeys
 from clawnet.node.neighbours import Neighbours
 from clawnet.node.offers import Offers
@@ -32,6 +33,7 @@ from clawnet.node.pay import Pay
 from clawnet.node.placing import Placing
 from clawnet.node.reaching import Reaching
 from clawnet.node.quotas import Quotas
+from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.removals import Removals
 from clawnet.node.results import Results
@@ -80,13 +82,13 @@ class Rooms:
     bidding: Bidding
     taking: Taking
     placing: Placing
+    fetches: Fetches
+    quotas: Quotas
     jobs: Jobs
     streaming: Streaming
     pay: Pay
     invites: Invites
     writes: Writes
-    fetches: Fetches
-    quotas: Quotas
     views: Views
     calls: Calls
     draining: Draining
@@ -114,14 +116,14 @@ class Node:
         rooms.loads = Loads(self.ctx)
         rooms.bidding = Bidding(self.ctx, rooms)
         rooms.placing = Placing(self.ctx, rooms)
+        rooms.fetches = Fetches(self.ctx, rooms)
+        rooms.quotas = Quotas(self.ctx, rooms)
         rooms.jobs = Jobs(self.ctx, rooms, os_family)
         rooms.streaming = Streaming(self.ctx, rooms)
         rooms.pay = Pay(self.ctx, rooms, escrow_seed)
         rooms.taking = Taking(self.ctx, rooms)
         rooms.twins = Twins(self.ctx, rooms)
         rooms.relay = Relay(self.ctx, rooms)
-        rooms.fetches = Fetches(self.ctx, rooms)
-        rooms.quotas = Quotas(self.ctx, rooms)
         rooms.successions = Successions(self.ctx, rooms)
         rooms.members = Members(self.ctx, rooms, facts, config.text("node.name"))
         self.ctx.wire_me = rooms.successions.present()

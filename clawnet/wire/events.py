@@ -127,10 +127,6 @@ class BlobReady(Stimulus, frozen=True, gc=False):
     request: bytes
     reason: str = ""
     inline: bytes = b""
-
-
-class Opened(Stimulus, frozen=True, gc=False):
-    """An Open ended: `bundle` is the result's summary (execution/bundle.py), or `reason` says why it does not open."""
     fault: str = ""
     received: int = 0
 
@@ -141,6 +137,13 @@ CONTENT = "content"
 """What came is not what was promised: the sender is convicted."""
 STORAGE = "storage"
 """There is no room here, or the disk does not work."""
+
+
+class Opened(Stimulus, frozen=True, gc=False):
+    """An Open ended: `bundle` is the result's summary (execution/bundle.py), or `reason` says why it does not open.
+
+    `verdict` tells how the conditions of the contract came out that were judged here.
+    """
 
     request: bytes
     reason: str
@@ -327,13 +330,18 @@ class PackInputs(Effect, frozen=True, gc=False):
 
 
 class Fetch(Effect, frozen=True, gc=False):
-    """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: a small one comes inline."""
+    """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: a small one comes inline.
+
+    Blobs that are here are not fetched if `source` has sent them before, or is empty; else the peer has to show that it
+    has them.
+    """
 
     request: bytes
     peer: str
     task_id: bytes
     blobs: tuple[tuple[bytes, int], ...]
     inline_max: int = 0
+    source: str = ""
 
 
 class GrantBlob(Effect, frozen=True, gc=False):
@@ -350,7 +358,6 @@ class RevokeBlobs(Effect, frozen=True, gc=False):
     task_id: bytes
 
 
-    source: str = ""
 class Open(Effect, frozen=True, gc=False):
     """Unseal a result (key None: it is not sealed) held inline or as a blob; answered by Opened."""
 
