@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from clawnet.execution import bundle
 from clawnet.wire.events import TaskExited
-
-
-def physical_memory() -> int:
-    """Bytes of memory this machine has."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**62  # not told: the configured bound is what counts
 
 
 def with_result(job: bytes, head: bundle.Head, packed: bundle.Packed) -> TaskExited:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +15,11 @@ from typing import IO, Any, Final, TypeVar
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, StorageFullError
-from clawnet.execution import bundle, delivery, feeding, inputs
+from clawnet.execution import bundle, delivery, feeding, gpu, inputs
 from clawnet.execution.compute import ComputePool
-from clawnet.execution.endings import physical_memory, with_result, without_result
+from clawnet.execution.endings import with_result, without_result
 from clawnet.execution.endpoint import Answer
+from clawnet.execution.hardware import memory_for_runs, processors
 from clawnet.execution.probe import ProbeResult
 from clawnet.execution.prompt import PromptRunner, finding, prompt_text
 from clawnet.execution.spec import COMPUTE, OPERATIONS, PROMPT, SHELL, BlobPort, ExecutionSettings, JobSpec, check
@@ -75,6 +75,7 @@ class Executor:
         self._computing: dict[bytes, JobSpec] = {}
         self._prompts = PromptRunner(settings.prompts, self._retell)
         self._busy: set[Future[Any]] = set()
+        self._gpus = gpu.Found()
         self._started = False
         self._idle: asyncio.Event
         self._pool: ComputePool
@@ -88,8 +89,9 @@ class Executor:
         self._pool = ComputePool(
             self.settings.worker_argv, self._loop, workers_max=self.settings.slots, on_broken=self._on_broken
         )
+        self._gpus = await gpu.find()
         if sys.platform != "win32":
-            self._places = Places(self.settings, self._home)
+            self._places = Places(self.settings, self._home, self._gpus.gpus)
             self._dirs: WorkDirs = self._places.dirs
         feeding.sweep(self._home)
         self._started = True
@@ -114,7 +116,7 @@ class Executor:
         if self.probe is not None:
             level, text = ("ok", "shell tasks run sandboxed") if self.probe.passed else ("warn", self.probe.reason)
             found.insert(0, {"check": "sandbox", "level": level, "message": text, "remedy": self.probe.remedy})
-        return found
+        return [*found, *gpu.findings(self._gpus, self.settings.gpus)]
 
     async def close(self) -> None:
         """Ends everything that runs (TaskExited says cancelled) and leaves no process and no file behind.
@@ -153,9 +155,9 @@ class Executor:
         return CapacityChanged(
             capabilities=tuple(sorted(words)),
             shell_rings=rings,
-            cpu=os.cpu_count() or 1,
-            memory_bytes=min(physical_memory(), self.settings.memory_bytes_max),
-            gpu=0,
+            cpu=min(self.settings.cpus or limits.CPUS_MAX, processors()),
+            memory_bytes=memory_for_runs(self.settings.memory_bytes_total),
+            gpu=min(self.settings.gpus, len(self._gpus.gpus)),
             models=(serving.model,) if serving.up and serving.model else (),
             prompt_rings=serving.rings if serving.up else (),
             prompt_trouble=serving.reason if self.settings.prompts.endpoint else "",
@@ -225,7 +227,7 @@ class Executor:
             spec,
             job=job,
             wall_s=min(spec.wall_s, settings.wall_s_max, limits.RUN_WALL_S_MAX),
-            memory_bytes_max=min(spec.memory_bytes_max, settings.memory_bytes_max),
+            memory_bytes_max=min(spec.memory_bytes_max, memory_for_runs(settings.memory_bytes_total)),
             output_bytes_max=min(spec.output_bytes_max, settings.output_bytes_max, limits.RUN_OUTPUT_BYTES_MAX),
             outputs_bytes_max=min(spec.outputs_bytes_max, settings.outputs_bytes_max),
         )

@@ -9,6 +9,7 @@ import msgspec
 
 from clawnet.errors import ConfigError
 from clawnet.execution import probe, process, seccomp
+from clawnet.execution.gpu import Gpu
 from clawnet.execution.probe import ProbeResult
 from clawnet.execution.sandbox_bwrap import Bubblewrap
 from clawnet.execution.shell import Place
@@ -39,9 +40,10 @@ def run_as(user: str) -> int | None:
 class Places:
     """Opened once by the executor; then `mode` and `place` answer for each run."""
 
-    def __init__(self, settings: ExecutionSettings, home: Home) -> None:
+    def __init__(self, settings: ExecutionSettings, home: Home, gpus: tuple[Gpu, ...] = ()) -> None:
         self._settings = settings
         self._home = home
+        self._gpus = gpus
         self.uid = run_as(settings.user)
         self.dirs = WorkDirs(home, self.uid)
         self.host_allowed = os.getuid() != 0 or bool(settings.user)
@@ -57,7 +59,7 @@ class Places:
             for pid in process.marked(self._mark):
                 process.send(pid, 9)
         base = self.dirs.base
-        self._host = Place(None, -1, self.uid, base, self._mark, backlog=self._settings.backlog)
+        self._host = Place(None, -1, self.uid, base, self._mark, backlog=self._settings.backlog, gpus=self._gpus)
         self._probe = await self._probed()
         return self._probe
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -116,10 +116,20 @@ class Bubblewrap:
         return [*words, "--proc", "/proc", "--dev", "/dev"]
 
     def argv(
-        self, directory: Path, command: list[str], *, limit: Mapping[str, int], tmp_bytes: int, seccomp: bool
+        self,
+        directory: Path,
+        command: list[str],
+        *,
+        limit: Mapping[str, int],
+        tmp_bytes: int,
+        seccomp: bool,
+        devices: Sequence[str] = (),
     ) -> list[str]:
-        """The whole command line of a run; environment variables come through OPTIONS_FD, where nobody reads them."""
-        words = [*drop_words(self.uid), self.program, *self._fixed]
+        """The whole command line of a run; environment variables come through OPTIONS_FD, where nobody reads them.
+
+        `devices` are words that bind the device files of GPUs that are this run's own (execution/gpu.py).
+        """
+        words = [*drop_words(self.uid), self.program, *self._fixed, *devices]
         if self._sizes:
             words += ["--size", str(tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
             words += ["--size", str(tmp_bytes), "--tmpfs", "/tmp"]

@@ -19,7 +19,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.execution import process, sandbox_bwrap
+from clawnet.execution import gpu, process, sandbox_bwrap
 from clawnet.execution.feeding import Feed
 from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
 from clawnet.execution.spec import JobSpec
@@ -68,18 +68,20 @@ class Place(Struct, frozen=True):
     mark: str = ""
     processes: int = limits.RUN_PROCESSES_MAX
     backlog: Callable[[], bool] = lambda: False
+    gpus: tuple[gpu.Gpu, ...] = ()
 
 
 def environment_of(spec: JobSpec, place: Place, directory: Path) -> dict[str, str]:
     """All that a run finds in its environment."""
     if place.sandbox is not None:
         base = {"PATH": PATH, "HOME": JOB_DIR, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
-        return {**base, **spec.env}
+        return {**base, **spec.env, **gpu.variables(place.gpus, spec.gpus)}
     # Of a root node the run is somebody else, for whom root's own PATH means little.
     path = PATH if place.uid is not None else os.environ.get("PATH", PATH)
     base = {"PATH": path, "HOME": str(directory), "LANG": "C.UTF-8"}
     base["TMPDIR"] = str(directory.parent / "tmp")
-    return {**base, **spec.env, process.MARK: place.mark + spec.job.hex()}
+    mark = {process.MARK: place.mark + spec.job.hex()}
+    return {**base, **spec.env, **gpu.variables(place.gpus, spec.gpus), **mark}
 
 
 def command_of(spec: JobSpec) -> list[str]:
@@ -227,7 +229,12 @@ class ShellRun:
         if place.sandbox is not None:
             tmp_bytes = min(spec.memory_bytes_max // 4, limits.RUN_TMP_BYTES_MAX)
             argv = place.sandbox.argv(
-                self._directory, command_of(spec), limit=limit, tmp_bytes=tmp_bytes, seccomp=place.seccomp >= 0
+                self._directory,
+                command_of(spec),
+                limit=limit,
+                tmp_bytes=tmp_bytes,
+                seccomp=place.seccomp >= 0,
+                devices=gpu.bind_words(place.gpus, spec.gpus),
             )
             return argv, clean
         argv = ["/bin/sh", "-c", _HOST_SCRIPT.format(**limit), "sh", str(self._directory), *command_of(spec)]

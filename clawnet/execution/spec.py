@@ -28,8 +28,9 @@ class ExecutionSettings(Struct, frozen=True):
 
     `shell_own` is auto, sandboxed, host or off; `shell_member` and `shell_stranger` are sandboxed or off. `user` is
     whom tasks run as when this node runs as root: a name, a number, or empty (then no host runs as root). A run's
-    own limits are cut down to the maxima here. `backlog` tells whether the node has more waiting than it should:
-    then output is left in the pipes for a while, and the writing task waits.
+    own limits are cut down to the maxima here. All runs together have `cpus` processors and `memory_bytes_total` bytes
+    (0: what the machine has, of memory three quarters), and of its GPUs the first `gpus`. `backlog` tells whether the
+    node has more waiting than it should: then output is left in the pipes for a while, and the writing task waits.
     """
 
     shell_own: str = "auto"
@@ -38,6 +39,9 @@ class ExecutionSettings(Struct, frozen=True):
     user: str = "nobody"
     slots: int = 0
     memory_bytes_max: int = 1024 * limits.MIB
+    cpus: int = 0
+    memory_bytes_total: int = 0
+    gpus: int = limits.GPUS_MAX
     disk_bytes_max: int = limits.RUN_DISK_BYTES_MAX
     wall_s_max: float = 3_600.0
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
@@ -65,6 +69,9 @@ class ExecutionSettings(Struct, frozen=True):
             user=read.text("execution.user"),
             slots=read.integer("execution.slots"),
             memory_bytes_max=read.integer("execution.memory_max"),
+            cpus=read.integer("execution.cpus"),
+            memory_bytes_total=read.integer("execution.memory_total"),
+            gpus=read.integer("execution.gpus"),
             disk_bytes_max=read.integer("execution.disk_max"),
             wall_s_max=read.seconds("execution.wall_max"),
             output_bytes_max=read.integer("execution.output_max"),

@@ -81,8 +81,8 @@ class Placing:
         capacity = self.capacity
         slots = max(capacity.slots, 1)
         share_bytes = min(capacity.memory_bytes // slots, self._ctx.config.integer("execution.memory_max"))
-        asked_bytes = max(memory_bytes, limits.RUN_MEMORY_BYTES_MIN) if memory_bytes else share_bytes
-        return Amounts(1, cpu * MILLI or capacity.cpu_milli // slots, asked_bytes, gpu)
+        bytes_max = max(memory_bytes or share_bytes, limits.RUN_MEMORY_BYTES_MIN)
+        return Amounts(1, cpu * MILLI or capacity.cpu_milli // slots, bytes_max, gpu)
 
     def memory_bytes_max(self, job: Job) -> int:
         """What its run may use: all that is set aside for it."""
