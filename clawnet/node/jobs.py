@@ -15,13 +15,15 @@ from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
-from clawnet.wire.events import BlobReady, Fetch, MessageIn, Run, StopRun, TaskExited
-from clawnet.wire.jobspec import InputRef, JobSpec
+from clawnet.node.verdicts import checks_of, files_of
+from clawnet.wire.events import STORAGE, BlobReady, MessageIn, Run, StopRun, TaskExited
+from clawnet.wire.jobspec import JobSpec
 from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
+INPUTS = b"inputs:"
 ACTIVE = ("fetching", "queued", "running")
 
 
@@ -35,7 +37,6 @@ class Jobs:
         self.jobs: dict[bytes, Job] = {}
         self.running: dict[bytes, None] = {}
         self.documents: dict[bytes, taskdoc.TaskDocument] = {}
-        self._unfetched: dict[bytes, None] = {}
         self._dirty: dict[bytes, Job] = {}
         self._progress_armed = False
 
@@ -68,44 +69,30 @@ class Jobs:
         self._rooms.placing.expect(job)
         for item in document.inputs:
             self._ctx.hold(held_as(job.job, "inputs"), item.blob)
-        self._fetch(job, document)
-
-    def _fetch(self, job: Job, document: taskdoc.TaskDocument) -> None:
-        self._unfetched.pop(job.job, None)
         blobs = tuple((item.blob, item.bytes) for item in document.inputs)
-        self._ctx.out.append(Fetch(b"inputs:" + job.job, job.peer, job.job, blobs))
+        self._rooms.fetches.begin(INPUTS + job.job, job.peer, job.job, blobs)
+        self._ctx.wake(("job", job.job), min(job.deadline_ms, job.deliver_by_ms))
 
     def inputs_fetched(self, event: BlobReady) -> None:
         """All inputs are here, or cannot be had."""
-        job = self.jobs.get(event.request[len(b"inputs:") :])
+        job = self.jobs.get(event.request[len(INPUTS) :])
         if job is None or job.state != "fetching":
             return
         if event.reason:
-            if self._ctx.connected(job.peer):
-                self._give_up(job, "inputs", event.reason)
-            else:
-                self._unfetched[job.job] = None  # until its requester is back, or its deadline
-                self._ctx.wake(("job", job.job), min(job.deadline_ms, job.deliver_by_ms))
+            self._give_up(job, "storage_full" if event.fault == STORAGE else "inputs", event.reason)
             return
         job.state = "queued"
         self._rooms.placing.wait(job)
         self.touch(job)
-
-    def peer_up(self, peer: str) -> None:
-        """A requester is back: the inputs that could not be had from it are asked for again."""
-        for identifier in list(self._unfetched):
-            job = self.jobs.get(identifier)
-            if job is None or job.state != "fetching":
-                del self._unfetched[identifier]
-            elif job.peer == peer:
-                self._fetch(job, self.documents[identifier])
 
     def timer(self, identifier: bytes) -> None:
         """A deadline has passed for inputs that never came; or the pay of a delivered job is waited for."""
         job = self.jobs.get(identifier)
         if job is not None and job.state == "fetching":
             if self._ctx.now >= min(job.deadline_ms, job.deliver_by_ms):
-                self._give_up(job, "inputs", "they could not be fetched in time")
+                trouble = self._rooms.fetches.trouble(INPUTS + identifier)
+                text = "they could not be fetched in time"
+                self._give_up(job, "inputs", f"{text}: {trouble}" if trouble else text)
         elif job is not None:
             self._rooms.pay.timer(job)
 
@@ -245,6 +232,7 @@ class Jobs:
         """The job needs neither document nor inputs nor a place in the queue."""
         document = self.documents.pop(job.job, None)
         if document is not None and document.inputs:
+            self._rooms.fetches.forget(INPUTS + job.job)
             self._ctx.let_go(held_as(job.job, "inputs"))
         self._rooms.placing.leave(job)
 

@@ -19,11 +19,11 @@ from clawnet.node.calls import Calls
 from clawnet.node.cards import Cards
 from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.draining import Draining
+from clawnet.node.fetches import Fetches
 from clawnet.node.gossiping import Gossiping
 from clawnet.node.invites import Invites
-from clawnet.node.jobs import Jobs
+from clawnet.node.jobs import INPUTS, Jobs
 from clawnet.node.leases import Leases
-from clawnet.node.members import Members, MeshFacts
 from clawnet.node.loads import Loads
 from clawnet.node.members import Members, MeshFacts
 from clawnet.node.mesh_keys import MeshKeys
@@ -31,7 +31,6 @@ from clawnet.node.neighbours import Neighbours
 from clawnet.node.offers import Offers
 from clawnet.node.pay import Pay
 from clawnet.node.placing import Placing
-from clawnet.node.reaching import Reaching
 from clawnet.node.quotas import Quotas
 from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
@@ -407,6 +406,8 @@ class Node:
             rooms.auctions.timer(key[1])
         elif what == "job":
             rooms.jobs.timer(key[1])
+        elif what == "fetch":
+            rooms.fetches.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
         elif what == "output":
@@ -444,7 +445,9 @@ class Node:
                 self.ctx.fail(call, error)
 
     def _blob_ready(self, event: e.BlobReady) -> None:
-        if event.request.startswith(b"inputs:"):
+        if not self.rooms.fetches.over(event):
+            return
+        if event.request.startswith(INPUTS):
             self.rooms.jobs.inputs_fetched(event)
         else:
             self.rooms.results.blob_ready(event)

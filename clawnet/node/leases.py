@@ -126,6 +126,8 @@ class Leases:
         ended = [attempt for attempt in task.attempts if attempt.reason]
         if ended:
             text += f"; attempt {ended[-1].n + 1} had ended before: {ended[-1].reason}"
+        if trouble := self._rooms.results.trouble(task):
+            text += f"; the result is there and could not be fetched: {trouble}"
         error = TimedOutError(text, hint="allow more with --deadline")
         self._rooms.tasks.finish(task, "timed_out", error)
 

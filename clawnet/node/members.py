@@ -189,7 +189,7 @@ class Members:
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
         self._rooms.auctions.met(event.peer, connected=True)
-        self._rooms.jobs.peer_up(event.peer)
+        self._rooms.fetches.peer_up(event.peer)
         self._rooms.tasks.followers.peer_up(event.peer)
 
     def remember(self, peer: str, name: str, certificates: list[bytes], membership: Membership) -> PeerRecord:

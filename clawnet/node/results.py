@@ -17,11 +17,13 @@ from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.views import SMALL_STREAMS_BYTES, written
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire.blobid import blob_id
-from clawnet.wire.events import BlobReady, Fetch, MessageIn, Open, Opened
+from clawnet.wire.events import CONTENT, STORAGE, BlobReady, MessageIn, Open, Opened
 from clawnet.wire.messages import Accept, Cancel, Kind, Result
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
+
+RESULT = b"result:"
 
 
 class Results:
@@ -48,8 +50,8 @@ class Results:
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
         reason = _bytes_wrong(message) or (self._note_wrong(attempt, message) if attempt.lock_seq >= 0 else "")
         if reason:
-            self._ctx.log("security", "result.refused", peer=attempt.peer, reason=reason)
             self._rooms.awards.acknowledge(event)
+            self._refused(task, attempt, f"its result was refused: {reason}", Outcome.BAD_RESULT)
             return
         attempt.delivered_ms = attempt.heard_ms = self._ctx.now
         attempt.waiver = message.waiver
@@ -99,28 +101,52 @@ class Results:
         attempt.state = "fetching"
         award = job_id(ctx.me, task.task_id, attempt.n)
         ctx.hold(held_as(award, "sealed"), attempt.blob)
-        request = b"result:" + about(task.task_id, attempt.n)
-        ctx.out.append(Fetch(request, attempt.peer, award, ((attempt.blob, attempt.blob_bytes),)))
+        blobs = ((attempt.blob, attempt.blob_bytes),)
+        self._rooms.fetches.begin(_request(task, attempt), attempt.peer, award, blobs, patient=True)
 
     def forget(self, task: Task, attempt: Attempt) -> None:
         """The attempt is closed: its sealed bytes are not needed any more."""
         self.sealed.pop(about(task.task_id, attempt.n), None)
         if not attempt.inline and attempt.blob:
+            self._rooms.fetches.forget(_request(task, attempt))
             self._ctx.let_go(held_as(job_id(self._ctx.me, task.task_id, attempt.n), "sealed"))
 
     def blob_ready(self, event: BlobReady) -> None:
-        """The sealed blob is here and synced, or its executor could not serve it now."""
-        found = self._rooms.awards.of_about(event.request[len(b"result:") :])
+        """The sealed blob is here and synced, or cannot be had."""
+        found = self._rooms.awards.of_about(event.request[len(RESULT) :])
         if found is None or found[1].state != "fetching":
             return
         task, attempt = found
         if event.reason:
-            attempt.state = "accepted"
-            self._ctx.log("warn", "result.fetch_failed", task=task.task_id.hex(), reason=event.reason)
-        else:
-            self.stored(task, attempt, b"")
+            ours = event.fault == STORAGE
+            outcome = Outcome.BAD_RESULT if event.fault == CONTENT else None if ours else Outcome.LOST
+            self._refused(task, attempt, f"its result could not be fetched: {event.reason}", outcome)
+            return
+        self.stored(task, attempt, b"")
         self._rooms.tasks.touch(task)
         self._rooms.leases.arm(task)
+
+    def _refused(self, task: Task, attempt: Attempt, why: str, outcome: Outcome | None) -> None:
+        """What this executor delivered is none: nothing is released for it, and a line comes back at its expiry."""
+        rooms = self._rooms
+        self._ctx.log("security", "result.refused", peer=attempt.peer, task=task.task_id.hex(), reason=why)
+        if outcome is not None:
+            rooms.members.receipt(attempt, outcome, task)
+        held = attempt.paying
+        if attempt.lock_seq < 0:
+            rooms.awards.close(task, attempt, "lost", why)
+        else:
+            self.forget(task, attempt)
+            attempt.state, attempt.reason = "unpaid", why
+        if held:
+            rooms.awards.move_slot(task, attempt, why)
+        rooms.tasks.touch(task)
+        rooms.leases.arm(task)
+
+    def trouble(self, task: Task) -> str:
+        """Why the result that this task waits for could not be fetched so far; empty when nothing stands in the way."""
+        attempt = task.paying
+        return self._rooms.fetches.trouble(_request(task, attempt)) if attempt is not None else ""
 
     def stored(self, task: Task, attempt: Attempt, inline: bytes) -> None:
         """The sealed result is durable with this turn: with a lock the release is written beside it."""
@@ -245,6 +271,10 @@ class Results:
             ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
             self._rooms.views.keep_streams(task.task_id, stdout, stderr)
         task.result = result
+
+
+def _request(task: Task, attempt: Attempt) -> bytes:
+    return RESULT + about(task.task_id, attempt.n)
 
 
 def _bytes_wrong(message: Result) -> str:
