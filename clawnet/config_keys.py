@@ -364,6 +364,15 @@ _TABLE: Final[tuple[Key, ...]] = (
         "1TiB",
     ),
     Key(
+        "execution.wasm_cache",
+        "size",
+        "256MiB",
+        "compiled WebAssembly modules kept on disk; 0: none",
+        RELOAD,
+        "0",
+        "1TiB",
+    ),
+    Key(
         "execution.disk_max",
         "size",
         "4GiB",
@@ -373,6 +382,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "16TiB",
     ),
     Key("execution.wall_max", "duration", "1h", "how long one run may take", RELOAD, "1s", "24h"),
+    Key("execution.verifier_wall_max", "duration", "60s", "how long one verifier may take", RELOAD, "1s", "1h"),
     Key("execution.output_max", "size", "64MiB", "stdout and stderr of one run together", RELOAD, "4KiB", "64MiB"),
     Key(
         "execution.outputs_max",

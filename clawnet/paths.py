@@ -157,6 +157,16 @@ class Home:
         return self.data_dir / "work"
 
     @property
+    def wasm_cache_dir(self) -> Path:
+        """Compiled WebAssembly modules: native code, so nobody else may write there."""
+        return self.data_dir / "wasm"
+
+    @property
+    def wasm_runs_dir(self) -> Path:
+        """Where runs of modules leave long output; emptied at start."""
+        return self.data_dir / "wasm-runs"
+
+    @property
     def logs_dir(self) -> Path:
         return self.data_dir / "logs"
 

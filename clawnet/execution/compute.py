@@ -2,7 +2,8 @@
 
 One worker is started with the node. When an operation keeps it busy, what waits behind is given to another, up to
 WORKERS_MAX. A worker that dies, or that is killed for overrunning a time limit, costs the operation it was at; all
-others are pure and are simply asked again of the next.
+others are pure and are simply asked again of the next. Where it is not certain which one that was, each of those that
+were under way is asked again alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import msgspec
 
 from clawnet import limits
 from clawnet.config_endpoint import without_secrets
+from clawnet.execution.wasmruns import WASM
 
 DEFAULT_ARGV: Final = (sys.executable, "-m", "clawnet.commands", "_worker")
 _OVERRUN_S: Final = 1.0
@@ -34,13 +36,18 @@ Answer = Callable[[bytes, str, float], None]
 """(data, reason, cpu_s); the reason is empty, a word of TaskExited.ended, or a sentence."""
 
 
+def _nobody(data: bytes, reason: str, cpu_s: float) -> None:
+    """Hears the answer to what was cancelled."""
+
+
 class _Asked:
-    __slots__ = ("answer", "job", "request", "time_s")
+    __slots__ = ("alone", "answer", "job", "request", "time_s")
 
     def __init__(self, job: bytes, request: list[Any], time_s: float, answer: Answer) -> None:
         self.job = job
         self.request = request
         self.time_s = time_s
+        self.alone = False
         self.answer = answer
 
 
@@ -109,12 +116,19 @@ class _Worker(asyncio.Protocol):
             asked = self.unanswered.pop(answer[0], None)
             if asked is not None:
                 asked.answer(answer[1], answer[2], answer[3])
+        if not self.unanswered:
+            self._pool.reap_later()
         self._pool.flush_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.gone:
             self.gone = True
             self._pool.on_gone(self)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is at an operation that may cost it its life."""
+        return any(asked.alone for asked in self.unanswered.values())
 
     def kill(self) -> None:
         if self.process is not None:
@@ -143,6 +157,7 @@ class ComputePool:
         self._failed_starts = 0
         self._flushing = False
         self._checking = False
+        self._reaping = False
         self._stopped = False
         self._on_broken = on_broken
         self._pipes = pipes
@@ -155,7 +170,7 @@ class ComputePool:
         self,
         job: bytes,
         op: str,
-        args: dict[str, Any],
+        args: Any,
         sources: list[Any],
         *,
         time_s: float,
@@ -178,10 +193,13 @@ class ComputePool:
         for worker in self._workers:
             for index, (number, asked) in enumerate(worker.unanswered.items()):
                 if asked.job == job:
-                    busy = index == 0 and self.loop.time() - worker.since_s > limits.WORKER_STUCK_S
-                    del worker.unanswered[number]
-                    if busy:
+                    silent = self.loop.time() - worker.since_s > limits.WORKER_STUCK_S
+                    if index == 0 and (silent or asked.request[1] == WASM):
+                        del worker.unanswered[number]
                         self._retire(worker)
+                    else:
+                        # The worker may come to it, or has just begun: it gets no time beyond the usual grace.
+                        asked.job, asked.answer, asked.time_s = b"", _nobody, 0.0
                     return True
         return False
 
@@ -221,7 +239,12 @@ class ComputePool:
             return
         if not worker.ready:
             self._failed_starts += 1
-        asked = worker.unanswered.pop(next(iter(worker.unanswered))) if worker.ready and worker.unanswered else None
+        asked = None
+        if worker.ready and worker.unanswered:
+            if len(worker.unanswered) == 1 or self._is_stuck(worker):
+                asked = worker.unanswered.pop(next(iter(worker.unanswered)))
+            for each in worker.unanswered.values() if asked is None else ():
+                each.alone = True
         self._retire(worker)
         if asked is not None:
             asked.answer(b"", "the worker process died", 0.0)
@@ -249,7 +272,7 @@ class ComputePool:
         self._on_broken(reason)
 
     def _requeue(self, worker: _Worker) -> None:
-        self._waiting.extendleft(reversed(worker.unanswered.values()))
+        self._waiting.extendleft(each for each in reversed(worker.unanswered.values()) if each.answer is not _nobody)
         worker.unanswered.clear()
 
     def _start_worker(self) -> None:
@@ -285,15 +308,23 @@ class ComputePool:
     def _flush(self) -> None:
         self._flushing = False
         while self._waiting and self._workers:
-            worker = min(self._workers, key=lambda each: (self._is_stuck(each), len(each.unanswered)))
+            free = [each for each in self._workers if not each.unanswered or not (self._waiting[0].alone or each.alone)]
+            if not free:
+                if len(self._workers) < self._workers_max:
+                    self._start_worker()
+                    continue
+                break
+            worker = min(free, key=lambda each: (self._is_stuck(each), len(each.unanswered)))
             room = limits.WORKER_UNANSWERED_MAX - len(worker.unanswered)
             if room <= 0:
                 break
-            share = min(room, -(-len(self._waiting) // len(self._workers)))
+            share = 1 if self._waiting[0].alone else min(room, -(-len(self._waiting) // len(self._workers)))
             if not worker.unanswered:
                 worker.since_s = self.loop.time()
             frames: list[bytes] = []
             for _ in range(share):
+                if self._waiting[0].alone and share > 1:
+                    break
                 asked = self._waiting.popleft()
                 self._number += 1
                 asked.request[0] = self._number
@@ -303,6 +334,22 @@ class ComputePool:
                 frames.append(frame)
             worker.out.write(b"".join(frames))
         self._check_later()
+
+    def reap_later(self) -> None:
+        """Workers beyond the first go again when nothing has come for them in a while."""
+        if len(self._workers) > 1 and not self._reaping:
+            self._reaping = True
+            self.loop.call_later(limits.WORKER_IDLE_S, self._reap)
+
+    def _reap(self) -> None:
+        self._reaping = False
+        if self._stopped:
+            return
+        before_s = self.loop.time() - limits.WORKER_IDLE_S
+        for worker in self._workers[1:]:
+            if not worker.unanswered and worker.ready and worker.since_s <= before_s:
+                self._retire(worker)
+        self.reap_later()
 
     def _is_stuck(self, worker: _Worker) -> bool:
         return bool(worker.unanswered) and self.loop.time() - worker.since_s > limits.WORKER_STUCK_S

@@ -45,7 +45,9 @@ class ExecutionSettings(Struct, frozen=True):
     disk_bytes_max: int = limits.RUN_DISK_BYTES_MAX
     wall_s_max: float = 3_600.0
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
+    verifier_s_max: float = 60.0
     outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX
+    wasm_cache_bytes_max: int = 256 * limits.MIB
     offers: tuple[str, ...] = (COMPUTE, SHELL)
     worker_argv: tuple[str, ...] = ()
     backlog: Callable[[], bool] = field(default=lambda: False)
@@ -75,7 +77,9 @@ class ExecutionSettings(Struct, frozen=True):
             disk_bytes_max=read.integer("execution.disk_max"),
             wall_s_max=read.seconds("execution.wall_max"),
             output_bytes_max=read.integer("execution.output_max"),
+            verifier_s_max=read.seconds("execution.verifier_wall_max"),
             outputs_bytes_max=read.integer("execution.outputs_max"),
+            wasm_cache_bytes_max=read.integer("execution.wasm_cache"),
             offers=tuple(word for word in (COMPUTE, SHELL) if word in offers),
             worker_argv=worker_argv,
             backlog=backlog,
@@ -106,6 +110,9 @@ class BlobPort(Protocol):
 def check(spec: JobSpec) -> None:
     """Raises DataError when no runner could make sense of `spec`, which may have come from a peer."""
     Globs(spec.outputs)
+    if spec.kind == "compute" and spec.module:
+        _check_module(spec)
+        return
     if spec.kind == "compute":
         if spec.op not in OPERATIONS:
             raise DataError(f"there is no operation {spec.op[:40]!r}", hint="known: " + ", ".join(OPERATIONS))
@@ -123,8 +130,22 @@ def check(spec: JobSpec) -> None:
         raise DataError(f"a command cannot start with '-': {command[0][:40]!r}", hint="write ./ before a file's name")
     if sum(len(word) + 1 for word in command) > limits.ARGV_BYTES_MAX:
         raise DataError(f"the command is longer than {limits.ARGV_BYTES_MAX} bytes")
+    _check_environment(spec)
+
+
+def _check_environment(spec: JobSpec) -> None:
     for name, value in spec.env.items():
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise DataError(f"no environment variable can be called {name[:40]!r}")
     if sum(len(name) + len(value) + 2 for name, value in spec.env.items()) > limits.ENV_BYTES_MAX:
         raise DataError(f"the environment is larger than {limits.ENV_BYTES_MAX} bytes")
+
+
+def _check_module(spec: JobSpec) -> None:
+    if spec.op or not any(item.name == spec.module and item.kind == "file" for item in spec.inputs):
+        raise DataError(f"no file among the inputs is called {spec.module[:60]!r}, which was to be the module")
+    if any("\0" in word for word in spec.argv or ()):
+        raise DataError("a module's arguments hold no NUL characters")
+    if sum(len(word) + 1 for word in spec.argv or ()) > limits.ARGV_BYTES_MAX:
+        raise DataError(f"the arguments are longer than {limits.ARGV_BYTES_MAX} bytes")
+    _check_environment(spec)

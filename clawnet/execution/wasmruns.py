@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
+import os
 import sys
-from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
@@ -13,6 +11,7 @@ from msgspec import Struct
 from clawnet import limits
 
 WASM: Final = "wasm"
+ENGINE_TROUBLE: Final = "the engine for WebAssembly does not load here: "
 TRAPPED: Final = 134
 """The exit code of a module that trapped, as of a program that was aborted."""
 NO_WASM: Final = "wasmtime is not installed here, so WebAssembly modules do not run"
@@ -71,13 +70,17 @@ class WasmEnded(Struct, frozen=True, array_like=True, gc=False):
 
 def engine_trouble() -> str:
     """Why no module can run here; "" when one can. Looks at what is installed and loads nothing."""
-    spec = importlib.util.find_spec("wasmtime")
+    import platform
+    from importlib import util
+
+    spec = util.find_spec("wasmtime")
     if spec is None or spec.origin is None:
         return NO_WASM
     system = "android" if hasattr(sys, "getandroidapilevel") else sys.platform
     machine = _MACHINES.get(platform.machine(), platform.machine())
     library = _LIBRARIES.get(system, "_wasmtime.dll")
-    return "" if (Path(spec.origin).parent / f"{system}-{machine}" / library).is_file() else NOT_HERE
+    path = os.path.join(os.path.dirname(spec.origin), f"{system}-{machine}", library)
+    return "" if os.path.isfile(path) else NOT_HERE
 
 
 def magic_trouble(first: bytes, size: int) -> str:

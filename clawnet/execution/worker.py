@@ -1,8 +1,10 @@
-"""The worker process (`clawnet _worker`): built-in operations, one after the other, over a socket on descriptor 0.
+"""The worker process (`clawnet _worker`): operations and modules, one after the other, over a socket on descriptor 0.
 
 Frames are a u32 big-endian length and a MessagePack array. Request: [id, op, args, sources, time_s, answer_bytes_max],
-where a source is bytes, or [name, path] of a blob. Answer: [id, data, reason, cpu_s]; a reason means that it failed.
-Answers of quick operations leave together. The process imports little and starts in the time of a bare Python.
+where a source is bytes, or [name, path] of a blob; of the operation "wasm" `args` is a WasmRequest, and the answer's
+data a WasmEnded (execution/wasmruns.py). Answer: [id, data, reason, cpu_s]; a reason means that it failed. Answers of
+quick operations leave together. The process imports little and starts in the time of a bare Python: the engine for
+WebAssembly comes in with the first module.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from typing import Any, Final
 import msgspec
 
 from clawnet import limits
+from clawnet.execution.wasmruns import ENGINE_TROUBLE, WASM, WasmRequest
 
 _QUICK_BYTES: Final = 64 * limits.KIB
 _READ_BYTES: Final = 256 * limits.KIB
+_TOLD_S: Final = 0.01
+"""Answers wait for one another no longer: what is silent for much longer is at one operation."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder().decode
 
@@ -148,13 +153,29 @@ OPERATIONS: Final[dict[str, Callable[[dict[str, Any], Sources], bytes]]] = {
 }
 
 
+def _judge_schema(args: dict[str, Any], sources: Sources) -> bytes:
+    """Why an answer (the second source) does not pass a schema (the first), or why the schema alone is none."""
+    from clawnet.execution import schema
+
+    if len(sources) == 1:
+        return schema.check(sources[0]).encode()
+    try:
+        return schema.judge(*sources).encode()
+    except schema.Unusable as error:
+        raise Refused(str(error)) from None
+
+
+JUDGES: Final[dict[str, Callable[[dict[str, Any], Sources], bytes]]] = {"schema": _judge_schema}
+"""What acceptance contracts ask for, and no task may."""
+
+
 def _on_alarm(*_: object) -> None:
     raise OutOfTime
 
 
 def perform(op: str, args: Any, sources: Sources, time_s: float, answer_bytes_max: int) -> tuple[bytes, str]:
     """(result, "") or (b"", why not)."""
-    operation = OPERATIONS.get(op)
+    operation = OPERATIONS.get(op) or JUDGES.get(op)
     if operation is None or not isinstance(args, dict):
         return b"", f"there is no operation {op[:40]!r}" if operation is None else "the arguments are no object"
     timed = hasattr(signal, "setitimer")
@@ -179,9 +200,30 @@ def perform(op: str, args: Any, sources: Sources, time_s: float, answer_bytes_ma
     return data, ""
 
 
+def _perform_wasm(args: Any, time_s: float) -> tuple[bytes, str]:
+    """(a WasmEnded, "") or (b"", why not)."""
+    try:
+        from clawnet.execution import wasm
+    except (ImportError, OSError, RuntimeError) as error:
+        return b"", f"{ENGINE_TROUBLE}{error}"[:500]
+    request = msgspec.convert(args, WasmRequest)
+    _allow_memory(request.memory_bytes_max)
+    try:
+        return _encode(wasm.runner().run(request, time_s)), ""
+    except wasm.Failed as error:
+        return b"", str(error)
+    except MemoryError:
+        return b"", "memory_limit"
+    except OSError as error:
+        return b"", f"the module or an input cannot be read: {error.strerror or error}"
+
+
 def _may_take_long(request: list[Any]) -> bool:
-    _, op, _, sources, *_ = request
-    return op == "primes" or any(not isinstance(each, bytes) or len(each) > _QUICK_BYTES for each in sources)
+    _, op, args, sources, *_ = request
+    if op == WASM:
+        loaded = sys.modules.get("clawnet.execution.wasm")
+        return loaded is None or not loaded.runner().is_quick(args[1])
+    return op in ("primes", *JUDGES) or any(not isinstance(each, bytes) or len(each) > _QUICK_BYTES for each in sources)
 
 
 class Channel:
@@ -232,18 +274,30 @@ def _confine() -> None:
         import resource
     except ImportError:
         return  # Windows: the node's own limits on sizes and times are what there is
-    memory = limits.WORKER_MEMORY_BYTES_MAX
-    for name, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_AS, memory)):
+    for name, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, limits.RUN_FILE_BYTES_MAX)):
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        try:
-            resource.setrlimit(name, (value, value))
-        except (OSError, ValueError):
-            continue  # macOS knows no address space limit
+        resource.setrlimit(name, (value, value))
+    _allow_memory(0)
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _allow_memory(module_bytes: int) -> None:
+    """What this process may hold: its own bound, and beside it what a module may have and its files may take.
+
+    It is memory that is really written to that counts (RLIMIT_DATA): the engine reserves far more addresses than a
+    module uses. Where only the address space can be bounded (macOS cannot do even that), what the node checks is left.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    value = limits.WORKER_MEMORY_BYTES_MAX + 2 * module_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def main(descriptor: int = 0) -> None:
@@ -253,11 +307,16 @@ def main(descriptor: int = 0) -> None:
     answers: list[list[Any]] = [[0]]  # number 0: ready
     channel.answer(answers)
     while (requests := channel.requests()) is not None:
+        told_s = time.monotonic()
         for request in requests:
-            if _may_take_long(request):
+            if _may_take_long(request) or time.monotonic() - told_s > _TOLD_S:
                 channel.answer(answers)
+                told_s = time.monotonic()
             number, op, args, sources, time_s, answer_bytes_max = request
             began = time.process_time()
-            data, reason = perform(op, args, sources, time_s, answer_bytes_max)
+            if op == WASM:
+                data, reason = _perform_wasm(args, time_s)
+            else:
+                data, reason = perform(op, args, sources, time_s, answer_bytes_max)
             answers.append([number, data, reason, time.process_time() - began])
         channel.answer(answers)
