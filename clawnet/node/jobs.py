@@ -15,9 +15,8 @@ from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
-from clawnet.node.verdicts import checks_of, files_of
 from clawnet.wire.events import STORAGE, BlobReady, MessageIn, Run, StopRun, TaskExited
-from clawnet.wire.jobspec import JobSpec
+from clawnet.wire.jobspec import InputRef, JobSpec
 from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
 
 if TYPE_CHECKING:
