@@ -121,6 +121,22 @@ class TaskError(Answer):
     exit_code: int = 70
 
 
+class Condition(Answer):
+    """One condition of the acceptance contract and how it came out for the attempt that stands for the task.
+
+    `value` is the condition as `--accept` takes it. `outcome` is passed, failed, broken (its verifier came to no
+    verdict: it crashed, or did not end in time; that is no acceptance), pending, or not_judged; `judged_by` tells whose
+    word that is. `stderr` is the end of what a verifier said there.
+    """
+
+    kind: Literal["exit", "sha256", "schema", "test", "wasm"]
+    value: str
+    outcome: Literal["passed", "failed", "broken", "pending", "not_judged"]
+    judged_by: Literal["executor", "requester"] | None
+    detail: str
+    stderr: str = ""
+
+
 class EscrowRef(Answer):
     """The escrow of the paying attempt: `id` is lock hash and line ("none" state: ring own, nothing was locked)."""
 
@@ -173,6 +189,7 @@ class Task(Answer):
     result: Result | None
     error: TaskError | None
     idempotency_key: str | None
+    acceptance: list[Condition] = field(default_factory=list)
     final: bool = False
     ended_at: str | None = None
     transitions: list[Transition] = field(default_factory=list)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, StorageFullError
-from clawnet.execution import bundle, delivery, feeding, gpu, inputs
+from clawnet.execution import bundle, delivery, feeding, gpu, inputs, verify
 from clawnet.execution.compute import ComputePool
-from clawnet.execution.endings import with_result, without_result
+from clawnet.execution.endings import without_result
 from clawnet.execution.endpoint import Answer
 from clawnet.execution.hardware import memory_for_runs, processors
+from clawnet.execution.opening import Opener
+from clawnet.execution.outgoing import Contents, Outgoing
 from clawnet.execution.probe import ProbeResult
 from clawnet.execution.prompt import PromptRunner, finding, prompt_text
 from clawnet.execution.spec import COMPUTE, OPERATIONS, PROMPT, SHELL, BlobPort, ExecutionSettings, JobSpec, check
@@ -29,7 +31,6 @@ from clawnet.wire.events import (
     CapacityChanged,
     InputsReady,
     Open,
-    Opened,
     OutputKept,
     ReadOutput,
     Stimulus,
@@ -40,7 +41,6 @@ if sys.platform != "win32":
     from clawnet.execution.places import Places
     from clawnet.execution.shell import Ended, ShellRun
 
-_READ_BYTES: Final = 256 * limits.KIB
 _THREADS: Final = 4
 _LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit"))
 T = TypeVar("T")
@@ -79,6 +79,9 @@ class Executor:
         self._started = False
         self._idle: asyncio.Event
         self._pool: ComputePool
+        self._judge: verify.Judge
+        self._opener: Opener
+        self._outgoing: Outgoing
 
     # --- life
 
@@ -93,6 +96,14 @@ class Executor:
         if sys.platform != "win32":
             self._places = Places(self.settings, self._home, self._gpus.gpus)
             self._dirs: WorkDirs = self._places.dirs
+        places = None if sys.platform == "win32" else self._places
+        self._judge = verify.Judge(
+            verify.Bench(
+                self._pool, self._in_thread, self.shell_mode, places, self._note_idle, lambda: self.settings, self._loop
+            )
+        )
+        self._opener = Opener(self._blobs, self._judge, self._in_thread, self._deliver)
+        self._outgoing = Outgoing(self._blobs, self._judge, self._entropy, self._in_thread, self._deliver)
         feeding.sweep(self._home)
         self._started = True
         if COMPUTE in self.settings.offers:
@@ -128,8 +139,9 @@ class Executor:
             return
         for job in [*self._running, *self._preparing, *self._computing]:
             self._stop(job, "the node stops")
+        self._judge.stop_all("the node stops")
         await self._prompts.close()
-        while self._running or self._preparing or self._busy:
+        while self._running or self._preparing or self._busy or self._judge.busy:
             self._idle.clear()
             await self._idle.wait()
         self._pool.stop()
@@ -216,7 +228,7 @@ class Executor:
         elif job in self._computing and self._pool.cancel(job):
             del self._computing[job]
             self._loop.call_soon(self._deliver, without_result(job, "cancelled", reason))
-        else:
+        elif not self._judge.stop(job, reason):
             self._prompts.cancel(job)
 
     def _cut(self, job: bytes, spec: JobSpec) -> JobSpec:
@@ -255,7 +267,7 @@ class Executor:
                 return
             usage = bundle.Usage(self._loop.time() - began_s, cpu_s, 0)
             head = bundle.Head(0, None, len(data), 0, "", usage)
-            self._pack(spec, head, (data,), lambda: None)
+            self._outgoing.send(spec, head, (data,))
 
         self._pool.submit(
             spec.job,
@@ -280,7 +292,7 @@ class Executor:
             usage = bundle.Usage(
                 took_s, 0.0, 0, answer.tokens_in, answer.tokens_out, answer.model, answer.finish_reason
             )
-            self._pack(spec, bundle.Head(0, None, 0, 0, answer.text, usage), (), lambda: None)
+            self._outgoing.send(spec, bundle.Head(0, None, 0, 0, answer.text, usage), ())
 
         self._prompts.run(
             spec.job,
@@ -374,65 +386,35 @@ class Executor:
         files = None
         if spec.outputs:
             files = delivery.Files(dirs.work, spec.outputs, spec.outputs_bytes_max, self._dirs.owner)
-        self._pack(spec, head, _contents(kept), close, files)
+        self._outgoing.send(spec, head, Contents(kept), close, files)
 
     # --- results
-
-    def _pack(
-        self,
-        spec: JobSpec,
-        head: bundle.Head,
-        parts: Iterable[bytes],
-        close: Callable[[], None],
-        files: delivery.Files | None = None,
-    ) -> None:
-        args = (head, parts, spec.seal_key, self._entropy, self._blobs, files)
-        if files is None and head.stdout_bytes + head.stderr_bytes <= limits.RUN_INLINE_WORK_BYTES_MAX:
-            told, packed = delivery.pack(*args)
-            close()
-            self._deliver(with_result(spec.job, told, packed))
-            return
-
-        def done(future: Future[tuple[bundle.Head, bundle.Packed]]) -> None:
-            close()
-            try:
-                exited = with_result(spec.job, *future.result())
-            except (OSError, ClawnetError) as error:
-                exited = delivery.failure(spec.job, head, error)
-            self._deliver(exited)
-
-        self._in_thread(done, delivery.pack, *args)
 
     def open_result(self, effect: Open) -> None:
         """Unseals a result; Opened tells its Summary (execution/bundle.py) or why it does not open."""
 
-        def work() -> bundle.Summary:
-            if effect.inline or not effect.blob_bytes:
-                return bundle.unpack((effect.inline,), effect.key, self._blobs)
-            with self._blobs.path(effect.blob).open("rb") as file:
-                return bundle.unpack(_pieces(file), effect.key, self._blobs)
+        self._opener.open(effect)
 
-        def done(future: Future[bundle.Summary]) -> None:
-            try:
-                opened = Opened(effect.request, "", future.result())
-            except ClawnetError as error:
-                opened = Opened(effect.request, error.message)
-            except OSError as error:
-                opened = Opened(effect.request, f"the result cannot be read: {error.strerror or error}")
-            self._deliver(opened)
-
-        if len(effect.inline) > limits.RUN_INLINE_WORK_BYTES_MAX or not effect.inline:
-            self._in_thread(done, work)
-            return
-        try:
-            self._deliver(Opened(effect.request, "", work()))
-        except ClawnetError as error:
-            self._deliver(Opened(effect.request, error.message))
+    def stop_judging(self, request: bytes) -> None:
+        """Nobody waits for the verdict on an opened result any longer; Opened follows."""
+        self._judge.stop(request, "nobody waits for it any longer")
 
     # --- inputs
 
-    def pack(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
-        """Stores local files and directories as blobs; InputsReady tells them, or the first error."""
+    def pack(
+        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+    ) -> None:
+        """Looks at schemas, stores local files and directories as blobs; InputsReady tells them, or the first error."""
+
+        def looked_at(error: DataError | None) -> None:
+            if error is None:
+                self._store_inputs(request, paths)
+            else:
+                self._deliver(InputsReady(request, (), error.as_dict()))
+
+        self._judge.check_schemas(request, schemas, looked_at)
+
+    def _store_inputs(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
         private = (self._home.dir.resolve(), self._home.data_dir.resolve())
 
         def work() -> tuple[dict[str, Any], ...]:
@@ -477,14 +459,3 @@ class Executor:
 
 def _sentence(error: ClawnetError) -> str:
     return f"{error.message} ({error.hint})" if error.hint else error.message
-
-
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    while data := file.read(_READ_BYTES):
-        yield data
-
-
-def _contents(files: Iterable[Any]) -> Iterator[bytes]:
-    for file in files:
-        file.seek(0)
-        yield from _pieces(file)

@@ -36,7 +36,7 @@ class Condition(_Part, frozen=True):
     """One condition of the acceptance contract, such as ("exit_code", b"0") or ("output_sha256", 32 bytes)."""
 
     kind: Word
-    value: Annotated[bytes, Meta(max_length=64 * limits.KIB)]
+    value: Annotated[bytes, Meta(max_length=limits.CONTRACT_VALUE_BYTES_MAX)]
 
 
 class TaskDocument(_Part, frozen=True):
@@ -49,7 +49,7 @@ class TaskDocument(_Part, frozen=True):
     kind: Word
     payload: Annotated[bytes, Meta(max_length=limits.TASK_DOCUMENT_BYTES_MAX)]
     inputs: Annotated[list[TaskInput], Meta(max_length=limits.INPUTS_MAX)]
-    acceptance: Annotated[list[Condition], Meta(max_length=16)]
+    acceptance: Annotated[list[Condition], Meta(max_length=limits.CONTRACT_CONDITIONS_MAX)]
     lease_s: Annotated[int, Meta(ge=1, le=86_400)]
     compare: bool
     dispute_s: Annotated[int, Meta(ge=0, le=30 * 86_400)]

@@ -64,8 +64,8 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     """The first thing that keeps the node of `card` from doing such a task for a requester of `ring`; None: it fits.
 
     The same rule serves the requester who chooses whom to ask and the worker who is asked. A kind needs its
-    capability word (CAPABILITY_OF_KIND); a shell task also needs `ring` among the card's shell rings, a prompt among
-    its prompt rings.
+    capability word (CAPABILITY_OF_KIND); a shell task, and one whose contract has a verifier command, also needs `ring`
+    among the card's shell rings, a prompt among its prompt rings.
     """
     needed = CAPABILITY_OF_KIND.get(kind)
     offered = {_canonical(word) for word in card.capabilities}
@@ -73,7 +73,7 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
         return Reason.NO_CAPABILITY
     if not all(_canonical(word) in offered for word in requirements.capabilities):
         return Reason.NO_CAPABILITY
-    if needed == SHELL and ring not in card.shell_rings:
+    if SHELL in (needed, *map(_canonical, requirements.capabilities)) and ring not in card.shell_rings:
         return Reason.POLICY
     if needed == AI and ring not in card.prompt_rings:
         return Reason.POLICY

@@ -56,6 +56,8 @@ class Attempt(Struct, array_like=True):
     ended_ms: int = 0
     lost: bool = False
     """It fell silent, stopped or was restarted: where nobody else takes the task its executor may be asked again."""
+    report: bytes = b""
+    """How the conditions of the contract came out (wire/verdict.py): by the executor's report, or as judged here."""
     output_bytes: int = 0
     """What the run wrote: as its executor tells it, and as it is once the result is open."""
 

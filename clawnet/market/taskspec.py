@@ -8,6 +8,7 @@ from typing import Any, Final
 from clawnet import limits
 from clawnet.config import Config
 from clawnet.errors import DataError, NotPermittedError, UsageError
+from clawnet.market import contracts
 from clawnet.money import parse_credits
 
 KINDS: Final = {"shell": "shell_task", "compute": "compute", "prompt": "openclaw_prompt"}
@@ -52,6 +53,7 @@ _FIELDS: Final = frozenset(
         "retries",
         "priority",
         "idempotency_key",
+        "accept",
         "stream",
         "wait",
         "cwd",
@@ -222,9 +224,25 @@ def _operation(spec: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
     return str(op), dict(args)
 
 
-def _requirements(spec: dict[str, Any], kind: str, op: str, family: str) -> dict[str, Any]:
+def _accept(spec: dict[str, Any], inputs: list[dict[str, str]]) -> list[contracts.Accept]:
+    """The acceptance contract; its verifier modules are inputs of the task document, though no files of the task."""
+    found = contracts.read(spec.get("accept"))
+    taken = {item["name"] for item in inputs}
+    for module in contracts.modules(found):
+        if module["name"] in taken:
+            raise _bad("inputs", module["name"], "other names than those of verifier modules (accept-N.wasm)")
+        inputs.append(module)
+    if len(inputs) > limits.INPUTS_MAX:
+        raise _bad("inputs", "…", f"at most {limits.INPUTS_MAX} inputs, verifier modules among them")
+    return found
+
+
+def _requirements(
+    spec: dict[str, Any], kind: str, op: str, family: str, accept: list[contracts.Accept]
+) -> dict[str, Any]:
     capability = {"shell": "shell-execution", "compute": "compute", "prompt": "ai-inference"}[kind]
-    wanted = [capability, *([f"op:{op}"] if op else []), *_words(spec, "require")]
+    wanted = [capability, *([f"op:{op}"] if op else []), *_words(spec, "require"), *contracts.needs(accept)]
+    commands = kind == "shell" or contracts.SHELL in contracts.needs(accept)
     system = _text(spec, "os", 16)
     if system and system not in OS_FAMILIES:
         raise _bad("os", system, ", ".join(OS_FAMILIES))
@@ -236,7 +254,7 @@ def _requirements(spec: dict[str, Any], kind: str, op: str, family: str) -> dict
         "gpu": _amount(spec, "gpu"),
         "model": _text(spec, "model", 64),
         "labels": _words(spec, "labels"),
-        "os": ("" if system == "any" else system or (family if kind == "shell" else "")),
+        "os": ("" if system == "any" else system or (family if commands else "")),
     }
 
 
@@ -275,6 +293,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     retries = spec.get("retries")
     inputs = _inputs(spec)
     stdin_input = _with_stdin(spec, kind, inputs)
+    accept = _accept(spec, inputs)
     default_deadline_s = config.seconds("market.task_timeout")
     return {
         "type": kind,
@@ -292,7 +311,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "budget_given": budget is not None,
         "deadline_s": _number(spec, "deadline_s", 0.1, 30 * 86_400, default_deadline_s),
         "bid_timeout_s": _number(spec, "bid_timeout_s", 0.05, 3_600, config.seconds("market.bid_timeout")),
-        "requirements": _requirements(spec, kind, op, family),
+        "requirements": _requirements(spec, kind, op, family, accept),
         "peer": _words(spec, "peer", 128),
         "exclude": _words(spec, "exclude", 128),
         "ring": ring,
@@ -302,6 +321,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         else (0 if kind == "shell" else 2),
         "priority": _amount(spec, "priority"),
         "idempotency_key": _text(spec, "idempotency_key", 256),
+        "accept": [{"kind": one.kind, "text": one.text, "value": one.value} for one in accept],
         "stream": bool(spec.get("stream", True)),
     }
 

@@ -405,6 +405,10 @@ class Auctions:
             )
             self._rooms.tasks.finish(task, "timed_out", error)
             return
+        failed = self._rooms.verdicts.nobody_left(task)
+        if failed is not None:
+            self._rooms.tasks.finish(task, "failed", failed)
+            return
         short = self._short.get(task.task_id) or self._rooms.spending.blocked(task, max(1, self.budget_left(task)))
         if short is not None and {SPEND, "price"} & set(refusals):
             self._rooms.tasks.finish(task, "failed", short)

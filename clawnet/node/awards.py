@@ -28,6 +28,7 @@ from clawnet.wire.messages import (
     Waiver,
     Winner,
 )
+from clawnet.wire.verdict import CONTRACT
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -277,6 +278,9 @@ class Awards:
         self._give_back(task, attempt, message.waiver)
         if task.state in FINAL_STATES or not attempt.paying:
             return
+        if message.reason == CONTRACT:
+            self._rooms.verdicts.sent_back(task, attempt, message.report)
+            return
         self._rooms.members.receipt(attempt, outcome_of_waiver(message.reason), task)
         text = message.report.decode("utf-8", "replace")
         self.move_slot(task, attempt, f"{message.reason}: {text}" if text else message.reason)
@@ -342,6 +346,7 @@ class Awards:
     def task_final(self, task: Task) -> None:
         """Nothing more is fetched for the task once its attempts are closed."""
         self.documents.pop(task.task_id, None)
+        self._rooms.verdicts.task_final(task)
         if task.inputs:
             self._ctx.let_go(held_as(task.task_id, "inputs"))
         self._rooms.leases.arm(task)
@@ -362,11 +367,7 @@ class Awards:
         task.error_code = task.error_text = task.error_hint = ""
         if not free:
             if task.retries_left <= 0:
-                name = self._rooms.members.name_of(attempt.peer)
-                error = ExecutorLostError(
-                    f"{name} did not finish the task: {why}", hint="clawnet market show tells more"
-                )
-                self._rooms.tasks.finish(task, "failed", error)
+                self._rooms.tasks.finish(task, "failed", self._rooms.verdicts.given_up(task, attempt, why))
                 return
             task.retries_left -= 1
         if len(task.attempts) >= limits.ATTEMPTS_MAX:

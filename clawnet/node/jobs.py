@@ -15,8 +15,9 @@ from clawnet.market.records import Job, encode
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
+from clawnet.node.verdicts import checks_of, files_of
 from clawnet.wire.events import STORAGE, BlobReady, MessageIn, Run, StopRun, TaskExited
-from clawnet.wire.jobspec import InputRef, JobSpec
+from clawnet.wire.jobspec import JobSpec
 from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Jobs:
                     "op": payload.get("op") or "",
                     "op_args": payload.get("op_args") or {},
                     "env": payload.get("env") or {},
-                    "inputs": [InputRef(i.name, i.kind, i.blob, i.bytes, i.mode) for i in document.inputs],
+                    "inputs": files_of(document),
                     "stdin": payload.get("stdin"),
                     "stdin_input": payload.get("stdin_input") or "",
                     "prompt": payload.get("prompt") or "",
@@ -137,6 +138,8 @@ class Jobs:
                     "memory_bytes_max": self._rooms.placing.memory_bytes_max(job),
                     "gpus": gpus,
                     "output_bytes_max": min(ctx.config.integer("execution.output_max"), limits.RESULT_BYTES_MAX),
+                    "acceptance": checks_of(document),
+                    "until_s": left_s,
                 },
                 JobSpec,
             )
@@ -193,16 +196,16 @@ class Jobs:
         elif job.cancelled:
             self._give_up(job, "cancelled", event.reason)
         else:
-            self._give_up(job, event.ended, event.reason)
+            self._give_up(job, event.ended, event.reason, event.report)
 
-    def _give_up(self, job: Job, reason: str, text: str) -> None:
-        """No result: a waiver frees the line at once."""
+    def _give_up(self, job: Job, reason: str, text: str, report: bytes = b"") -> None:
+        """No result: a waiver frees the line at once; `report` tells of a contract that the result did not pass."""
         self.leave(job)
         job.state, job.reason = "waived", reason
         self._rooms.streaming.over(job.job)
         self._rooms.taking.over(job.job)
         waiver = self._rooms.pay.waiver(job.account, job.lock_hash, job.line) if job.lock_seq >= 0 else b""
-        message = Waiver(job.task_id, job.attempt, waiver, reason[:64], text.encode()[:2000])
+        message = Waiver(job.task_id, job.attempt, waiver, reason[:64], report or text.encode()[:2000])
         self._oblige(job, message)
         self._ctx.count("jobs_total", "waived")
 

@@ -43,6 +43,7 @@ from clawnet.node.taking import Taking
 from clawnet.node.tasks import Tasks
 from clawnet.node.throwaways import Throwaways
 from clawnet.node.twins import STATED_KEY, Twins
+from clawnet.node.verdicts import Verdicts
 from clawnet.node.views import Views
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
@@ -78,6 +79,7 @@ class Rooms:
     awards: Awards
     leases: Leases
     results: Results
+    verdicts: Verdicts
     bidding: Bidding
     taking: Taking
     placing: Placing
@@ -143,6 +145,7 @@ class Node:
         rooms.awards = Awards(self.ctx, rooms)
         rooms.leases = Leases(self.ctx, rooms)
         rooms.results = Results(self.ctx, rooms)
+        rooms.verdicts = Verdicts(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
         rooms.writes = Writes(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clawnet import limits
-from clawnet.errors import RemoteError, VerificationError
+from clawnet.errors import RemoteError
 from clawnet.identity.keys import verify
 from clawnet.ledger import statements
 from clawnet.ledger.entries import ReleaseItem
@@ -15,7 +15,6 @@ from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.node.awards import about, note_cost
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.views import SMALL_STREAMS_BYTES, written
-from clawnet.reputation.receipts import Outcome
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import CONTENT, STORAGE, BlobReady, MessageIn, Open, Opened
 from clawnet.wire.messages import Accept, Cancel, Kind, Result
@@ -206,7 +205,8 @@ class Results:
         if not inline and attempt.inline:
             self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows))
             return
-        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes))
+        acceptance = self._rooms.verdicts.acceptance(task, attempt)
+        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes, acceptance))
 
     def _reopen(self, name: bytes, rows: tuple[object, ...]) -> None:
         found = self._rooms.awards.of_about(name)
@@ -227,27 +227,24 @@ class Results:
             return
         task, attempt = found
         rooms = self._rooms
-        good = not event.reason
-        self._rooms.awards.close(task, attempt, "done", event.reason)
+        error, outcome = rooms.verdicts.opened(task, attempt, event)
+        if error is not None and not attempt.inline:
+            self._ctx.hold(task.task_id, attempt.blob)  # sealed as it came, it is part of the proof
+        rooms.awards.close(task, attempt, "done", event.reason)
         if task.state not in FINAL_STATES:
-            rooms.members.receipt(attempt, Outcome.SETTLED if good else Outcome.BAD_RESULT, task)
-            self._keep(task, attempt, event.bundle)
-            rooms.tasks.move(task, "verified", "opened" if good else event.reason)
-            error = (
-                None
-                if good
-                else VerificationError(
-                    f"the result of {attempt.peer[-8:]} does not open: {event.reason}",
-                    hint="the proof is kept with the task",
-                )
-            )
+            rooms.members.receipt(attempt, outcome, task)
+            self._keep(task, attempt, event.bundle, proof=error is not None)
+            rooms.tasks.move(task, "verified", attempt.reason if error is not None else "opened")
             rooms.tasks.finish(task, "settled", error)
-        elif good and task.result is None:
-            self._keep(task, attempt, event.bundle)
+        elif event.bundle is not None and task.result is None:
+            self._keep(task, attempt, event.bundle, proof=error is not None)
         rooms.tasks.touch(task)
 
-    def _keep(self, task: Task, attempt: Attempt, bundle: Any) -> None:
-        """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one."""
+    def _keep(self, task: Task, attempt: Attempt, bundle: Any, *, proof: bool) -> None:
+        """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one.
+
+        As a proof the sealed one stays beside it.
+        """
         if bundle is None:
             return
         ctx = self._ctx
@@ -260,15 +257,17 @@ class Results:
         result["usage"] = usage.kept(told, (ctx.now - attempt.awarded_ms) / 1000)
         attempt.output_bytes = written(result)
         stdout, stderr = result["stdout"], result["stderr"]
+        row = attempt.n + limits.ATTEMPTS_MAX if proof else attempt.n
         if stdout is None or stderr is None:
-            ctx.delete("results", task.task_id, attempt.n)
+            if not proof:
+                ctx.delete("results", task.task_id, attempt.n)
         elif len(stdout) + len(stderr) <= SMALL_STREAMS_BYTES:
-            if attempt.inline:
+            if attempt.inline and not proof:
                 ctx.delete("results", task.task_id, attempt.n)
         else:
             result["stdout"] = result["stderr"] = None
-            result["row"] = attempt.n
-            ctx.put("results", task.task_id, attempt.n, len(stdout).to_bytes(4, "big") + stdout + stderr)
+            result["row"] = row
+            ctx.put("results", task.task_id, row, len(stdout).to_bytes(4, "big") + stdout + stderr)
             self._rooms.views.keep_streams(task.task_id, stdout, stderr)
         task.result = result
 

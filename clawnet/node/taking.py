@@ -18,6 +18,7 @@ from clawnet.market.pricing import duration_keys
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job
 from clawnet.node.context import Context, job_id
+from clawnet.node.verdicts import cannot_judge, checks_of
 from clawnet.wire.events import MessageIn
 from clawnet.wire.messages import Accept, Ack, Cancel, EscrowLock, Reject, Requirements, Winner
 
@@ -63,6 +64,7 @@ class Taking:
         try:
             document = taskdoc.decode(message.document)
             payload = payload_of(document)
+            checks_of(document)
         except RemoteError as error:
             self._refuse(event.peer, message.task_id, message.attempt, "invalid", text=error.message)
             return
@@ -266,6 +268,8 @@ class Taking:
             return Reason.POLICY.value
         if job.lease_s < limits.LEASE_S:
             return Reason.POLICY.value
+        if reason := cannot_judge(award.document, job.ring, card):
+            return reason.value
         if job.lock_seq >= 0:
             promise = self._rooms.bidding.promised.get((job.peer, job.task_id))
             if promise is None or not promise.covers(job):

@@ -19,9 +19,9 @@ from clawnet.errors import (
     FundsError,
     from_dict,
 )
-from clawnet.ledger.taskdoc import TaskDocument, TaskInput, task_hash
+from clawnet.ledger.taskdoc import Condition, TaskDocument, TaskInput, task_hash
 from clawnet.ledger.taskdoc import encode as encode_document
-from clawnet.market import taskspec
+from clawnet.market import contracts, taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
@@ -33,6 +33,8 @@ from clawnet.wire.events import GrantBlob, InputsReady, PackInputs
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
+LATER = frozenset(("accept", "fuel", "module", "outputs", "stdin_input", "wasm"))
+"""Fields that came after the first: where they say nothing, content is the same as it was without them."""
 FINISHED_KEPT_MAX = 512
 MOVES_KEPT_MAX = 16
 
@@ -207,14 +209,16 @@ class Tasks:
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise BusyError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="try again when some have ended")
         draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential, awaited)
-        if not draft.spec["inputs"]:
+        schemas = contracts.schemas(draft.spec)
+        if not draft.spec["inputs"] and not schemas:
             self._look_up(draft)
             return
         if not draft.spec["idempotency_key"]:
             self._budget(draft.spec)  # no file is copied for what cannot be paid
         request = b"inputs:" + draft.task_id
         self._drafts[request] = draft
-        ctx.out.append(PackInputs(request, tuple((item["name"], item["path"]) for item in draft.spec["inputs"])))
+        paths = tuple((item["name"], item["path"]) for item in draft.spec["inputs"])
+        ctx.out.append(PackInputs(request, paths, schemas))
 
     def inputs_ready(self, event: InputsReady) -> None:
         """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
@@ -352,7 +356,7 @@ class Tasks:
     @staticmethod
     def content_hash(spec: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
         """What "same content" means for an idempotency key: everything but the key; of inputs their bytes, no paths."""
-        stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream")}
+        stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream") and (v or k not in LATER)}
         stable["inputs"] = [[item["name"], item["kind"], item["blob"].hex(), item.get("mode", 0)] for item in inputs]
         return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
 
@@ -380,6 +384,7 @@ class Tasks:
             ctx.hold(held_as(task.task_id, "inputs"), item["blob"])
         self._rooms.awards.documents[task.task_id] = document
         task.spec = {**task.spec, "script": None, "argv": None, "stdin_b64": ""} if len(document) > 4096 else task.spec
+        task.spec = {**task.spec, "accept": contracts.told(task.spec)} if task.spec["accept"] else task.spec
         if task.held_until_ms:
             self._rooms.approvals.hold(task)
         else:
@@ -395,7 +400,7 @@ class Tasks:
     def _document(self, task: Task) -> TaskDocument:
         spec = task.spec
         stdin = base64.b64decode(spec["stdin_b64"]) if spec["stdin_b64"] else None
-        if stdin is None and task.kind == "compute" and spec["description"] and not task.inputs:
+        if stdin is None and task.kind == "compute" and spec["description"] and not contracts.files(task.inputs, spec):
             stdin = spec["description"].encode()
         payload = {
             "argv": spec["argv"],
@@ -417,7 +422,7 @@ class Tasks:
                 TaskInput(item["name"], item["kind"], item["blob"], item["bytes"], item.get("mode", 0))
                 for item in task.inputs
             ],
-            acceptance=[],
+            acceptance=[Condition(one["kind"], one["value"]) for one in spec["accept"]],
             lease_s=limits.LEASE_S,
             compare=False,
             dispute_s=0,

@@ -123,6 +123,7 @@ class Views:
             "bids": task.bids,
             "escrow": self._escrow(shown),
             "result": self._result(task),
+            "acceptance": self._rooms.verdicts.view(task, shown),
             "error": error,
             "idempotency_key": task.spec["idempotency_key"] or None,
             "final": task.state in FINAL_STATES,

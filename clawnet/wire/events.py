@@ -10,7 +10,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from clawnet.wire.jobspec import Check
 from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, JoinPeer, Message
+from clawnet.wire.verdict import Verdict
 
 
 class Stimulus(Struct, frozen=True, gc=False):
@@ -89,7 +91,8 @@ class TaskExited(Stimulus, frozen=True, gc=False):
     """A job ended; its bundle is packed and, with a seal key given in Run, sealed.
 
     `ended` is "exit" (the command ran; see exit_code and signal), or why there is no result: "cancelled",
-    "wall_limit", "memory_limit", "output_limit", "failed" (`reason` says it). `inline` holds the bundle up to
+    "wall_limit", "memory_limit", "disk_limit", "output_limit", "failed" (`reason` says it), or "contract": the result
+    did not pass its acceptance contract, as `report` tells (wire/verdict.py). `inline` holds the bundle up to
     RESULT_INLINE_BYTES_MAX, else it is the stored blob `blob`. `plain_hash` is SHA-256 of the unsealed bundle.
     """
 
@@ -108,6 +111,7 @@ class TaskExited(Stimulus, frozen=True, gc=False):
     memory_bytes_max: int
     tokens_in: int = 0
     tokens_out: int = 0
+    report: bytes = b""
 
 
 class InputsReady(Stimulus, frozen=True, gc=False):
@@ -140,14 +144,15 @@ STORAGE = "storage"
 
 
 class Opened(Stimulus, frozen=True, gc=False):
-    """An Open ended: `bundle` is the result's summary (execution/bundle.py), or `reason` says why it does not open.
-
-    `verdict` tells how the conditions of the contract came out that were judged here.
-    """
+    """An Open ended: `bundle` is the result's summary (execution/bundle.py) and `verdict` how the conditions came out
+    that were judged here, or `reason` says why it does not open."""
 
     request: bytes
     reason: str
     bundle: Any = None
+    verdict: Verdict = ()
+    fault: str = ""
+    """STORAGE where the reason is this machine's own, and says nothing about the executor."""
 
 
 class Loaded(Stimulus, frozen=True, gc=False):
@@ -323,10 +328,13 @@ class ReadOutput(Effect, frozen=True, gc=False):
 
 
 class PackInputs(Effect, frozen=True, gc=False):
-    """Read these local files or directories into the blob store: (name, path) pairs; answered by InputsReady."""
+    """Read these local files or directories into the blob store: (name, path) pairs; answered by InputsReady.
+    `schemas`, each with the words it is called by, are looked at first: one that is none is the answer's error."""
 
     request: bytes
     paths: tuple[tuple[str, str], ...]
+    schemas: tuple[tuple[str, bytes], ...] = ()
+    gitignore: bool = False
 
 
 class Fetch(Effect, frozen=True, gc=False):
@@ -359,13 +367,25 @@ class RevokeBlobs(Effect, frozen=True, gc=False):
 
 
 class Open(Effect, frozen=True, gc=False):
-    """Unseal a result (key None: it is not sealed) held inline or as a blob; answered by Opened."""
+    """Unseal a result (key None: it is not sealed) held inline or as a blob; answered by Opened.
+    An opened result is judged by `acceptance`, unless StopJudging names the request. `outputs` are the patterns of the
+    files that may be in it, `outputs_bytes_max` bounds their archive.
+    """
 
     request: bytes
     key: bytes | None
     inline: bytes
     blob: bytes
     blob_bytes: int
+    acceptance: tuple[Check, ...] = ()
+    outputs: tuple[str, ...] = ()
+    outputs_bytes_max: int = 0
+
+
+class StopJudging(Effect, frozen=True, gc=False):
+    """Nobody waits for the verdict on an opened result any longer: what judges it is killed, and Opened follows."""
+
+    request: bytes
 
 
 class ReadBlob(Effect, frozen=True, gc=False):

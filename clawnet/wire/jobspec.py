@@ -77,6 +77,8 @@ class JobSpec(Struct, frozen=True, gc=False):
     memory_bytes_max: int = 1024 * limits.MIB
     gpus: tuple[int, ...] = ()
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
+    acceptance: tuple[Check, ...] = ()
+    until_s: float = 3_600.0
     outputs: list[str] = []
     outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX
     acceptance: tuple[Check, ...] = ()

@@ -1,0 +1,125 @@
+"""What a run left, as its contract is judged by it: before it is packed, and again after it was opened."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from clawnet import limits
+from clawnet.execution import trees
+from clawnet.execution.bundle import Head, Summary
+from clawnet.execution.delivery import Files
+from clawnet.execution.outputs import collect
+from clawnet.execution.spec import BlobPort
+
+_READ_BYTES: Final = 256 * limits.KIB
+
+
+class Product(Struct, frozen=True):
+    """What a run left. `answer` gives stdout, or the text of a prompt; `files` puts the output files into a directory.
+
+    All of them may be asked for several times, in any thread.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    answer: Callable[[], Iterable[bytes]]
+    answer_bytes: int
+    stderr: Callable[[], Iterable[bytes]]
+    files: Callable[[Path, int | None], None] = lambda directory, owner: None
+
+
+def of_run(head: Head, streams: Iterable[bytes], files: Files | None) -> Product:
+    """What a run left that is not packed yet. `streams` gives stdout and then stderr, each time it is asked."""
+    out, err = head.stdout_bytes, head.stderr_bytes
+    text = head.text.encode()
+
+    def place(directory: Path, owner: int | None) -> None:
+        if files is not None:
+            found = collect(files.work, files.patterns, bytes_max=files.bytes_max, owner=files.owner)
+            if found.members:
+                trees.unpack_tree(_Reading(found.parts()), directory, owner, bytes_max=files.bytes_max)
+
+    return Product(
+        exit_code=head.exit_code,
+        signal=head.signal,
+        answer=(lambda: (text,)) if text and not out else lambda: span(streams, 0, out),
+        answer_bytes=out or len(text),
+        stderr=lambda: span(streams, out, err),
+        files=place,
+    )
+
+
+def of_summary(found: Summary, blobs: BlobPort) -> Product:
+    """What was opened."""
+    text = found.text.encode()
+
+    def stream(data: bytes | None, blob: bytes) -> Iterator[bytes]:
+        if data is not None:
+            yield data
+        elif blob:
+            with blobs.path(blob).open("rb") as file:
+                while piece := file.read(_READ_BYTES):
+                    yield piece
+
+    def place(directory: Path, owner: int | None) -> None:
+        if found.outputs_blob:
+            with blobs.path(found.outputs_blob).open("rb") as file:
+                trees.unpack_tree(file, directory, owner, bytes_max=limits.OUTPUTS_BYTES_MAX)
+
+    whole = text if text and not found.stdout_bytes else None
+    return Product(
+        exit_code=found.exit_code,
+        signal=found.signal,
+        answer=lambda: stream(found.stdout, found.stdout_blob) if whole is None else (whole,),
+        answer_bytes=found.stdout_bytes if whole is None else len(whole),
+        stderr=lambda: stream(found.stderr, found.stderr_blob),
+        files=place,
+    )
+
+
+class _Reading:
+    """Reads pieces as a file is read."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._held = b""
+
+    def read(self, size: int = -1, /) -> bytes:
+        found = []
+        while size:
+            if not self._held:
+                self._held = next(self._parts, b"")
+                if not self._held:
+                    break
+            piece = self._held if size < 0 else self._held[:size]
+            self._held = self._held[len(piece) :]
+            size -= len(piece) if size > 0 else 0
+            found.append(piece)
+        return b"".join(found)
+
+
+def digest(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def span(parts: Iterable[bytes], start: int, size: int) -> Iterator[bytes]:
+    """The `size` bytes from `start` on of what comes in pieces."""
+    if not size:
+        return
+    for part in parts:
+        if start >= len(part):
+            start -= len(part)
+            continue
+        piece = part[start : start + size]
+        start, size = 0, size - len(piece)
+        yield piece
+        if not size:
+            return
