@@ -396,5 +396,7 @@ def test_bytes_other_than_those_of_the_note_are_never_paid(mesh: Mesh) -> None:
     mesh.run(5)
     assert attempt(alice).released_seq == -1 and not paid(mesh)
     mesh.run(600)
-    assert attempt(alice).refunded and only(alice).state == "timed_out"
+    assert attempt(alice).refunded and only(alice).state == "no_bids"
+    assert attempt(alice).reason == "its result was refused: the bytes are not those named"
+    assert "its result was refused: the bytes are not those named" in only(alice).error_text
     assert "attempt" in only(alice).error_text
