@@ -27,6 +27,16 @@ EXCLUDE = Annotated[list[str] | None, _text("--exclude", "PEER", "Not this peer 
 RING = Annotated[str | None, _text("--ring", "own|member", "The outermost ring that may see the task.")]
 PREFER = Annotated[str | None, _text("--prefer", "market", "Ask members first, own machines after.")]
 INPUT = Annotated[list[str] | None, _text("--input", "[NAME=]PATH", "A file or directory to take along (repeatable).")]
+GITIGNORE = Annotated[
+    bool, typer.Option("--gitignore", help="Of directories leave behind what Git ignores there, and .git itself.")
+]
+OUTPUT = Annotated[
+    list[str] | None,
+    _text("--output", "GLOB", "Files to bring back from its working directory, such as 'dist/*' (repeatable)."),
+]
+OUTPUT_DIR = Annotated[
+    str | None, _text("--output-dir", "DIR", "Where they are put, all of them or none (the current directory).")
+]
 ENV = Annotated[list[str] | None, _text("--env", "NAME=VALUE", "An environment variable (repeatable).")]
 RETRIES = Annotated[int | None, _text("--retries", "N", "How often it may start again elsewhere (shell: 0).")]
 PRIORITY = Annotated[int | None, _text("--priority", "N", "Higher goes first among this node's tasks.")]
@@ -40,6 +50,10 @@ FROM_END = Annotated[bool, typer.Option("--from-end", help="Only the output that
 WAIT = Annotated[bool, typer.Option("--wait", help="Wait for the result.")]
 TYPE = Annotated[str | None, _text("--type", "TYPE", "prompt (the default), shell or compute.")]
 OP = Annotated[str | None, _text("--op", "NAME", "The operation of a compute task: sha256, sort, wordcount, primes.")]
+WASM = Annotated[
+    str | None, _text("--wasm", "MODULE", "Run this WebAssembly program (WASI) with the arguments after --.")
+]
+FUEL = Annotated[int | None, _text("--fuel", "N", "The most instructions a module may run (0: the executor's bound).")]
 TASK = Annotated[str, typer.Argument(metavar="TASK", help="A task id, or the start of one.", show_default=False)]
 PEER_ARGUMENT = Annotated[str, typer.Argument(metavar="PEER", help="A peer's id, or its name.", show_default=False)]
 LIMIT = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")]

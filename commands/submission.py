@@ -15,6 +15,7 @@ from clawnet import limits, money, units
 from clawnet.api import Client
 from clawnet.errors import DataError, NotFoundError, UsageError
 
+from . import modules
 from .piped import Piped, standard_input
 
 TYPES = ("prompt", "shell", "compute")
@@ -239,13 +240,16 @@ def attach_stdin(spec: dict[str, Any], data: Piped | None) -> None:
 
 def complete(spec: dict[str, Any], data: Piped | None) -> None:
     """The type's own needs: something to do; a compute task without files works on its description."""
+    module = modules.look(spec)
     kind = spec.setdefault("type", "prompt")
     given = data is not None and bool(data.head)
     if not (
-        given or any(spec.get(name) for name in ("description", "argv", "script", "op", "stdin_b64", "stdin_path"))
+        given
+        or module
+        or any(spec.get(name) for name in ("description", "argv", "script", "op", "stdin_b64", "stdin_path"))
     ):
         raise UsageError("nothing to do: give a description", hint="clawnet market submit DESCRIPTION, or - for stdin")
-    if kind == "compute" and not given and not spec.get("inputs") and spec.get("description"):
+    if kind == "compute" and not module and not given and not spec.get("inputs") and spec.get("description"):
         data = Piped(spec["description"].encode(), longer=False)
     attach_stdin(spec, data)
 

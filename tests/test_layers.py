@@ -18,6 +18,7 @@ FLOORS = {
     "paths": 0,
     "money": 0,
     "units": 0,
+    "modulefile": 0,
     "config": 1,
     "rpc": 1,
     "answers": 1,
@@ -45,7 +46,7 @@ FLOORS = {
     "daemon": 7,
 }
 # On the ground floor amounts, durations and paths raise the errors and keep to the limits beside them.
-GROUND = {"paths", "money", "units"}
+GROUND = {"paths", "money", "units", "modulefile"}
 # The client stands beside the house: it knows the local protocol and nothing of the node.
 CLIENT = {"api", "api_async", "launch"}
 CLIENT_MAY_USE = {"__init__", "errors", "limits", "paths", "money", "units", "rpc", "api", "launch"}
@@ -81,7 +82,7 @@ NODE_COMMANDS = {
     "wallet_files.py",
     "worker.py",
 }
-COMMANDS_MAY_USE = {"__init__", "errors", "limits", "paths", "money", "units", "rpc", "api", "launch"}
+COMMANDS_MAY_USE = {"__init__", "errors", "limits", "paths", "money", "units", "modulefile", "rpc", "api", "launch"}
 COMMANDS_NEVER_AT_TOP = {"asyncio", "sqlite3", "yaml", "nacl", "cryptography", "msgspec", "rich", "platformdirs"}
 
 

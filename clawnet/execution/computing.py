@@ -33,6 +33,8 @@ from clawnet.execution.wasmruns import (
 from clawnet.execution.workdirs import remove_tree
 from clawnet.paths import Home, make_private_dir
 
+MODULE_NAME: Final = "module"
+"""What a module finds as its own name, wherever and under whatever name it came."""
 LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit", "fuel_limit"))
 _READ_BYTES: Final = 256 * limits.KIB
 _decode: Final = msgspec.msgpack.Decoder(WasmEnded).decode
@@ -204,7 +206,7 @@ class Computing:
         return WasmRequest(
             module=str(self._blobs.path(run.module.blob)),
             key=run.module.blob.hex(),
-            argv=[run.module.name, *run.argv],
+            argv=[MODULE_NAME, *run.argv],
             env=run.env,
             stdin=run.stdin,
             stdin_path=str(self._blobs.path(run.stdin_blob)) if run.stdin_blob else "",

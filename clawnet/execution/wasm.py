@@ -25,7 +25,8 @@ from clawnet.errors import DataError
 from clawnet.execution.wasi import Exited, TooMuchOutput, Wasi, perform
 from clawnet.execution.wasiabi import CALLS, MODULE
 from clawnet.execution.wasmcache import Cache
-from clawnet.execution.wasmruns import TRAPPED, WasmEnded, WasmRequest, magic_trouble
+from clawnet.execution.wasmruns import TRAPPED, WasmEnded, WasmRequest
+from clawnet.modulefile import LOOK_BYTES, magic_trouble
 from clawnet.wire.globs import Globs
 
 _MASKS: Final = {"i": 2**32 - 1, "I": 2**64 - 1}
@@ -217,7 +218,7 @@ class Runner:
     def _compile(self, path: str) -> wasmtime.Module:
         with open(path, "rb") as file:
             code = file.read(limits.WASM_MODULE_BYTES_MAX + 1)
-        trouble = magic_trouble(code[:16], len(code))
+        trouble = magic_trouble(code[:LOOK_BYTES], len(code))
         if trouble:
             raise Failed(f"the module {trouble}")
         try:

@@ -27,6 +27,7 @@ from clawnet import limits
 from clawnet.config import Config
 from clawnet.market.capability import AI, CAPABILITY_OF_KIND, unmet
 from clawnet.market.reasons import Reason
+from clawnet.market.taskspec import WASM
 from clawnet.money import UCR_PER_CREDIT, round_up
 from clawnet.wire.messages import Offer, PeerCard, Requirements
 
@@ -106,8 +107,9 @@ def size_class(size_bytes: int) -> int:
 
 def duration_keys(kind: str, requirements: Requirements, size_bytes: int) -> tuple[str, str]:
     """Where runs of such tasks are learned: the exact key (kind, operation, size class) and the one without size."""
-    operation = next((word for word in requirements.capabilities if word.startswith("op:")), "")
-    base = f"{CAPABILITY_OF_KIND.get(kind, kind)}|{operation[3:]}|{requirements.model}"
+    words = (word for word in requirements.capabilities if word.startswith("op:") or word == WASM)
+    operation = next(words, "").removeprefix("op:")
+    base = f"{CAPABILITY_OF_KIND.get(kind, kind)}|{operation}|{requirements.model}"
     return f"{base}|{size_class(size_bytes)}", base
 
 

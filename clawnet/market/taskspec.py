@@ -10,6 +10,7 @@ from clawnet.config import Config
 from clawnet.errors import DataError, NotPermittedError, UsageError
 from clawnet.market import contracts
 from clawnet.money import parse_credits
+from clawnet.wire.globs import Globs
 
 KINDS: Final = {"shell": "shell_task", "compute": "compute", "prompt": "openclaw_prompt"}
 ALIASES: Final = {"shell_task": "shell", "openclaw_prompt": "prompt", "swarm_ai": "swarm"}
@@ -19,6 +20,10 @@ OS_FAMILIES: Final = ("linux", "darwin", "windows", "any")
 AMOUNTS: Final = {"cpu": (0, 4096), "memory_bytes": (0, 2**50), "gpu": (0, 64), "priority": (-100, 100)}
 """What a task may ask for, and its order among its requester's own; the executor reserves and sorts by them."""
 RINGS: Final = ("own", "member")
+MODULE: Final = "module"
+"""The name of the input that is the program of a compute task without an operation."""
+WASM: Final = "wasm"
+"""What a node advertises that can run WebAssembly modules."""
 SEND_TO: Final = ("shell", "compute", "prompt")
 """Kinds with a configuration key for the outermost ring that may see them."""
 
@@ -30,6 +35,8 @@ _FIELDS: Final = frozenset(
         "script",
         "op",
         "op_args",
+        "wasm",
+        "fuel",
         "inputs",
         "stdin_b64",
         "stdin_path",
@@ -55,6 +62,8 @@ _FIELDS: Final = frozenset(
         "idempotency_key",
         "accept",
         "stream",
+        "outputs",
+        "gitignore",
         "wait",
         "cwd",
     ]
@@ -196,6 +205,26 @@ def _inputs(spec: dict[str, Any]) -> list[dict[str, str]]:
     return [{"name": item["name"], "path": item["path"]} for item in inputs]
 
 
+def _outputs(spec: dict[str, Any], kind: str, op: str) -> list[str]:
+    """The patterns of the files that come back."""
+    found = spec.get("outputs") or []
+    if isinstance(found, str):
+        found = [found]
+    if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+        raise _bad("outputs", found, "a list of patterns such as 'dist/*'")
+    if found and (kind == "prompt" or op):
+        raise UsageError(f"a {'prompt' if kind == 'prompt' else 'built-in operation'} leaves no files for --output")
+    Globs(found)
+    return list(dict.fromkeys(found))
+
+
+def _flag(spec: dict[str, Any], field: str) -> bool:
+    value = spec.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise _bad(field, value, "true or false")
+    return bool(value)
+
+
 def kind_of(spec: dict[str, Any]) -> str:
     """The canonical kind of a submission; raises UsageError for one that does not exist (yet)."""
     kind = spec.get("type") or "prompt"
@@ -207,14 +236,45 @@ def kind_of(spec: dict[str, Any]) -> str:
     return str(kind)
 
 
-def _operation(spec: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+def _module(spec: dict[str, Any], kind: str, inputs: list[dict[str, str]]) -> str:
+    """The input that is a WebAssembly program: the file in `wasm`, which joins them, or the one called MODULE."""
+    path = _text(spec, "wasm", limits.TEXT_CHARS_MAX)
+    taken = {item["name"] for item in inputs}
+    if kind != "compute":
+        if path:
+            raise UsageError(
+                "a WebAssembly module goes with --type compute", hint="clawnet run --wasm MODULE -- ARG..."
+            )
+        return ""
+    if not path:
+        return MODULE if MODULE in taken and not spec.get("op") else ""
+    name = next(name for name in (MODULE, *(f"{MODULE}-{n}" for n in range(len(taken)))) if name not in taken)
+    inputs.append({"name": name, "path": path})
+    if len(inputs) > limits.INPUTS_MAX:
+        raise _bad("inputs", "…", f"a list of at most {limits.INPUTS_MAX - 1} inputs besides the module")
+    return name
+
+
+def _fuel(spec: dict[str, Any], module: str) -> int:
+    fuel = int(_number(spec, "fuel", 0, limits.WASM_FUEL_MAX, 0))
+    if fuel and not module:
+        raise UsageError("fuel is a WebAssembly module's", hint="clawnet run --wasm MODULE --fuel N -- ARG...")
+    return fuel
+
+
+def _operation(spec: dict[str, Any], kind: str, module: str) -> tuple[str, dict[str, Any]]:
     op, args = spec.get("op"), spec.get("op_args") or {}
     if kind != "compute":
         if op:
             raise UsageError("--op goes with --type compute")
         return "", {}
+    if module:
+        if op or args:
+            raise UsageError("a compute task is an operation or a module, not both", hint="leave --op out")
+        return "", {}
     if not op:
-        raise UsageError("a compute task needs an operation", hint="--op " + "|".join(OPERATIONS))
+        hint = "--op " + "|".join(OPERATIONS) + ", or a WebAssembly program: --input module=FILE.wasm"
+        raise UsageError("a compute task needs an operation or a module", hint=hint)
     if op not in OPERATIONS:
         raise _bad("op", op, ", ".join(OPERATIONS))
     if not isinstance(args, dict) or len(args) > 16:
@@ -238,10 +298,10 @@ def _accept(spec: dict[str, Any], inputs: list[dict[str, str]]) -> list[contract
 
 
 def _requirements(
-    spec: dict[str, Any], kind: str, op: str, family: str, accept: list[contracts.Accept]
+    spec: dict[str, Any], kind: str, work: str, family: str, accept: list[contracts.Accept]
 ) -> dict[str, Any]:
     capability = {"shell": "shell-execution", "compute": "compute", "prompt": "ai-inference"}[kind]
-    wanted = [capability, *([f"op:{op}"] if op else []), *_words(spec, "require"), *contracts.needs(accept)]
+    wanted = [capability, *([work] if work else []), *_words(spec, "require"), *contracts.needs(accept)]
     commands = kind == "shell" or contracts.SHELL in contracts.needs(accept)
     system = _text(spec, "os", 16)
     if system and system not in OS_FAMILIES:
@@ -270,8 +330,10 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         if name not in _FIELDS:
             raise DataError(f"unknown task field {name!r}", hint="known: " + ", ".join(sorted(_FIELDS)))
     kind = kind_of(spec)
-    argv, script = _argv(spec) if kind == "shell" else (None, None)
-    op, op_args = _operation(spec, kind)
+    inputs = _inputs(spec)
+    module = _module(spec, kind, inputs)
+    op, op_args = _operation(spec, kind, module)
+    argv, script = _argv(spec) if kind == "shell" or (module and spec.get("argv")) else (None, None)
     if kind == "prompt":
         _check_prompt(spec)
     ring = spec.get("ring") or (config.text(f"market.send_to.{kind}") if kind in SEND_TO else "member")
@@ -291,7 +353,6 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget <= 10**15):
         raise _bad("budget_ucr", budget, "micro-credits from 0 to 10^15")
     retries = spec.get("retries")
-    inputs = _inputs(spec)
     stdin_input = _with_stdin(spec, kind, inputs)
     accept = _accept(spec, inputs)
     default_deadline_s = config.seconds("market.task_timeout")
@@ -302,6 +363,8 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "script": script,
         "op": op,
         "op_args": op_args,
+        "module": module,
+        "fuel": _fuel(spec, module),
         "inputs": inputs,
         "stdin_b64": _stdin(spec),
         "stdin_input": stdin_input,
@@ -311,7 +374,7 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "budget_given": budget is not None,
         "deadline_s": _number(spec, "deadline_s", 0.1, 30 * 86_400, default_deadline_s),
         "bid_timeout_s": _number(spec, "bid_timeout_s", 0.05, 3_600, config.seconds("market.bid_timeout")),
-        "requirements": _requirements(spec, kind, op, family, accept),
+        "requirements": _requirements(spec, kind, WASM if module else f"op:{op}" if op else "", family, accept),
         "peer": _words(spec, "peer", 128),
         "exclude": _words(spec, "exclude", 128),
         "ring": ring,
@@ -323,6 +386,8 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
         "idempotency_key": _text(spec, "idempotency_key", 256),
         "accept": [{"kind": one.kind, "text": one.text, "value": one.value} for one in accept],
         "stream": bool(spec.get("stream", True)),
+        "outputs": _outputs(spec, kind, op),
+        "gitignore": _flag(spec, "gitignore"),
     }
 
 

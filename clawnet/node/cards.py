@@ -12,6 +12,7 @@ from clawnet.identity.keys import peer_id_of
 from clawnet.identity.membership import verify_keys
 from clawnet.market.capability import AI, capability_hash
 from clawnet.market.machine import MILLI, Amounts
+from clawnet.market.taskspec import WASM
 from clawnet.mesh.roster import PeerRecord
 from clawnet.node.context import Context
 from clawnet.wire.codec import decode_struct, encode
@@ -51,9 +52,10 @@ class Cards:
     def _make(self) -> PeerCard:
         config, capacity = self._ctx.config, self.capacity
         declared = set(config.words("node.capabilities"))
-        offered = [word for word in capacity.capabilities if word.startswith("op:") or word in declared]
-        if "compute" not in offered:
-            offered = [word for word in offered if not word.startswith("op:")]
+        computing = [word for word in capacity.capabilities if word.startswith("op:") or word == WASM]
+        offered = [word for word in capacity.capabilities if word in declared and word not in computing]
+        if "compute" in offered:
+            offered += computing
         shell = list(capacity.shell_rings) if "shell-execution" in offered else []
         prompts = list(capacity.prompt_rings) if AI in offered else []
         jobs = getattr(self._rooms, "jobs", None)

@@ -46,9 +46,10 @@ class JobSpec(Struct, frozen=True, gc=False):
 
     Shell: `argv`, or `script` for `sh -c`. Compute: `op` with `op_args`, over the inputs in their order, else over
     `stdin`; or the WebAssembly program in the input named `module`, with `argv` after its name, and at most `fuel` (0:
-    what this node allows). Prompt: `prompt`, and after it the text on `stdin`. File inputs lie in the working directory under their
-    names; the tree input named `cwd_input` becomes the working directory itself, other trees are directories in it; the
-    file input named `stdin_input` is no file there but what the command reads on standard input, instead of `stdin`.
+    what this node allows). Prompt: `prompt`, and after it the text on `stdin`. File inputs lie in the working directory
+    under their names; the tree input named `cwd_input` becomes the working directory itself, other trees are folders
+    in it; the file input named `stdin_input` is no file there but what the command reads on standard input, instead of
+    `stdin`.
     What `outputs` name in the directory (wire/globs.py) when the command has ended comes back with the result.
     `gpus` are the numbers of those that are this run's own, in the order in which the machine was found to have them.
     `sandbox` is "" (the machine's policy for `ring` decides), "sandboxed" (insist) or "host" (ring own only, and only
@@ -77,8 +78,6 @@ class JobSpec(Struct, frozen=True, gc=False):
     memory_bytes_max: int = 1024 * limits.MIB
     gpus: tuple[int, ...] = ()
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
-    acceptance: tuple[Check, ...] = ()
-    until_s: float = 3_600.0
     outputs: list[str] = []
     outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX
     acceptance: tuple[Check, ...] = ()
