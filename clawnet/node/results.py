@@ -15,6 +15,7 @@ from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.node.awards import about, note_cost
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.views import SMALL_STREAMS_BYTES, written
+from clawnet.reputation.receipts import Outcome
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.events import CONTENT, STORAGE, BlobReady, MessageIn, Open, Opened
 from clawnet.wire.messages import Accept, Cancel, Kind, Result
