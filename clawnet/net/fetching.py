@@ -71,10 +71,16 @@ class BlobFetcher:
     async def outcome(self, request: bytes, peer: str, wish: Wish, way: Way) -> BlobReady:
         """What a fetch comes to; `way(peer, size)` leads to the peer, or raises LinkError."""
         reason, fault, inline = "", "", b""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
             if self.missing(wish):
-                async with way(peer, sum(size for _, size in wish.blobs)) as connection:
+                size = sum(size for _, size in wish.blobs)
+                async with way(peer, size) as connection:
                     inline = await self.fetch(connection, wish)
+                if size >= limits.BULK_BYTES_MIN:
+                    took_s = round(loop.time() - began_s, 3)
+                    self._note("info", "blobs.fetched", peer=peer, bytes=wish.received, seconds=took_s)
             else:
                 inline = self.at_hand(wish)
         except WireError as problem:
@@ -182,16 +188,22 @@ class BlobFetcher:
                 chunk = await _read_chunk(stream, min(left, limits.BLOB_CHUNK_BYTES))
                 left -= sum(map(len, chunk))
                 await batches.add(chunk)
+                offset = self._counted(wish, offset, part)
         finally:
             # Also what came before a cut is kept.
             try:
                 await batches.end()
             finally:
-                kept = part.verified - offset
-                wish.received += kept
-                self._count("blob_bytes_received", kept)
+                self._counted(wish, offset, part)
         await in_thread(part.commit)
         self._store.note_source(blob, wish.source)
+
+    def _counted(self, wish: Wish, before: int, part: BlobPart) -> int:
+        """Tells of what was kept since the last time; where the part stands."""
+        now = part.verified
+        wish.received += now - before
+        self._count("blob_bytes_received", now - before)
+        return now
 
 
 class _Batches:
