@@ -94,6 +94,8 @@ class Result(Answer):
     """What a task left. Streams over 1 MiB are not inlined: they are null here, and `market result` streams them.
 
     `text` is the answer of a prompt or of a compute operation. `sha256` is of the whole result before sealing.
+    `outputs` are the first of the `outputs_count` files that it left, of `outputs_bytes` together; `outputs_missing`
+    are the patterns that matched none, `outputs_left_out` the first of the files that cannot travel, with the reasons.
     """
 
     exit_code: int | None
@@ -110,6 +112,11 @@ class Result(Answer):
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     blob: str | None = None
+    outputs_count: int = 0
+    outputs_bytes: int = 0
+    outputs_missing: list[str] = []
+    outputs_left_out: list[str] = []
+    outputs_left_out_count: int = 0
 
 
 class TaskError(Answer):

@@ -99,3 +99,16 @@ class Inbox:
 
 
 _OF_PEERS = frozenset((e.MessageIn, e.PeerUp, e.PeerDown))
+
+
+def describe(stimulus: e.Stimulus | None) -> str:
+    """The kind of a stimulus, never its content."""
+    if stimulus is None:
+        return "end of turn"
+    if isinstance(stimulus, e.MessageIn):
+        return f"MessageIn({type(stimulus.message).__name__} from {stimulus.peer})"
+    if isinstance(stimulus, e.RpcCall):
+        return f"RpcCall({stimulus.method})"
+    if isinstance(stimulus, e.TimerFired):
+        return f"TimerFired({stimulus.key[0]})"
+    return type(stimulus).__name__

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from clawnet.wire import events as e
+from clawnet.wire.fileevents import SaveOutputs
 from clawnet.wire.messages import Message
 
 Item = tuple[Message, bytes | None, bytes | None]
@@ -52,11 +53,16 @@ class ExecutorPort(Protocol):
     def run(self, job: bytes, spec: Any) -> None: ...
     def stop(self, job: bytes) -> None: ...
     def pack(
-        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+        self,
+        request: bytes,
+        paths: tuple[tuple[str, str], ...],
+        schemas: tuple[tuple[str, bytes], ...] = (),
+        gitignore: bool = False,
     ) -> None: ...
     def open_result(self, effect: e.Open) -> None: ...
     def stop_judging(self, request: bytes) -> None: ...
     def read_output(self, effect: e.ReadOutput) -> None: ...
+    def save(self, effect: SaveOutputs) -> None: ...
 
 
 class IpcPort(Protocol):

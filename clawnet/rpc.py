@@ -25,6 +25,7 @@ HELLO: Final = "hello"
 OUTPUT: Final = "task.output"
 STATE: Final = "task.state"
 PLACE: Final = "task.place"
+PROGRESS: Final = "task.progress"
 
 METHODS: Final[dict[str, str]] = {
     "hello": "the handshake, first on every connection",
@@ -42,6 +43,7 @@ METHODS: Final[dict[str, str]] = {
     "{task, output, from, stdout, stderr, attempt, so_far}",
     "task.read": "a piece of a stored stream; {task, stream, offset, length}",
     "task.cancel": "cancel a task; {task, reason}",
+    "task.save": "put a finished task's output files into a directory; {task, directory, umask, progress}",
     "task.approve": "release a task that was held; {task}",
     "peer.list": "the peers known",
     "peer.nearby": "who announces itself on the local network",

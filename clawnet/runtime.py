@@ -22,11 +22,12 @@ from clawnet.errors import (
     StorageFullError,
     UnreachableError,
 )
-from clawnet.inbox import Inbox
+from clawnet.inbox import Inbox, describe
 from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
 from clawnet.storage.queries import is_quick
 from clawnet.timers import Timers
 from clawnet.wire import events as e
+from clawnet.wire.fileevents import SaveOutputs
 
 REST_MS = 1_000
 """So long a node waits that could not even write what it owes at its start, for the disk was full."""
@@ -96,7 +97,10 @@ class Runtime:
             e.Run: self._run,
             e.StopRun: self._stop_run,
             e.ReadOutput: lambda effect: self.executor.read_output(effect),
-            e.PackInputs: lambda effect: self.executor.pack(effect.request, effect.paths, effect.schemas),
+            SaveOutputs: lambda effect: self.executor.save(effect),
+            e.PackInputs: lambda effect: self.executor.pack(
+                effect.request, effect.paths, effect.schemas, effect.gitignore
+            ),
             e.Open: lambda effect: self.executor.open_result(effect),
             e.StopJudging: lambda effect: self.executor.stop_judging(effect.request),
             e.Fetch: self._fetch,
@@ -359,7 +363,7 @@ class Runtime:
             self._start_again(handled)
             return
         stimulus = handled[0] if handled else None
-        identifier = self._report("node.defect", _describe(stimulus), error)
+        identifier = self._report("node.defect", describe(stimulus), error)
         answer = InternalError(
             f"an internal error happened (id {identifier})",
             hint="`clawnet daemon logs` shows it under that id; please report it",
@@ -485,16 +489,3 @@ class Runtime:
 # Rows and timers that an earlier node asked for, news of its runs, and of links that the new one is told afresh.
 _OF_RUNS = frozenset((e.TaskExited, e.TaskOutput, e.OutputKept))
 _OF_THE_OLD_NODE = _OF_RUNS | {e.Loaded, e.PeerUp, e.PeerDown, e.Drain, e.TimerFired}
-
-
-def _describe(stimulus: e.Stimulus | None) -> str:
-    """The kind of a stimulus, never its content."""
-    if stimulus is None:
-        return "end of turn"
-    if isinstance(stimulus, e.MessageIn):
-        return f"MessageIn({type(stimulus.message).__name__} from {stimulus.peer})"
-    if isinstance(stimulus, e.RpcCall):
-        return f"RpcCall({stimulus.method})"
-    if isinstance(stimulus, e.TimerFired):
-        return f"TimerFired({stimulus.key[0]})"
-    return type(stimulus).__name__

@@ -9,7 +9,7 @@ import typer
 
 from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
-from . import approving, batch, following, paging, piped, submission, waiting
+from . import approving, batch, following, outputs, paging, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
 from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, size, table, who, write
@@ -20,6 +20,10 @@ OPEN = [
     *("reassigned", "delivered", "verified", "disputed"),
 ]
 TASKS = Annotated[list[str], typer.Argument(metavar="TASK...", help="Task ids, or their starts.", show_default=False)]
+RESULT_DIR = Annotated[
+    str | None,
+    typer.Option("--output-dir", metavar="DIR", help="Put its output files there.", show_default=False),
+]
 FOLLOW = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")]
 
 app = group("Submit tasks, follow them, see who bid and why.")
@@ -49,6 +53,9 @@ def submit(
     ring: o.RING = None,
     prefer: o.PREFER = None,
     input: o.INPUT = None,  # noqa: A002 - typer names the option after it
+    gitignore: o.GITIGNORE = False,
+    output: o.OUTPUT = None,
+    output_dir: o.OUTPUT_DIR = None,
     env: o.ENV = None,
     retries: o.RETRIES = None,
     priority: o.PRIORITY = None,
@@ -63,6 +70,9 @@ def submit(
     invocation = here(context)
     if (stream or status_file) and not wait:
         raise UsageError("--stream and --status-file go with --wait")
+    if output_dir and not wait:
+        hint = "without it: clawnet market result TASK --output-dir DIR, when the task has ended"
+        raise UsageError("--output-dir goes with --wait", hint=hint)
     with waiting.status_file(invocation, status_file) as note:
         base = submission.from_file(spec) if spec else {}
         text, data = submission.described(description, no_stdin=no_stdin or spec == "-")
@@ -87,12 +97,15 @@ def submit(
             ring=ring,
             prefer=prefer,
             inputs=submission.inputs(input or []),
+            gitignore=gitignore or None,
+            outputs=output,
             env=submission.environment(env or []),
             retries=retries,
             priority=priority,
             idempotency_key=idempotency_key,
         )
         submission.complete(task_spec, data)
+        files = outputs.place(invocation, task_spec, output_dir)
         with invocation.client(create_home=True) as client:
             submission.resolve_peers(client, task_spec, invocation.say)
             limit = invocation.deadline()
@@ -109,7 +122,8 @@ def submit(
                 _note_present(invocation, accepted["task_id"], error, note)
                 raise
             note(task)
-            code = waiting.finish(invocation, task)
+            kept = outputs.after(invocation, client, task, files, _patience(invocation, client, task["deadline"]))
+            code = outputs.ended(invocation, waiting.finish(invocation, task), kept)
     raise typer.Exit(code)
 
 
@@ -248,6 +262,7 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         ("took", seconds(result.get("duration_s"))),
         *_usage_lines(result.get("usage") or {}),
         ("result sha256", result.get("sha256")),
+        *_output_lines(result),
         ("idempotency key", task["idempotency_key"]),
     ]
     rows += _attempt_lines(task["attempts"])
@@ -264,6 +279,16 @@ def _usage_lines(usage: dict[str, Any]) -> list[tuple[str, str]]:
         ("bytes in", f"{usage['bytes_in']}"),
         ("bytes out", f"{usage['bytes_out']}"),
     ]
+
+
+def _output_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The files it left: each with its size and hash, as far as they are listed."""
+    listed = result.get("outputs") or []
+    rows = [("output", f"{one['name']}  {one['bytes']} bytes  sha256 {one['sha256']}") for one in listed]
+    more = (result.get("outputs_count") or 0) - len(listed)
+    rows += [("output", f"and {more} more files; {result['outputs_bytes']} bytes in all")] if more > 0 else []
+    rows += [("no output", pattern) for pattern in result.get("outputs_missing") or []]
+    return rows + [("left out", why) for why in result.get("outputs_left_out") or []]
 
 
 def _attempt_lines(attempts: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -334,9 +359,13 @@ def why(context: typer.Context, task: o.TASK) -> None:
 
 
 @app.command(cls=NodeCommand)
-def result(context: typer.Context, task: o.TASK) -> None:
-    """The result of a task that has ended: its output on stdout and stderr, its exit code as this command's."""
+def result(context: typer.Context, task: o.TASK, output_dir: RESULT_DIR = None) -> None:
+    """The result of a task that has ended: its output on stdout and stderr, its exit code as this command's.
+
+    With --output-dir its output files are put there, all of them, verified, or none.
+    """
     invocation = here(context)
+    files = outputs.checked(invocation, output_dir) if output_dir else None
     with invocation.client() as client:
         found = client.call("task.get", {"task": task})
         if found["state"] not in FINAL:
@@ -347,7 +376,8 @@ def result(context: typer.Context, task: o.TASK) -> None:
         if not invocation.json:
             following.Printer(invocation, client).rest(found)
             _print_text(invocation, found)
-        code = waiting.finish(invocation, found)
+        kept = outputs.after(invocation, client, found, files)
+        code = outputs.ended(invocation, waiting.finish(invocation, found), kept)
     raise typer.Exit(code)
 
 

@@ -12,7 +12,7 @@ import typer
 from clawnet.api import Client
 from clawnet.errors import TimedOutError, UnreachableError, UsageError
 
-from . import approving, following, piped, submission, waiting
+from . import approving, following, modules, outputs, piped, submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .options import (
     ATTACH,
@@ -23,6 +23,8 @@ from .options import (
     ENV,
     EXCLUDE,
     FROM_END,
+    FUEL,
+    GITIGNORE,
     GPU,
     IDEMPOTENCY_KEY,
     INPUT,
@@ -32,6 +34,8 @@ from .options import (
     MODEL,
     NO_STDIN,
     OS,
+    OUTPUT,
+    OUTPUT_DIR,
     PEER,
     PREFER,
     PRIORITY,
@@ -41,6 +45,7 @@ from .options import (
     SPEC,
     STATUS_FILE,
     STREAM,
+    WASM,
 )
 from .render import json_line, short, write
 
@@ -53,6 +58,8 @@ app = group("Run a command on whichever machine takes it; its output and exit co
 def run(
     context: typer.Context,
     command: Annotated[list[str] | None, typer.Argument(metavar="-- CMD [ARG]...", show_default=False)] = None,
+    wasm: WASM = None,
+    fuel: FUEL = None,
     budget: BUDGET = None,
     deadline: DEADLINE = None,
     bid_timeout: BID_TIMEOUT = None,
@@ -69,6 +76,9 @@ def run(
     ring: RING = None,
     prefer: PREFER = None,
     input: INPUT = None,  # noqa: A002 - typer names the option after it
+    gitignore: GITIGNORE = False,
+    output: OUTPUT = None,
+    output_dir: OUTPUT_DIR = None,
     env: ENV = None,
     retries: RETRIES = None,
     priority: PRIORITY = None,
@@ -84,19 +94,25 @@ def run(
 
     Its output comes back on stdout and stderr as it is written, its exit code is the exit code of this command. A
     directory given with --input becomes its working directory. Ctrl-C cancels it; a second one leaves at once.
-    --timeout cancels it too (exit code 124). --attach TASK takes the place of a `run` whose terminal is gone: all the
+    --timeout cancels it too (exit code 124). Files that --output names are brought back when it has ended, whatever its
+    exit code: all of them, verified, or none. --attach TASK takes the place of a `run` whose terminal is gone: all the
     output from its first byte (--from-end: from now on), the exit code, and Ctrl-C and --timeout cancel as before;
-    `market logs -f` watches without that.
+    `market logs -f` watches without that. --wasm MODULE runs a WebAssembly program in place of a command: the words
+    after -- are its arguments, it sees the inputs and nothing of the machine, and the same input gives the same output
+    on whichever machine; its output comes when it has ended.
     """
     invocation = here(context)
     with waiting.status_file(invocation, status_file) as note:
         if attach is not None or from_end:
-            task, code = _attach(context, invocation, attach, from_end=from_end, as_lines=stream)
+            files = outputs.checked(invocation, output_dir) if output_dir else None
+            task, code = _attach(context, invocation, attach, files, from_end=from_end, as_lines=stream)
             note(task)
             raise typer.Exit(code)
         task_spec = submission.build(
             submission.from_file(spec) if spec else {},
             argv=command,
+            wasm=wasm,
+            fuel=fuel,
             budget_ucr=budget,
             deadline_s=deadline,
             bid_timeout_s=bid_timeout,
@@ -113,6 +129,8 @@ def run(
             ring=ring,
             prefer=prefer,
             inputs=submission.inputs(input or []),
+            gitignore=gitignore or None,
+            outputs=output,
             env=submission.environment(env or []),
             retries=retries,
             priority=priority,
@@ -120,19 +138,21 @@ def run(
             stream=True,
         )
         _complete(task_spec)
+        files = outputs.place(invocation, task_spec, output_dir)
         data = piped.standard_input(wanted=not no_stdin and spec != "-")
         submission.attach_stdin(task_spec, data)
-        task, code = _run(invocation, task_spec, data, as_lines=stream)
+        task, code = _run(invocation, task_spec, data, files, as_lines=stream)
         note(task)
     raise typer.Exit(code)
 
 
 def _complete(spec: dict[str, Any]) -> None:
     """What `run` adds to a task: its type, its longer deadline, the directory it works in."""
-    if spec.setdefault("type", "shell") != "shell":
+    module = modules.look(spec)
+    if spec.setdefault("type", "shell") != "shell" and not module:
         raise UsageError("`run` is for shell tasks", hint="`clawnet market submit` takes the other types")
-    if not spec.get("argv") and not spec.get("script"):
-        raise UsageError("no command given", hint="clawnet run [OPTIONS] -- CMD ARG...")
+    if not module and not spec.get("argv") and not spec.get("script"):
+        raise UsageError("no command given", hint="clawnet run [OPTIONS] -- CMD ARG..., or --wasm MODULE -- ARG...")
     spec.setdefault("deadline_s", DEADLINE_S)
     trees = [item["name"] for item in spec.get("inputs", []) if Path(item["path"]).is_dir()]
     if trees:
@@ -140,7 +160,7 @@ def _complete(spec: dict[str, Any]) -> None:
 
 
 def _run(
-    invocation: Invocation, spec: dict[str, Any], data: piped.Piped | None, *, as_lines: bool
+    invocation: Invocation, spec: dict[str, Any], data: piped.Piped | None, files: Path | None, *, as_lines: bool
 ) -> tuple[dict[str, Any], int]:
     """Submits, follows, and returns the task as it ended with the exit code of this command."""
     with invocation.client(create_home=True) as client:
@@ -148,14 +168,20 @@ def _run(
         with piped.handed_over(client, spec, data):
             accepted = following.submit(client, spec, awaited=True, deadline=invocation.deadline(), say=invocation.say)
         printer = following.Printer(invocation, client, as_lines=invocation.json)
-        return _follow(invocation, client, accepted, printer, as_lines=as_lines)
+        return _follow(invocation, client, accepted, printer, files, as_lines=as_lines)
 
 
-WITH_ATTACH = frozenset(("attach", "from_end", "stream", "status_file", "no_stdin"))
+WITH_ATTACH = frozenset(("attach", "from_end", "stream", "status_file", "no_stdin", "output_dir"))
 
 
 def _attach(
-    context: typer.Context, invocation: Invocation, name: str | None, *, from_end: bool, as_lines: bool
+    context: typer.Context,
+    invocation: Invocation,
+    name: str | None,
+    files: Path | None,
+    *,
+    from_end: bool,
+    as_lines: bool,
 ) -> tuple[dict[str, Any], int]:
     """Follows a task that was submitted before, as the `run` that submitted it would have."""
     if name is None:
@@ -167,13 +193,19 @@ def _attach(
     with invocation.client() as client:
         found = client.call("task.get", {"task": name})
         printer = following.Printer(invocation, client, as_lines=invocation.json, from_end=from_end)
-        return _follow(invocation, client, found, printer, as_lines=as_lines)
+        return _follow(invocation, client, found, printer, files, as_lines=as_lines)
 
 
 def _follow(
-    invocation: Invocation, client: Client, accepted: dict[str, Any], printer: following.Printer, *, as_lines: bool
+    invocation: Invocation,
+    client: Client,
+    accepted: dict[str, Any],
+    printer: following.Printer,
+    files: Path | None,
+    *,
+    as_lines: bool,
 ) -> tuple[dict[str, Any], int]:
-    """The task as it ended, its output printed, with the exit code of this command."""
+    """The task as it ended, its output printed and its files saved, with the exit code of this command."""
     task_id, ends_at = accepted["task_id"], accepted.get("deadline")
     approving.tell(invocation, accepted)
     quiet = invocation.json and not as_lines
@@ -202,7 +234,8 @@ def _follow(
         if interrupts.signal and task["state"] == "cancelled":
             _leave_interrupted(invocation, task, interrupts.signal)
             return task, 128 + interrupts.signal
-    return task, waiting.finish(invocation, task)
+    kept = outputs.after(invocation, client, task, files, patience)
+    return task, outputs.ended(invocation, waiting.finish(invocation, task), kept)
 
 
 def _leave_late(invocation: Invocation, task: dict[str, Any], error: TimedOutError) -> int:

@@ -7,24 +7,26 @@ RUN_INLINE_WORK_BYTES_MAX bytes goes to a few threads.
 from __future__ import annotations
 
 import asyncio
-import errno
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from clawnet import limits
-from clawnet.errors import ClawnetError, DataError, StorageFullError
+from clawnet.errors import ClawnetError, DataError
 from clawnet.execution import bundle, delivery, feeding, gpu, inputs, verify
 from clawnet.execution.compute import ComputePool
+from clawnet.execution.computing import Computed, Computing
 from clawnet.execution.endings import without_result
 from clawnet.execution.endpoint import Answer
 from clawnet.execution.hardware import memory_for_runs, processors
+from clawnet.execution.localfiles import LocalFiles
 from clawnet.execution.opening import Opener
 from clawnet.execution.outgoing import Contents, Outgoing
 from clawnet.execution.probe import ProbeResult
 from clawnet.execution.prompt import PromptRunner, finding, prompt_text
 from clawnet.execution.spec import COMPUTE, OPERATIONS, PROMPT, SHELL, BlobPort, ExecutionSettings, JobSpec, check
+from clawnet.execution.wasmruns import WASM
 from clawnet.execution.workdirs import JobDirs, WorkDirs
 from clawnet.paths import Home
 from clawnet.wire.events import (
@@ -32,17 +34,18 @@ from clawnet.wire.events import (
     InputsReady,
     Open,
     OutputKept,
+    PackInputs,
     ReadOutput,
     Stimulus,
     TaskOutput,
 )
+from clawnet.wire.fileevents import SaveOutputs
 
 if sys.platform != "win32":
     from clawnet.execution.places import Places
     from clawnet.execution.shell import Ended, ShellRun
 
 _THREADS: Final = 4
-_LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit"))
 T = TypeVar("T")
 
 
@@ -79,8 +82,10 @@ class Executor:
         self._started = False
         self._idle: asyncio.Event
         self._pool: ComputePool
+        self._computer: Computing
         self._judge: verify.Judge
         self._opener: Opener
+        self._files: LocalFiles
         self._outgoing: Outgoing
 
     # --- life
@@ -92,6 +97,7 @@ class Executor:
         self._pool = ComputePool(
             self.settings.worker_argv, self._loop, workers_max=self.settings.slots, on_broken=self._on_broken
         )
+        self._computer = Computing(self._pool, self._home, self._blobs, lambda: self.settings, self._loop, self._retell)
         self._gpus = await gpu.find()
         if sys.platform != "win32":
             self._places = Places(self.settings, self._home, self._gpus.gpus)
@@ -102,9 +108,14 @@ class Executor:
                 self._pool, self._in_thread, self.shell_mode, places, self._note_idle, lambda: self.settings, self._loop
             )
         )
+        self._files = LocalFiles(
+            self._home, self._blobs, self._entropy, self._in_thread, self._deliver, self._loop.call_soon_threadsafe
+        )
         self._opener = Opener(self._blobs, self._judge, self._in_thread, self._deliver)
         self._outgoing = Outgoing(self._blobs, self._judge, self._entropy, self._in_thread, self._deliver)
         feeding.sweep(self._home)
+        self._files.recover()
+        self._computer.sweep()
         self._started = True
         if COMPUTE in self.settings.offers:
             self._pool.start()
@@ -127,6 +138,8 @@ class Executor:
         if self.probe is not None:
             level, text = ("ok", "shell tasks run sandboxed") if self.probe.passed else ("warn", self.probe.reason)
             found.insert(0, {"check": "sandbox", "level": level, "message": text, "remedy": self.probe.remedy})
+        if COMPUTE in self.settings.offers:
+            found.append(self._computer.finding())
         return [*found, *gpu.findings(self._gpus, self.settings.gpus)]
 
     async def close(self) -> None:
@@ -160,7 +173,7 @@ class Executor:
         rings = tuple(ring for ring in ("own", "member", "stranger") if self.shell_mode(ring) != "off")
         words = [SHELL] if rings else []
         if COMPUTE in self.settings.offers and not self._pool.broken:
-            words += [COMPUTE, *(f"op:{name}" for name in OPERATIONS)]
+            words += [COMPUTE, *(f"op:{name}" for name in OPERATIONS), *([] if self._computer.trouble else [WASM])]
         serving = self._prompts.serving
         if serving.up:
             words.append(PROMPT)
@@ -252,32 +265,24 @@ class Executor:
     def _run_compute(self, spec: JobSpec) -> None:
         if COMPUTE not in self.settings.offers:
             raise DataError("compute tasks are not offered here")
-        sources: list[Any] = [[item.name, str(self._blobs.path(item.blob))] for item in feeding.placed(spec)]
-        if any(item.kind != "file" for item in spec.inputs):
-            raise DataError("built-in operations take files, not directories")
-        piped = feeding.stdin_path(spec, self._blobs)
-        began_s = self._loop.time()
         self._computing[spec.job] = spec
 
-        def answered(data: bytes, reason: str, cpu_s: float) -> None:
+        def ended(end: Computed) -> None:
             del self._computing[spec.job]
-            if reason:
-                how = reason if reason in _LIMIT_WORDS else "failed"
-                self._deliver(without_result(spec.job, how, reason, self._loop.time() - began_s, cpu_s))
+            if end.head is not None:
+                self._outgoing.send(spec, end.head, end.streams, end.close, end.files)
                 return
-            usage = bundle.Usage(self._loop.time() - began_s, cpu_s, 0)
-            head = bundle.Head(0, None, len(data), 0, "", usage)
-            self._outgoing.send(spec, head, (data,))
+            end.close()
+            usage = end.usage
+            self._deliver(
+                without_result(spec.job, end.how, end.reason, usage.duration_s, usage.cpu_s, usage.memory_bytes_max)
+            )
 
-        self._pool.submit(
-            spec.job,
-            spec.op,
-            spec.op_args,
-            sources or [spec.stdin or b"" if piped is None else ["", str(piped)]],
-            time_s=spec.wall_s,
-            answer_bytes_max=spec.output_bytes_max,
-            answer=answered,
-        )
+        try:
+            self._computer.start(spec, ended)
+        except (ClawnetError, OSError):
+            del self._computing[spec.job]
+            raise
 
     # prompts
 
@@ -402,39 +407,25 @@ class Executor:
     # --- inputs
 
     def pack(
-        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+        self,
+        request: bytes,
+        paths: tuple[tuple[str, str], ...],
+        schemas: tuple[tuple[str, bytes], ...] = (),
+        gitignore: bool = False,
     ) -> None:
         """Looks at schemas, stores local files and directories as blobs; InputsReady tells them, or the first error."""
 
         def looked_at(error: DataError | None) -> None:
             if error is None:
-                self._store_inputs(request, paths)
+                self._files.pack(PackInputs(request, paths, (), gitignore))
             else:
                 self._deliver(InputsReady(request, (), error.as_dict()))
 
         self._judge.check_schemas(request, schemas, looked_at)
 
-    def _store_inputs(self, request: bytes, paths: tuple[tuple[str, str], ...]) -> None:
-        private = (self._home.dir.resolve(), self._home.data_dir.resolve())
-
-        def work() -> tuple[dict[str, Any], ...]:
-            return tuple(
-                inputs.pack_path(name, path, self._blobs, private=feeding.private_but(self._home, path, private))
-                for name, path in paths
-            )
-
-        def done(future: Future[tuple[dict[str, Any], ...]]) -> None:
-            try:
-                ready = InputsReady(request, future.result())
-            except ClawnetError as error:
-                ready = InputsReady(request, (), error.as_dict())
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                kind = StorageFullError if full else DataError
-                ready = InputsReady(request, (), kind(f"the inputs cannot be stored: {error}").as_dict())
-            self._deliver(ready)
-
-        self._in_thread(done, work)
+    def save(self, effect: SaveOutputs) -> None:
+        """Puts output files into a directory; OutputsSaved tells how many, or why none."""
+        self._files.save(effect)
 
     # --- threads
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, NotPermittedError, StorageFullError
 from clawnet.execution import trees
 from clawnet.execution.spec import BlobPort, BlobWriter, InputRef
+
+Moved = Callable[[int], None]
 
 LEFT_OUT_NAMED_MAX: Final = 20
 _COPY_BYTES: Final = 256 * limits.KIB
@@ -43,14 +46,20 @@ def check_name(name: str) -> str:
 
 
 def pack_path(
-    name: str, path: str, blobs: BlobPort, *, private: tuple[Path, ...] = (), gitignore: bool = False
+    name: str,
+    path: str,
+    blobs: BlobPort,
+    *,
+    private: tuple[Path, ...] = (),
+    gitignore: bool = False,
+    moved: Moved = lambda size: None,
 ) -> dict[str, Any]:
     """Stores one local file or directory: {name, kind, blob, bytes, mode, left_out, left_out_count, ignored}.
 
     `private` are directories that never travel (the node's own home): naming something inside is refused, and a
     directory around one goes without it. `left_out` names what could not go along (sockets, devices, links that lead
-    outside); `ignored` counts what `gitignore` kept back. Raises DataError, NotFoundError, NotPermittedError or
-    StorageFullError.
+    outside); `ignored` counts what `gitignore` kept back. `moved` hears of bytes as they are stored. Raises DataError,
+    NotFoundError, NotPermittedError or StorageFullError.
     """
     check_name(name)
     where = Path(path)
@@ -63,10 +72,10 @@ def pack_path(
             )
         info = real.stat()
         if stat.S_ISDIR(info.st_mode):
-            return _pack_tree(name, real, blobs, private, gitignore)
+            return _pack_tree(name, real, blobs, private, gitignore, moved)
         if not stat.S_ISREG(info.st_mode):
             raise DataError(f"{path} is neither a file nor a directory", hint="inputs are files and directories")
-        return _pack_file(name, real, info, blobs)
+        return _pack_file(name, real, info, blobs, moved)
     except FileNotFoundError as error:
         raise NotFoundError(f"no such file or directory: {error.filename or path}", path=path) from error
     except PermissionError as error:
@@ -91,10 +100,10 @@ def _too_big(path: Path) -> DataError:
     )
 
 
-def _pack_file(name: str, path: Path, info: os.stat_result, blobs: BlobPort) -> dict[str, Any]:
+def _pack_file(name: str, path: Path, info: os.stat_result, blobs: BlobPort, moved: Moved) -> dict[str, Any]:
     if info.st_size > limits.INPUT_BYTES_MAX:
         raise _too_big(path)
-    writer = _Bounded(blobs.writer(), path)
+    writer = _Bounded(blobs.writer(), path, moved)
     try:
         with path.open("rb") as source:
             opened = os.fstat(source.fileno())
@@ -125,9 +134,10 @@ def _input(name: str, kind: str, blob: bytes, size: int, mode: int, left: trees.
 class _Bounded:
     """A blob writer that refuses to grow beyond an input's size; enough of a file for an archive to be written to."""
 
-    def __init__(self, writer: BlobWriter, path: Path) -> None:
+    def __init__(self, writer: BlobWriter, path: Path, moved: Moved) -> None:
         self._writer = writer
         self._path = path
+        self._moved = moved
         self.size = 0
 
     def write(self, data: bytes) -> int:
@@ -135,6 +145,7 @@ class _Bounded:
         if self.size > limits.INPUT_BYTES_MAX:
             raise _too_big(self._path)
         self._writer.write(data)
+        self._moved(len(data))
         return len(data)
 
     def commit(self) -> bytes:
@@ -144,8 +155,10 @@ class _Bounded:
         self._writer.abort()
 
 
-def _pack_tree(name: str, root: Path, blobs: BlobPort, private: tuple[Path, ...], gitignore: bool) -> dict[str, Any]:
-    writer = _Bounded(blobs.writer(), root)
+def _pack_tree(
+    name: str, root: Path, blobs: BlobPort, private: tuple[Path, ...], gitignore: bool, moved: Moved
+) -> dict[str, Any]:
+    writer = _Bounded(blobs.writer(), root, moved)
     try:
         left = trees.pack_tree(root, writer, private=private, gitignore=gitignore)
         blob = writer.commit()

@@ -42,6 +42,7 @@ class Calls:
             "task.follow": self._with_task(self._task_follow),
             "task.read": self._with_task(self._task_read),
             "task.cancel": self._with_task(self._task_cancel),
+            "task.save": self._with_task(rooms.saving.save),
             "task.approve": self._with_task(rooms.approvals.approve),
             "task.list": self._task_list,
             "peer.list": self._peer_list,

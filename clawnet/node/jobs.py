@@ -127,6 +127,8 @@ class Jobs:
                     "script": payload.get("script"),
                     "op": payload.get("op") or "",
                     "op_args": payload.get("op_args") or {},
+                    "module": payload.get("module") or "",
+                    "fuel": payload.get("fuel") or 0,
                     "env": payload.get("env") or {},
                     "inputs": files_of(document),
                     "stdin": payload.get("stdin"),
@@ -138,6 +140,10 @@ class Jobs:
                     "memory_bytes_max": self._rooms.placing.memory_bytes_max(job),
                     "gpus": gpus,
                     "output_bytes_max": min(ctx.config.integer("execution.output_max"), limits.RESULT_BYTES_MAX),
+                    "outputs": payload.get("outputs") or [],
+                    "outputs_bytes_max": min(
+                        ctx.config.integer("execution.outputs_max"), payload.get("outputs_bytes_max", 0)
+                    ),
                     "acceptance": checks_of(document),
                     "until_s": left_s,
                 },

@@ -36,6 +36,7 @@ from clawnet.node.reaching import Reaching
 from clawnet.node.relay import FLOOR_KEY, Relay
 from clawnet.node.removals import Removals
 from clawnet.node.results import Results
+from clawnet.node.saving import Saving
 from clawnet.node.spending import KIND_ROW, ROW, Spending
 from clawnet.node.streaming import Streaming
 from clawnet.node.succession import Successions
@@ -48,6 +49,7 @@ from clawnet.node.views import Views
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
+from clawnet.wire.fileevents import OutputsSaved
 from clawnet.wire.messages import Kind
 
 Read = Callable[[str, tuple[Any, ...]], Iterable[tuple[Any, ...]]]
@@ -91,6 +93,7 @@ class Rooms:
     invites: Invites
     writes: Writes
     views: Views
+    saving: Saving
     calls: Calls
     draining: Draining
 
@@ -140,6 +143,7 @@ class Node:
         rooms.spending = Spending(self.ctx, rooms)
         rooms.approvals = Approvals(self.ctx, rooms)
         rooms.views = Views(self.ctx, rooms, version)
+        rooms.saving = Saving(self.ctx, rooms)
         rooms.tasks = Tasks(self.ctx, rooms)
         rooms.auctions = Auctions(self.ctx, rooms)
         rooms.awards = Awards(self.ctx, rooms)
@@ -310,6 +314,7 @@ class Node:
             e.InputsReady: self._inputs_ready,
             e.BlobReady: self._blob_ready,
             e.Opened: rooms.results.opened,
+            OutputsSaved: rooms.saving.saved,
             e.Loaded: rooms.loads.loaded,
             e.JoinAsked: rooms.invites.asked,
             e.JoinAnswered: rooms.invites.answered,

@@ -12,6 +12,7 @@ from clawnet.ledger.entries import ReleaseItem
 from clawnet.ledger.seal import content_key
 from clawnet.market import usage
 from clawnet.market.records import FINAL_STATES, Attempt, Task
+from clawnet.node import saving
 from clawnet.node.awards import about, note_cost
 from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.views import SMALL_STREAMS_BYTES, written
@@ -48,7 +49,9 @@ class Results:
                 self._rooms.awards.acknowledge(event)
             return
         self._rooms.outbox.settle(Kind.TASK_CANCEL, event.peer, about(task.task_id, attempt.n))
-        reason = _bytes_wrong(message) or (self._note_wrong(attempt, message) if attempt.lock_seq >= 0 else "")
+        reason = self._bytes_wrong(task, message) or (
+            self._note_wrong(attempt, message) if attempt.lock_seq >= 0 else ""
+        )
         if reason:
             self._rooms.awards.acknowledge(event)
             self._refused(task, attempt, f"its result was refused: {reason}", Outcome.BAD_RESULT)
@@ -207,7 +210,10 @@ class Results:
             self._rooms.loads.ask("result", (task.task_id, attempt.n), lambda rows: self._reopen(name, rows))
             return
         acceptance = self._rooms.verdicts.acceptance(task, attempt)
-        self._ctx.out.append(Open(name, key, inline, attempt.blob, attempt.blob_bytes, acceptance))
+        outputs = tuple(task.spec.get("outputs") or ())
+        self._ctx.out.append(
+            Open(name, key, inline, attempt.blob, attempt.blob_bytes, acceptance, outputs, saving.most(self._ctx))
+        )
 
     def _reopen(self, name: bytes, rows: tuple[object, ...]) -> None:
         found = self._rooms.awards.of_about(name)
@@ -249,7 +255,7 @@ class Results:
         if bundle is None:
             return
         ctx = self._ctx
-        for blob in (bundle.stdout_blob, bundle.stderr_blob):
+        for blob in (bundle.stdout_blob, bundle.stderr_blob, bundle.outputs_blob):
             if blob:
                 ctx.hold(task.task_id, blob)
         result = {name: getattr(bundle, name) for name in bundle.__struct_fields__}
@@ -272,15 +278,15 @@ class Results:
             self._rooms.views.keep_streams(task.task_id, stdout, stderr)
         task.result = result
 
+    def _bytes_wrong(self, task: Task, message: Result) -> str:
+        """Why these are no sealed bytes of a result: inline ones must be the blob that the message names."""
+        bytes_max = saving.result_most(self._ctx, task)
+        if not 0 < message.blob_bytes <= bytes_max:
+            return f"it has {message.blob_bytes} bytes, and at most {bytes_max} are taken"
+        if message.inline and (len(message.inline), blob_id(message.inline)) != (message.blob_bytes, message.blob):
+            return "the bytes are not those named"
+        return ""
+
 
 def _request(task: Task, attempt: Attempt) -> bytes:
     return RESULT + about(task.task_id, attempt.n)
-
-
-def _bytes_wrong(message: Result) -> str:
-    """Why these are no sealed bytes of a result: inline ones must be the blob that the message names."""
-    if not 0 < message.blob_bytes <= limits.RESULT_BYTES_MAX + limits.MIB:
-        return f"a result of {message.blob_bytes} bytes"
-    if message.inline and (len(message.inline), blob_id(message.inline)) != (message.blob_bytes, message.blob):
-        return "the bytes are not those named"
-    return ""

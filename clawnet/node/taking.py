@@ -17,6 +17,7 @@ from clawnet.market.capability import AI
 from clawnet.market.pricing import duration_keys
 from clawnet.market.reasons import Reason
 from clawnet.market.records import Job
+from clawnet.node import saving
 from clawnet.node.context import Context, job_id
 from clawnet.node.verdicts import cannot_judge, checks_of
 from clawnet.wire.events import MessageIn
@@ -224,7 +225,7 @@ class Taking:
         """How long such work takes here; it is promised, so the job remembers it."""
         job = award.job
         size = len(award.raw) + sum(item.bytes for item in award.document.inputs)
-        words = [f"op:{award.payload['op']}"] if award.payload.get("op") else []
+        words = [work] if (work := _work(award.payload)) else []
         keys = duration_keys(job.kind, Requirements(capabilities=words), size)
         job.duration_key = keys[0]
         job.estimated_s = self._rooms.bidding.durations.estimate(keys, job.kind).estimated_s
@@ -262,7 +263,7 @@ class Taking:
             return Reason.NO_CAPABILITY.value
         if job.kind == "prompt" and job.ring not in card.prompt_rings:
             return Reason.POLICY.value
-        if job.kind == "compute" and f"op:{award.payload.get('op')}" not in card.capabilities:
+        if job.kind == "compute" and _work(award.payload) not in card.capabilities:
             return Reason.NO_CAPABILITY.value
         if job.kind == "shell" and job.ring not in card.shell_rings:
             return Reason.POLICY.value
@@ -317,6 +318,13 @@ class Taking:
             self._over.popitem(last=False)
 
 
+def _work(payload: dict[str, Any]) -> str:
+    """The capability word of a compute task's work: an operation, or a WebAssembly module."""
+    if payload.get("module"):
+        return taskspec.WASM
+    return f"op:{payload['op']}" if payload.get("op") else ""
+
+
 def payload_of(document: taskdoc.TaskDocument) -> dict[str, Any]:
     """The work itself as its requester wrote it; raises WireError for what is none."""
     try:
@@ -328,6 +336,7 @@ def payload_of(document: taskdoc.TaskDocument) -> dict[str, Any]:
     operation = payload.get("op") or ""
     if not isinstance(operation, str) or len(operation) > WORD_CHARS_MAX:
         raise WireError("not a payload: its operation is no word")
+    saving.check_outputs(payload)
     for name, (low, high) in taskspec.AMOUNTS.items():
         if type(payload.get(name, 0)) is not int or not low <= payload.get(name, 0) <= high:
             raise WireError(f"not a payload: its {name} is no number from {low} to {high}")

@@ -25,6 +25,7 @@ from clawnet.market import contracts, taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
 from clawnet.market.states import TaskState, advance
 from clawnet.money import format_credits
+from clawnet.node import saving
 from clawnet.node.approvals import is_held
 from clawnet.node.context import Context, held_as
 from clawnet.node.output import Followers, Start
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 LATER = frozenset(("accept", "fuel", "module", "outputs", "stdin_input", "wasm"))
 """Fields that came after the first: where they say nothing, content is the same as it was without them."""
+UNLIKE = frozenset(("gitignore", "idempotency_key", "stream"))
+"""Fields that say nothing about the content: what git ignores shows in the bytes of the inputs."""
 FINISHED_KEPT_MAX = 512
 MOVES_KEPT_MAX = 16
 
@@ -218,7 +221,7 @@ class Tasks:
         request = b"inputs:" + draft.task_id
         self._drafts[request] = draft
         paths = tuple((item["name"], item["path"]) for item in draft.spec["inputs"])
-        ctx.out.append(PackInputs(request, paths, schemas))
+        ctx.out.append(PackInputs(request, paths, schemas, draft.spec["gitignore"]))
 
     def inputs_ready(self, event: InputsReady) -> None:
         """The input files are stored (or cannot be read): the submission is accepted (or refused) now."""
@@ -350,13 +353,14 @@ class Tasks:
     def _describe(spec: dict[str, Any]) -> str:
         if spec["op"]:
             return f"compute {spec['op']}"
-        text = " ".join(spec["argv"]) if spec["argv"] else str(spec["script"] or "")
+        words = [*(["wasm"] if spec["module"] else []), *(spec["argv"] or [])]
+        text = " ".join(words) if words else str(spec["script"] or "")
         return text if len(text) <= 200 else text[:197] + "..."
 
     @staticmethod
     def content_hash(spec: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
         """What "same content" means for an idempotency key: everything but the key; of inputs their bytes, no paths."""
-        stable = {k: v for k, v in spec.items() if k not in ("idempotency_key", "stream") and (v or k not in LATER)}
+        stable = {k: v for k, v in spec.items() if k not in UNLIKE and (v or k not in LATER)}
         stable["inputs"] = [[item["name"], item["kind"], item["blob"].hex(), item.get("mode", 0)] for item in inputs]
         return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
 
@@ -407,6 +411,8 @@ class Tasks:
             "script": spec["script"],
             "op": spec["op"],
             "op_args": spec["op_args"],
+            "module": spec["module"],
+            "fuel": spec["fuel"],
             "env": spec["env"],
             "stdin": stdin,
             "stdin_input": spec["stdin_input"],
@@ -414,6 +420,7 @@ class Tasks:
             "prompt": spec["description"] if task.kind == "prompt" else "",
             **{name: value for name in ("cpu", "memory_bytes", "gpu") if (value := spec["requirements"][name])},
             **({"priority": spec["priority"]} if spec["priority"] else {}),
+            **({"outputs": spec["outputs"], "outputs_bytes_max": saving.most(self._ctx)} if spec["outputs"] else {}),
         }
         return TaskDocument(
             kind=taskspec.KINDS[task.kind],

@@ -12,6 +12,7 @@ from clawnet.errors import FundsError, exit_code_of
 from clawnet.market.auction import decode_record, explain
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
+from clawnet.node import saving
 from clawnet.node.approvals import is_held
 from clawnet.node.context import Context
 
@@ -178,7 +179,7 @@ class Views:
             **_stream(stdout, "stdout"),
             **_stream(stderr, "stderr"),
             "text": result["text"] or None,
-            "outputs": result["outputs"],
+            **saving.shown(result),
             "sha256": result["sha256"].hex(),
             "duration_s": usage["duration_s"],
             "usage": _usage(task, result),

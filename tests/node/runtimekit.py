@@ -273,7 +273,11 @@ class Executor:
         self.world.note("stop", job)
 
     def pack(
-        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+        self,
+        request: bytes,
+        paths: tuple[tuple[str, str], ...],
+        schemas: tuple[tuple[str, bytes], ...] = (),
+        gitignore: bool = False,
     ) -> None:
         self.world.note("pack", request)
 

@@ -176,7 +176,11 @@ class Executor:
         """The port's: here a result is judged in no time."""
 
     def pack(
-        self, request: bytes, paths: tuple[tuple[str, str], ...], schemas: tuple[tuple[str, bytes], ...] = ()
+        self,
+        request: bytes,
+        paths: tuple[tuple[str, str], ...],
+        schemas: tuple[tuple[str, bytes], ...] = (),
+        gitignore: bool = False,
     ) -> None:
         """The port's: a file's content is its path, some times over."""
         machine = self._machine
