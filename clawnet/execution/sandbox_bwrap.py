@@ -22,7 +22,9 @@ _TOP: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 # Inside, as process 1: the limits, a mark that the set-up is done, then the command in a process of its own. The
 # shell's stderr is the status pipe: it reports a fatal signal there ("Killed"), which tells 128+N from an exit code.
+# Should this machine's memory run out, the kernel takes a run before anything else.
 SCRIPT: Final = (
+    "echo 1000 2>/dev/null >/proc/self/oom_score_adj; "
     "ulimit -c 0 && ulimit -t {cpu_s} && ulimit -f {file_blocks} && ulimit -v {address_kib} && ulimit -n {files} && "
     "{{ ulimit -p {processes} 2>/dev/null || ulimit -u {processes}; }} && printf r >&3 || exit 125; "
     'exec 4>&2 2>&3; (exec "$@" 2>&4 3>&- 4>&-); echo "$?" >&3'

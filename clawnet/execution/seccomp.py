@@ -75,7 +75,7 @@ _REFUSED: Final[dict[str, tuple[int | None, int | None]]] = {
     "vhangup": (153, 58),
 }
 # Answered as if the kernel did not have them, so that programs fall back to what the filter can look into (clone
-# instead of clone3) or to memory that counts against the run (memfd pages count for nobody).
+# instead of clone3) or to memory that counts against the run: pages of memfd and System V IPC count for nobody.
 _ABSENT: Final[dict[str, tuple[int | None, int | None]]] = {
     "clone3": (435, 435),
     "io_uring_enter": (426, 426),
@@ -83,6 +83,9 @@ _ABSENT: Final[dict[str, tuple[int | None, int | None]]] = {
     "io_uring_setup": (425, 425),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "shmget": (29, 194),
 }
 _FLAGS_FIRST: Final = {"clone": (56, 220), "unshare": (272, 97)}
 _IOCTL: Final = (16, 29)

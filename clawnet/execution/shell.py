@@ -33,6 +33,7 @@ _SPOOL_BYTES: Final = limits.MIB
 # The same limits as inside the sandbox. The guardian, outside the command's ancestry but in its process group, kills
 # that group when the daemon is gone: then the lifeline's other end closes.
 _HOST_SCRIPT: Final = (
+    "echo 1000 2>/dev/null >/proc/self/oom_score_adj; "
     'cd "$1" && shift && unset OLDPWD && ulimit -c 0 && ulimit -t {cpu_s} && '
     "ulimit -f {file_blocks} && ulimit -n {files} && "
     "{{ ulimit -v {address_kib} 2>/dev/null || :; }} && "
