@@ -26,7 +26,7 @@ from clawnet.errors import (
     UsageError,
 )
 
-from . import approving, following, submission
+from . import accepting, approving, following, submission
 from . import options as o
 from .app import report
 from .batch_lines import Keys, Line, Reader, Source
@@ -77,6 +77,7 @@ def batch(
     exclude: o.EXCLUDE = None,
     ring: o.RING = None,
     prefer: o.PREFER = None,
+    accept: o.ACCEPT = None,
     env: o.ENV = None,
     retries: o.RETRIES = None,
     priority: o.PRIORITY = None,
@@ -108,6 +109,7 @@ def batch(
         exclude=exclude,
         ring=ring,
         prefer=prefer,
+        accept=accepting.conditions(accept or []),
         env=submission.environment(env or []),
         retries=retries,
         priority=priority,

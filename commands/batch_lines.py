@@ -18,7 +18,7 @@ from clawnet.errors import ClawnetError, DataError, NotFoundError, UsageError
 
 from . import submission
 
-WORK = ("type", "op", "model")
+WORK = ("type", "op", "model", "accept")
 """Defaults that say what is done, not how: with another of these a line is another task."""
 
 

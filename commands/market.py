@@ -9,7 +9,7 @@ import typer
 
 from clawnet.errors import NotFoundError, TimedOutError, UsageError
 
-from . import approving, batch, following, outputs, paging, piped, submission, waiting
+from . import accepting, approving, batch, following, outputs, paging, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
 from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, size, table, who, write
@@ -56,6 +56,7 @@ def submit(
     gitignore: o.GITIGNORE = False,
     output: o.OUTPUT = None,
     output_dir: o.OUTPUT_DIR = None,
+    accept: o.ACCEPT = None,
     env: o.ENV = None,
     retries: o.RETRIES = None,
     priority: o.PRIORITY = None,
@@ -99,6 +100,7 @@ def submit(
             inputs=submission.inputs(input or []),
             gitignore=gitignore or None,
             outputs=output,
+            accept=accepting.conditions(accept or []),
             env=submission.environment(env or []),
             retries=retries,
             priority=priority,
@@ -263,6 +265,7 @@ def _task_lines(task: dict[str, Any]) -> list[tuple[str, Any]]:
         *_usage_lines(result.get("usage") or {}),
         ("result sha256", result.get("sha256")),
         *_output_lines(result),
+        *accepting.lines(task),
         ("idempotency key", task["idempotency_key"]),
     ]
     rows += _attempt_lines(task["attempts"])

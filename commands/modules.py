@@ -17,18 +17,19 @@ def look(spec: dict[str, Any]) -> bool:
     """Whether the task is a module's; its path in `wasm` becomes absolute. Raises NotFoundError or DataError."""
     if spec.get("wasm"):
         spec.setdefault("type", "compute")
-        spec["wasm"] = _checked(str(spec["wasm"]))
+        spec["wasm"] = checked(str(spec["wasm"]))
         return True
     if spec.get("type") != "compute" or spec.get("op"):
         return False
     for item in spec.get("inputs") or []:
         if item["name"] == INPUT:
-            _checked(item["path"])
+            checked(item["path"])
             return True
     return False
 
 
-def _checked(name: str) -> str:
+def checked(name: str) -> str:
+    """The whole path of a module file that may be one. Raises NotFoundError or DataError."""
     try:
         path = Path(name).expanduser().resolve(strict=True)
         info = path.stat()

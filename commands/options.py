@@ -37,6 +37,10 @@ OUTPUT = Annotated[
 OUTPUT_DIR = Annotated[
     str | None, _text("--output-dir", "DIR", "Where they are put, all of them or none (the current directory).")
 ]
+ACCEPT = Annotated[
+    list[str] | None,
+    _text("--accept", "CONDITION", "What the result must pass: exit:0, sha256:H, schema:FILE, test:CMD, wasm:MODULE."),
+]
 ENV = Annotated[list[str] | None, _text("--env", "NAME=VALUE", "An environment variable (repeatable).")]
 RETRIES = Annotated[int | None, _text("--retries", "N", "How often it may start again elsewhere (shell: 0).")]
 PRIORITY = Annotated[int | None, _text("--priority", "N", "Higher goes first among this node's tasks.")]

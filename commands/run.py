@@ -12,9 +12,10 @@ import typer
 from clawnet.api import Client
 from clawnet.errors import TimedOutError, UnreachableError, UsageError
 
-from . import approving, following, modules, outputs, piped, submission, waiting
+from . import accepting, approving, following, modules, outputs, piped, submission, waiting
 from .invocation import Invocation, NodeCommand, group, here
 from .options import (
+    ACCEPT,
     ATTACH,
     BID_TIMEOUT,
     BUDGET,
@@ -79,6 +80,7 @@ def run(
     gitignore: GITIGNORE = False,
     output: OUTPUT = None,
     output_dir: OUTPUT_DIR = None,
+    accept: ACCEPT = None,
     env: ENV = None,
     retries: RETRIES = None,
     priority: PRIORITY = None,
@@ -131,6 +133,7 @@ def run(
             inputs=submission.inputs(input or []),
             gitignore=gitignore or None,
             outputs=output,
+            accept=accepting.conditions(accept or []),
             env=submission.environment(env or []),
             retries=retries,
             priority=priority,

@@ -15,7 +15,7 @@ from clawnet import limits, money, units
 from clawnet.api import Client
 from clawnet.errors import DataError, NotFoundError, UsageError
 
-from . import modules
+from . import accepting, modules
 from .piped import Piped, standard_input
 
 TYPES = ("prompt", "shell", "compute")
@@ -195,6 +195,8 @@ def spelled_out(name: str, value: dict[str, Any]) -> dict[str, Any]:
             f"{item['name']}={item.get('path')}" if item.get("name") else str(item.get("path")) for item in objects
         ]
         spec["inputs"] = _data(name, inputs, texts + named)
+    if "accept" in spec:
+        spec["accept"] = accepting.conditions(spec["accept"], f"{name}: accept")
     if isinstance(spec.get("type"), str):
         spec["type"] = _data(name, task_type, spec["type"])
     return spec
