@@ -232,6 +232,8 @@ TWIN_HOLD_MS: Final = 120_000
 TWIN_TELL_MS: Final = 15_000
 DRAIN_SETTLE_MS: Final = 5_000
 EXPORT_PAGE_BYTES: Final = 256 * KIB
+ENTRY_TASKS_PAGE_MAX: Final = 8_192
+"""Tasks named in one page of the wallet's history; more than an entry can be about."""
 BACKUP_CONTENTS_BYTES_MAX: Final = 64 * MIB
 NOT_YET_ENTRIES_MAX: Final = 4_096
 NOT_YET_BYTES_MAX: Final = 16 * MIB

@@ -59,7 +59,7 @@ METHODS: Final[dict[str, str]] = {
     "peer.unban": "admit it again; {peer}",
     "peer.reputation": "this node's own view of one or all peers; {peer}",
     "wallet.balance": "what may be spent, what is locked",
-    "wallet.history": "the own chain, newest first; {limit, after}",
+    "wallet.history": "the own chain, newest first, or its entries about one task; {limit, after, task}",
     "wallet.escrows": "open lines of ours and to us",
     "wallet.send": "send credits; {peer, amount, memo}",
     "wallet.export": "a page of a chain, decoded and as signed; {account, from, to}",

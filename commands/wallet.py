@@ -12,9 +12,11 @@ from clawnet.errors import VerificationError
 from . import options as o
 from . import paging, wallet_files
 from .invocation import NodeCommand, group, here
-from .render import json_line, pairs, show, table, who, write
+from .render import json_line, on_terminal, pairs, short, show, table, who, write
 
 AUDIT_TIMEOUT_S = 600.0
+
+OF_TASK = Annotated[str | None, typer.Option("--task", metavar="TASK", help="Only what is about this task.")]
 
 app = group("Balance, history, escrows, sending credits, audit.")
 
@@ -60,21 +62,38 @@ def _limits_of(section: dict[str, Any], whose: str) -> list[str]:
 
 
 @app.command(cls=NodeCommand)
-def history(context: typer.Context, limit: o.LIMIT = 50) -> None:
-    """The entries of this node's own chain, newest first."""
+def history(context: typer.Context, limit: o.LIMIT = 50, task: OF_TASK = None) -> None:
+    """The entries of this node's own chain, newest first; with --task, what was locked, paid or earned for it.
+
+    An entry may gather several tasks: with --task AMOUNT is that task's share of it.
+    """
     invocation = here(context)
     columns = (
         ("SEQ", lambda entry: entry["seq"]),
         ("AT", lambda entry: entry["at"]),
         ("KIND", lambda entry: entry["kind"]),
-        ("AMOUNT", lambda entry: entry["amount"]),
+        ("AMOUNT", lambda entry: entry["amount"] if task is None else _share(entry)),
         ("BALANCE", lambda entry: entry["balance"]),
         ("WITH", lambda entry: who(entry["counterparty"])),
-        ("TASK", lambda entry: entry["task_id"]),
+        ("TASK", _tasks),
     )
     with invocation.client() as client:
-        found = paging.first(client, "wallet.history", {}, limit)
-    table(invocation, found, columns, empty="no entries yet")
+        found = paging.first(client, "wallet.history", {} if task is None else {"task": task}, limit)
+    table(invocation, found, columns, empty="no entries yet" if task is None else "nothing was locked or paid for it")
+
+
+def _share(entry: dict[str, Any]) -> str:
+    """What of an entry is for the one task asked for."""
+    return money.format_credits(sum(money.parse_credits(part["amount"]) for part in entry["tasks"]))
+
+
+def _tasks(entry: dict[str, Any]) -> str:
+    """The tasks that an entry is about, as many as a person takes in; all of them for a program."""
+    names = list(dict.fromkeys(part["task_id"] for part in entry.get("tasks", []))) or [entry["task_id"] or ""]
+    if not on_terminal():
+        return ",".join(names)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(short(name) for name in names[:2]) + more
 
 
 @app.command(cls=NodeCommand)

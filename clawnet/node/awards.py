@@ -105,6 +105,7 @@ class Awards:
         """The line is in the own chain, in this turn's transaction: the document may leave."""
         attempt.state, attempt.escrow, attempt.known_seq = "locked", "locked", known_seq
         attempt.heard_ms = self._ctx.now
+        self._rooms.history.about(attempt.lock_seq, task.task_id, attempt.n, attempt.price_ucr)
         self._by_line[(attempt.lock_seq, attempt.line)] = (task, attempt)
         self._send_award(task, attempt)
 
@@ -320,8 +321,11 @@ class Awards:
             self._rooms.outbox.settle(kind, attempt.peer, about(task.task_id, attempt.n))
         attempt.reason = attempt.reason or reason
 
-    def refunded(self, task: Task, attempt: Attempt) -> None:
-        """The line is closed in the own chain."""
+    def refunded(self, task: Task, attempt: Attempt, seq: int = -1) -> None:
+        """The line is closed in the own chain, by its entry `seq` where that is known."""
+        if seq >= 0:
+            left_ucr = attempt.price_ucr - (attempt.released_ucr if attempt.released_seq >= 0 else 0)
+            self._rooms.history.about(seq, task.task_id, attempt.n, left_ucr)
         if not attempt.refunded:
             self._rooms.spending.unlocked(task, attempt)
         attempt.refunded = True

@@ -223,8 +223,9 @@ class Books:
             if not part:
                 continue
             entry = self._try(lambda items: self.purse.refund(items, self._ctx.now), [one.item for one in part])
-            for one in part if entry is not None else ():
-                self._rooms.awards.refunded(one.task, one.attempt)
+            if entry is not None:
+                for one in part:
+                    self._rooms.awards.refunded(one.task, one.attempt, entry.seq)
 
     def _refundable(self, one: _Refund) -> bool:
         """One bad waiver must not spoil the entry for the others."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, NotFoundError, UnreachableError
 from clawnet.identity import multiaddr
-from clawnet.ledger.entries import Claim, EntryKind, Grant, Lock, Parsed, Send, parse
 from clawnet.market.records import FINAL_STATES, Task, decode_task
 from clawnet.money import format_credits, parse_credits
 from clawnet.node.audit import Audit
@@ -59,7 +58,7 @@ class Calls:
             "peer.reputation": self._reputation,
             "wallet.balance": lambda call, params: ctx.reply(call, rooms.views.balance()),
             "wallet.escrows": lambda call, params: ctx.reply(call, {"items": rooms.views.escrows(), "next": None}),
-            "wallet.history": self._history,
+            "wallet.history": rooms.history.page,
             "wallet.send": self._send,
             "wallet.resume": self._resume,
             "identity.rotate": rooms.successions.rotate,
@@ -361,44 +360,6 @@ class Calls:
         """The owner's override of the restore rule."""
         self._rooms.books.chains.restore.accept_risk()
         self._ctx.reply(call, self._rooms.views.balance())
-
-    def _history(self, call: int, params: Params) -> None:
-        limit = max(1, min(integer(params, "limit", 20), PAGE_MAX))
-        before = integer(params, "after", 0) if params.get("after") not in (None, "") else None
-        account = self._ctx.account
-
-        def entries(rows: tuple[Any, ...]) -> None:
-            loads.ask("balances_page", (before, limit + 1), lambda found: done(rows, dict(found)), call=call)
-
-        def done(rows: tuple[Any, ...], balances: dict[int, int]) -> None:
-            items = [self.entry(parse(row[-1]), balances) for row in rows]
-            following = str(rows[-1][1]) if len(rows) == limit and rows[-1][1] else None
-            self._ctx.reply(call, {"items": items, "next": following})
-
-        loads = self._rooms.loads
-        loads.ask("entries_page", (account, before, limit), entries, call=call)
-
-    def entry(self, entry: Parsed, balances: dict[int, int]) -> dict[str, Any]:
-        """One entry of the own chain: what it did to the available amount, and with whom."""
-        body, other, task = entry.body, None, None
-        after_ucr = balances.get(entry.seq, 0)
-        amount_ucr = after_ucr - balances.get(entry.seq - 1, 0)
-        if isinstance(body, (Grant, Send)):
-            other = body.payee
-        elif isinstance(body, Lock):
-            other, task = body.lines[0].payee, self._rooms.tasks.task_of_hash(body.lines[0].task)
-        elif isinstance(body, Claim):
-            other = body.items[0].payer
-        return {
-            "seq": entry.seq,
-            "kind": EntryKind(entry.kind).name.lower(),
-            "at": self._rooms.views.time(entry.time_ms),
-            "amount": format_credits(amount_ucr),
-            "balance": format_credits(after_ucr),
-            "counterparty": None if other is None else self._rooms.views.account_party(other),
-            "task_id": task,
-            "hash": entry.hash.hex(),
-        }
 
     # --- the node
 

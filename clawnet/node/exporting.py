@@ -12,6 +12,7 @@ from clawnet.errors import DataError
 from clawnet.ledger.entries import Parsed, parse
 from clawnet.money import format_credits
 from clawnet.node.context import Context
+from clawnet.node.history import Parts, parts
 from clawnet.node.params import Params, integer
 
 if TYPE_CHECKING:
@@ -42,22 +43,27 @@ class Export:
 
     def _entries(self, rows: tuple[Any, ...]) -> None:
         if not rows or self._account != self._ctx.account:
-            self._reply(rows, {})
+            self._reply(rows, {}, {})
             return
         args = (rows[-1][1] + 1, len(rows) + 1)
         loads = self._rooms.loads
-        loads.ask("balances_page", args, lambda found: self._reply(rows, dict(found)), call=self._call)
+        loads.ask("balances_page", args, lambda found: self._tasks(rows, dict(found)), call=self._call)
 
-    def _reply(self, rows: tuple[Any, ...], balances: dict[int, int]) -> None:
+    def _tasks(self, rows: tuple[Any, ...], balances: dict[int, int]) -> None:
+        args = (rows[0][1], rows[-1][1], limits.EXPORT_PAGE_BYTES)  # no item of an entry is as short as a byte
+        loads = self._rooms.loads
+        loads.ask("entry_tasks", args, lambda found: self._reply(rows, balances, parts(found)), call=self._call)
+
+    def _reply(self, rows: tuple[Any, ...], balances: dict[int, int], about: dict[int, Parts]) -> None:
         head = self._rooms.books.book.head(self._account)
         last = min(self._to, -1 if head is None else head[0])
-        items = [self._item(parse(row[-1]), row[-1], balances) for row in rows]
+        items = [self._item(parse(row[-1]), row[-1], balances, about.get(row[1], [])) for row in rows]
         following = rows[-1][1] + 1 if rows and rows[-1][1] < last else None
         self._ctx.reply(self._call, {"items": items, "next": following, "last": last})
 
-    def _item(self, entry: Parsed, raw: bytes, balances: dict[int, int]) -> dict[str, Any]:
+    def _item(self, entry: Parsed, raw: bytes, balances: dict[int, int], about: Parts) -> dict[str, Any]:
         own = self._account == self._ctx.account
-        told = self._rooms.calls.entry(entry, balances)
+        told = self._rooms.history.entry(entry, balances, about)
         after_ucr = balances.get(entry.seq)
         return {
             "chain": "own" if own else "income",
@@ -71,6 +77,7 @@ class Export:
             "balance": None if after_ucr is None else format_credits(after_ucr),
             "counterparty": told["counterparty"],
             "task_id": told["task_id"],
+            "tasks": told["tasks"],
             "body": plain(entry.body),
             "raw_b64": base64.b64encode(raw).decode(),
         }

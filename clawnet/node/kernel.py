@@ -21,6 +21,7 @@ from clawnet.node.context import Context, Outbox, Ports
 from clawnet.node.draining import Draining
 from clawnet.node.fetches import Fetches
 from clawnet.node.gossiping import Gossiping
+from clawnet.node.history import History
 from clawnet.node.invites import Invites
 from clawnet.node.jobs import INPUTS, Jobs
 from clawnet.node.leases import Leases
@@ -94,6 +95,7 @@ class Rooms:
     writes: Writes
     views: Views
     saving: Saving
+    history: History
     calls: Calls
     draining: Draining
 
@@ -152,6 +154,7 @@ class Node:
         rooms.verdicts = Verdicts(self.ctx, rooms)
         rooms.invites = Invites(self.ctx, rooms)
         rooms.writes = Writes(self.ctx, rooms)
+        rooms.history = History(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
         rooms.draining = Draining(self.ctx, rooms)
         self._messages = self._message_table()

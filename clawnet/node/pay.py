@@ -91,6 +91,7 @@ class Pay:
     def paid(self, job: Job, seq: int) -> None:
         """The claim is in the own chain."""
         job.state, job.claimed_seq = "claimed", seq
+        self._rooms.history.about(seq, job.task_id, job.attempt, job.amount_ucr)
         self._rooms.outbox.settle(Kind.TASK_RESULT, job.peer, job.job)
         self._rooms.jobs.touch(job)
         self._rooms.members.observe_requester(job.peer, Outcome.PAID)

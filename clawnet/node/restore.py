@@ -189,7 +189,7 @@ class Restore:
             for refund in body.items:
                 found = awards.of_line(refund.lock_seq, refund.line)
                 if found is not None:
-                    awards.refunded(*found)
+                    awards.refunded(*found, outcome.parsed.seq)
         elif isinstance(body, Claim):
             self._claimed(outcome)
 

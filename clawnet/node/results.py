@@ -188,6 +188,7 @@ class Results:
         """The release is in the own chain, in the transaction that holds the sealed result."""
         attempt.state, attempt.escrow, attempt.released_seq = "released", "released", seq
         self._rooms.spending.paid(task, attempt)
+        self._rooms.history.about(seq, task.task_id, attempt.n, attempt.released_ucr)
         if attempt.released_ucr < attempt.price_ucr and attempt.waiver:
             self._rooms.books.refund(task, attempt, attempt.waiver)
         self._rooms.tasks.touch(task)

@@ -215,6 +215,17 @@ def _balances_page(tables: Tables, before: int | None, limit: int) -> list[Row]:
     return [row for row in reversed(_of(tables, "balances")) if before is None or row[0] < before][:limit]
 
 
+def _entries_of_task(tables: Tables, account: bytes, prefix: str, limit: int) -> list[Row]:
+    low, high = prefix_bounds(prefix)
+    about = [row for row in tables["entry_tasks"].values() if low <= row[1] <= high]
+    balances = tables["balances"]
+    return [
+        (*entry, *row[1:], *(balances[(seq,)][1] if (seq,) in balances else 0 for seq in (row[0], row[0] - 1)))
+        for row in sorted(about, key=lambda row: (row[1], -row[0], row[2]))
+        for entry in _of(tables, "entries", account, row[0])
+    ][:limit]
+
+
 def _jobs_expired(tables: Tables, before_ms: int, limit: int) -> list[Row]:
     owed = {row[3] for row in tables["outbox"].values()}
     rows = [row for row in _of(tables, "jobs") if row[1] in JOB_FINAL and row[2] < before_ms and row[0] not in owed]
@@ -266,6 +277,10 @@ _ANSWERS: Final[dict[str, Callable[..., list[Row]]]] = {
     "entries_page": lambda t, account, before, limit: [
         row for row in reversed(_of(t, "entries", account)) if before is None or row[1] < before
     ][:limit],
+    "entry_tasks": lambda t, low, high, limit: sorted(
+        (row for row in t["entry_tasks"].values() if low <= row[0] <= high), key=lambda row: (-row[0], *row[1:3])
+    )[:limit],
+    "entries_of_task": _entries_of_task,
     "entry_heads": _heads,
     "segments": lambda t, account: _of(t, "segments", account),
     "proof": lambda t, account: _of(t, "proofs", account),

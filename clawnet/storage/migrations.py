@@ -7,8 +7,9 @@ import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from clawnet.errors import ConfigError
@@ -25,6 +26,34 @@ class Step(Struct, frozen=True):
     why: str
     statements: tuple[str, ...]
     convert: Callable[[sqlite3.Connection], None] | None = None
+
+
+def _entries_of_tasks(connection: sqlite3.Connection) -> None:
+    """Locks and releases as tasks remember them, claims as jobs do; which entry returned a line nobody noted before.
+
+    The places are those of the fields in the rows of this schema, by market/records.py of that time.
+    """
+    found: list[tuple[int, bytes, int, int]] = []
+    for (body,) in connection.execute("SELECT body FROM tasks"):
+        task = _fields(body, 15)
+        for attempt in task[14] if task else ():
+            found.append((attempt[14], task[0], attempt[0], attempt[4]))
+            found.append((attempt[19], task[0], attempt[0], attempt[20]))
+    for (body,) in connection.execute("SELECT body FROM jobs"):
+        job = _fields(body, 38)
+        if job:
+            found.append((job[37], job[4], job[5], job[25]))
+    known = (row for row in found if row[0] >= 0)
+    connection.executemany("INSERT OR IGNORE INTO entry_tasks VALUES (?, ?, ?, ?)", known)
+
+
+def _fields(body: bytes, least: int) -> list[Any]:
+    """The fields of a row's body; none of one that is not of this shape."""
+    try:
+        found = msgspec.msgpack.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return []
+    return found if isinstance(found, list) and len(found) >= least else []
 
 
 STEPS: Final[tuple[Step, ...]] = (
@@ -47,6 +76,15 @@ STEPS: Final[tuple[Step, ...]] = (
         ),
     ),
     Step("output lies in files and results; its table was never filled", ("DROP TABLE outputs",)),
+    Step(
+        "the entries of the own chain name the tasks that they are about",
+        (
+            "CREATE TABLE entry_tasks (seq INTEGER NOT NULL, task_id BLOB NOT NULL, attempt INTEGER NOT NULL, "
+            "amount_ucr INTEGER NOT NULL, PRIMARY KEY (seq, task_id, attempt)) WITHOUT ROWID",
+            "CREATE INDEX entry_tasks_by_task ON entry_tasks(task_id)",
+        ),
+        _entries_of_tasks,
+    ),
 )
 """Step n brings schema n + 1 to n + 2. New steps go to the end; those that were released never change."""
 

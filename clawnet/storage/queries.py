@@ -140,6 +140,22 @@ QUERIES: Final[dict[str, Query]] = {
         ("before_seq", "limit"),
         prepare=lambda args: (SEQ_MAX if args[0] is None else args[0], args[1]),
     ),
+    "entry_tasks": Query(
+        f"SELECT {_columns('entry_tasks')} FROM entry_tasks WHERE seq BETWEEN ? AND ? "
+        "ORDER BY seq DESC, task_id, attempt LIMIT ?",
+        ("from_seq", "to_seq", "limit"),
+        quick=False,
+    ),
+    # An entry of the own chain with the task, attempt and amount it is about, and the balances after and before it.
+    "entries_of_task": Query(
+        "SELECT e.account, e.seq, e.hash, e.raw, t.task_id, t.attempt, t.amount_ucr, "
+        "coalesce(b.available_ucr, 0), coalesce(p.available_ucr, 0) "
+        "FROM entry_tasks t JOIN entries e ON e.account = ? AND e.seq = t.seq "
+        "LEFT JOIN balances b ON b.seq = t.seq LEFT JOIN balances p ON p.seq = t.seq - 1 "
+        "WHERE t.task_id BETWEEN ? AND ? ORDER BY t.task_id, t.seq DESC, t.attempt LIMIT ?",
+        ("account", "hex_prefix", "limit"),
+        prepare=lambda args: (args[0], *prefix_bounds(args[1]), args[2]),
+    ),
     "entry_heads": Query("SELECT account, max(seq) FROM entries GROUP BY account ORDER BY account", (), quick=False),
     "segments": Query(
         f"SELECT {_columns('segments')} FROM segments WHERE account = ? ORDER BY seq, hash", ("account",)

@@ -43,6 +43,8 @@ TABLES: Final[dict[str, Table]] = {
         Table("segments", 3, ("account BLOB", "seq INTEGER", "hash BLOB", "raw BLOB")),
         Table("accounts", 1, ("account BLOB", "snapshot BLOB"), wide=True),
         Table("balances", 1, ("seq INTEGER", "available_ucr INTEGER")),
+        # Which tasks the entries of the own chain are about: kept as long as these, which name them by a hash alone.
+        Table("entry_tasks", 3, ("seq INTEGER", "task_id BLOB", "attempt INTEGER", "amount_ucr INTEGER")),
         Table("proofs", 1, ("account BLOB", "proof BLOB"), wide=True),
         Table(
             "tasks",
@@ -99,6 +101,7 @@ INDEXES: Final = (
     "CREATE INDEX tasks_created ON tasks(created_ms, task_id)",
     f"CREATE INDEX tasks_open ON tasks(created_ms, task_id) WHERE {TASK_OPEN_SQL}",
     "CREATE INDEX tasks_by_key ON tasks(idempotency_key) WHERE idempotency_key <> ''",
+    "CREATE INDEX entry_tasks_by_task ON entry_tasks(task_id)",
     f"CREATE INDEX jobs_open ON jobs(job) WHERE {JOB_OPEN_SQL}",
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from clawnet.errors import ConfigError, InternalError, StorageError
+from clawnet.market.records import decode_job, decode_task
 from clawnet.storage import migrations
 from clawnet.storage.migrations import SCHEMA_VERSION, Step
 from clawnet.storage.schema import TABLES
@@ -84,6 +85,23 @@ def test_an_old_database_ends_like_a_new_one_with_its_rows(old: Path, tmp_path: 
     assert set(after) == set(TABLES)
     assert before.pop("outputs") == [], "the table that goes held nothing"
     assert {name: after[name] for name in before} == before
+
+
+def test_entries_of_an_old_chain_name_their_tasks(old: Path) -> None:
+    before = content(old)
+    tasks = [decode_task(row[-1]) for row in before["tasks"]]
+    locks = {(a.lock_seq, task.task_id, a.n, a.price_ucr) for task in tasks for a in task.attempts if a.lock_seq >= 0}
+    releases = {
+        (a.released_seq, task.task_id, a.n, a.released_ucr)
+        for task in tasks
+        for a in task.attempts
+        if a.released_seq >= 0
+    }
+    jobs = [decode_job(row[-1]) for row in before["jobs"]]
+    claims = {(job.claimed_seq, job.task_id, job.attempt, job.amount_ucr) for job in jobs if job.claimed_seq >= 0}
+    Store.open(old).close()
+    assert locks
+    assert set(content(old)["entry_tasks"]) == locks | releases | claims
 
 
 def test_a_copy_of_the_old_one_lies_beside_it_until_a_daemon_has_served(old: Path) -> None:
