@@ -1,10 +1,11 @@
 """Which waiting job starts next on a worker, and what those that run hold of the machine. Pure.
 
 Fair queueing with start tags (Goyal, Vin, Cheng: SFQ, 1996): every requester, that is every owner however many nodes
-it has, is a flow with a tag that grows by the work started for it; the flow with the lowest tag goes next. One that
-comes back starts at the clock, the tag of what started last: it saves nothing up while it is away. Work is counted in
-slot-seconds: the estimated time, times the largest share of the machine that the job takes. So whoever sends a
-thousand tasks waits for them, and not the one who sends a single one after them.
+it has, is a flow with a tag that grows by the work started for it; the flow with the lowest tag goes next. Work is
+counted in slot-seconds: the time, estimated until it is known, times the largest share of the machine that the job
+takes. One that comes back starts at the clock, which is the work done for the flow that was served last: it saves
+nothing up while it is away. So whoever sends a thousand tasks waits for them, and not the one who sends a single one
+after them.
 
 This node's own ring is a tier of its own, and first where both are due: while both have work waiting it gets OWN_WEIGHT
 parts for every one that all others get together. Priority orders a flow's jobs among themselves and nothing else.
@@ -27,17 +28,23 @@ from clawnet.market.machine import Amounts, Entry, Machine
 
 OWN_WEIGHT: Final = 4.0
 _SLACK: Final = 64
+_NOTHING_S: Final = 1e-6
 
 
 class _Flow(Struct):
-    """One requester's waiting jobs. `tag` is where its next one starts."""
+    """One requester's waiting jobs. `tag` is where its next one starts, `running_s` the part of it that runs now."""
 
     key: bytes
     tag: float
+    running_s: float = 0.0
     heap: list[tuple[int, int, Entry]] = field(default_factory=list)
     count: int = 0
     backlog_s: float = 0.0
     place: tuple[float, int, bytes] | None = None
+
+    def keeps(self, clock: float) -> bool:
+        """Whether it has anything waiting, running, or to make up for."""
+        return self.count > 0 or self.running_s > 0 or self.tag > clock
 
 
 class _Tier:
@@ -46,6 +53,7 @@ class _Tier:
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self.tag = 0.0
+        self.running_s = 0.0
         self.clock = 0.0
         self.count = 0
         self.backlog_s = 0.0
@@ -75,7 +83,7 @@ class _Tier:
         found = self.flows.get(key)
         if found is None:
             if len(self.flows) >= self._tidy_at:
-                self.flows = {key: flow for key, flow in self.flows.items() if flow.count or flow.tag > self.clock}
+                self.flows = {key: flow for key, flow in self.flows.items() if flow.keeps(self.clock)}
                 self._tidy_at = 2 * len(self.flows) + _SLACK
             found = self.flows[key] = _Flow(key, self.clock)
         return found
@@ -86,7 +94,7 @@ class _Tier:
         if mine is None:
             tag, ahead_s = self.clock, 0.0
         else:
-            tag, ahead_s = max(self.clock, mine.tag) + mine.backlog_s, mine.backlog_s
+            tag, ahead_s = max(self.clock + mine.running_s, mine.tag) + mine.backlog_s, mine.backlog_s
         for flow in self.flows.values():
             if flow.count and flow is not mine and flow.tag <= tag:
                 ahead_s += min(flow.backlog_s, max(tag - flow.tag, flow.backlog_s / flow.count))
@@ -103,6 +111,7 @@ class FairQueue:
         self._numbers = 0
         self._coming: dict[bytes, bytes] = {}
         self._places: dict[bytes, int] = {}
+        self._running_s: dict[bytes, float] = {}
         self._reserved: tuple[bytes, int, Amounts] | None = None
         self._stuck_at = -1
 
@@ -140,12 +149,12 @@ class FairQueue:
         self._entries[entry.job] = (entry, cost_s)
         tier = self._tier(entry)
         if not tier.count:
-            tier.tag = max(tier.tag, self._clock)
+            tier.tag = max(tier.tag, self._clock + tier.running_s / tier.weight)
         flow = tier.flow(entry.flow)
         self._numbers += 1
         heapq.heappush(flow.heap, (-entry.priority, self._numbers, entry))
         if not flow.count:
-            flow.tag = max(flow.tag, tier.clock)
+            flow.tag = max(flow.tag, tier.clock + flow.running_s)
             tier.place(flow, self._numbers)
         self._count(tier, flow, 1, cost_s)
 
@@ -256,36 +265,43 @@ class FairQueue:
         flow = tier.flows[entry.flow]
         cost_s = self._entries[entry.job][1]
         self.discard(entry.job)
-        self._clock = max(self._clock, tier.tag)
-        tier.tag += cost_s / tier.weight
-        tier.clock = max(tier.clock, flow.tag)
-        self._move(tier, flow, flow.tag + cost_s)
+        self._clock = max(self._clock, tier.tag - tier.running_s / tier.weight)
+        tier.clock = max(tier.clock, flow.tag - flow.running_s)
+        self._running_s[entry.job] = cost_s
+        self._move(tier, flow, cost_s, cost_s)
 
-    def _move(self, tier: _Tier, flow: _Flow, tag: float) -> None:
-        flow.tag = tag
+    def _move(self, tier: _Tier, flow: _Flow, counted_s: float, running_s: float) -> None:
+        """So much more work is counted for a flow and its tier, and so much more of it runs."""
+        tier.tag += counted_s / tier.weight
+        for one in (tier, flow):
+            one.running_s += running_s
+            one.running_s = one.running_s if one.running_s > _NOTHING_S else 0.0
+        flow.tag += counted_s
         if flow.count:
             self._numbers += 1
             tier.place(flow, self._numbers)
 
     # --- what the estimates missed, and what is to be expected
 
-    def ended(self, entry: Entry, excess_s: float) -> None:
-        """A run took so much more (or less) work than was counted: its requester's next one starts as much later."""
-        tier = self._tier(entry)
-        flow = tier.flows.get(entry.flow)
-        if flow is None:
-            if excess_s <= 0:
-                return
-            flow = tier.flow(entry.flow)
-        self._move(tier, flow, min(flow.tag + excess_s, max(flow.tag, tier.clock + limits.QUEUE_DEBT_S)))
+    def ended(self, entry: Entry, took_s: float) -> None:
+        """A run is over, and took so many slot-seconds: what was counted too much or too little for it is put right.
+
+        What one has to make up for is bounded by QUEUE_DEBT_S.
+        """
+        counted_s = self._running_s.pop(entry.job, None)
+        if counted_s is not None:
+            tier = self._tier(entry)
+            flow = tier.flows[entry.flow]
+            more_s = min(took_s, counted_s + limits.QUEUE_DEBT_S) - counted_s
+            self._move(tier, flow, more_s, -counted_s)
 
     def rest(self) -> None:
-        """Nothing waits and nothing runs: nobody is owed anything."""
-        if not self._entries:
+        """Where nothing waits and nothing runs, nobody is owed anything."""
+        if not self._entries and not self._running_s:
             for tier in (self._own, self._others):
                 tier.flows.clear()
                 tier.heap.clear()
-                tier.tag = tier.clock = 0.0
+                tier.tag = tier.clock = tier.running_s = 0.0
             self._clock = 0.0
 
     def ahead_s(self, flow: bytes, *, own: bool) -> float:

@@ -33,9 +33,8 @@ class _Line:
         entry = self.machine.end(job)
         if entry is None:
             return
-        self.queue.ended(entry, self.machine.cost_s(entry, duration_s) - self.machine.cost_s(entry))
-        if not len(self.machine):
-            self.queue.rest()
+        self.queue.ended(entry, self.machine.cost_s(entry, duration_s))
+        self.queue.rest()
 
 
 class Placing:
