@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mesh import Mesh, Node
+from mesh import Mesh, Node, cpu_s
 
 from clawnet import limits
 
@@ -63,8 +63,10 @@ async def measured(directory: Path, options: argparse.Namespace) -> dict[str, An
         began = perf_counter()
         made = await client.call("task.submit", {"spec": spec, "awaited": True})
         packed = perf_counter()
+        used_s = {node: cpu_s(node.process.pid) for node in mesh.nodes}
         done = await client.call("task.follow", {"task": made["task_id"], "output": False, "from": "start"})
         over = perf_counter()
+        used_s = {node: cpu_s(node.process.pid) - used_s[node] for node in mesh.nodes}
         if done["state"] != "settled" or done["error"] or done["result"]["exit_code"] != 0:
             raise SystemExit(f"the task ended as {done['state']}: {done['error']}")
         worker, (size, took_s) = max(((node, fetched(node)) for node in mesh.nodes), key=lambda item: item[1])
@@ -80,5 +82,7 @@ async def measured(directory: Path, options: argparse.Namespace) -> dict[str, An
             "task_s": round(over - began, 3),
             "requester_mb_idle": round(idle[mesh.nodes[0]] / MB, 1),
             "worker_mb_idle": round(idle[worker] / MB, 1),
+            "requester_cpu_s_per_gb": round(used_s[mesh.nodes[0]] / size * 1e9, 2),
+            "worker_cpu_s_per_gb": round(used_s[worker] / size * 1e9, 2),
             **{f"{name}_mb_above_idle": value for name, value in above.items()},
         }
