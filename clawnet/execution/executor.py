@@ -105,7 +105,15 @@ class Executor:
         places = None if sys.platform == "win32" else self._places
         self._judge = verify.Judge(
             verify.Bench(
-                self._pool, self._in_thread, self.shell_mode, places, self._note_idle, lambda: self.settings, self._loop
+                self._pool,
+                self._in_thread,
+                self.shell_mode,
+                places,
+                self._note_idle,
+                lambda: self.settings,
+                self._loop,
+                self._computer,
+                self._home.wasm_runs_dir,
             )
         )
         self._files = LocalFiles(
@@ -444,8 +452,7 @@ class Executor:
         self._idle.set()
 
     def _remove(self, dirs: JobDirs) -> None:
-        if not dirs.remove_empty():
-            self._in_thread(lambda future: future.result(), dirs.remove)
+        self._in_thread(lambda future: future.result(), dirs.remove)  # a busy disk takes its time over it
 
 
 def _sentence(error: ClawnetError) -> str:

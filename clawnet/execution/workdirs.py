@@ -32,15 +32,6 @@ class JobDirs(Struct, frozen=True):
     work: Path
     tmp: Path
 
-    def remove_empty(self) -> bool:
-        """Removes them if the job left nothing; False if it did."""
-        try:
-            for path in (self.work, self.tmp, self.root):
-                path.rmdir()
-        except OSError:
-            return False
-        return True
-
     def remove(self) -> None:
         """Removes them with everything in them, whatever modes the job gave it."""
         remove_tree(self.root)
