@@ -46,7 +46,7 @@ from clawnet.wire import events as e
 from clawnet.wire.messages import Hello
 from clawnet.wire.session import HelloFacts
 
-SWEEP_EVERY_S = 3_600.0
+SWEEP_EVERY_S, SWEEP_FIRST_S = 3_600.0, 60.0
 OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
 
 
@@ -141,7 +141,7 @@ class Daemon:
             self.vicinity.start()
             on_signals(loop, self.drain, lambda: self._reload({}))
             await self.ipc.start()
-            every(SWEEP_EVERY_S, self._sweep)
+            every(SWEEP_EVERY_S, self._sweep, first_s=SWEEP_FIRST_S)
             metrics = await self._metrics()
             self._log("info", "daemon.ready", pid=os.getpid(), peer=self.key.peer_id, listen=" ".join(addresses))
             ready(addresses)
@@ -470,7 +470,7 @@ class Daemon:
         try:
             for task_id in sweep(self._store, clock_ms(), self._node.kept_ids()):
                 self.blobs.revoke(task_id)
-            self.blobs.sweep(clock_ms() - 2 * limits.RESULT_RETENTION_MS)
+            self.blobs.sweep(clock_ms() - limits.BLOB_UNUSED_AGE_MS)
             self.blobs.sweep_parts(clock_ms() - limits.BLOB_PART_AGE_MS)
         except StorageError as error:
             self._log("error", "storage.sweep_failed", reason=error.message)

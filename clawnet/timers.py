@@ -97,12 +97,12 @@ class Timers:
         self._handle = self._loop.call_later(wait_ms / 1000, self.fire)
 
 
-def every(seconds: float, work: Callable[[], None]) -> None:
-    """Calls `work` again and again for as long as the running loop does."""
+def every(seconds: float, work: Callable[[], None], *, first_s: float = 0.0) -> None:
+    """Calls `work` again and again for as long as the running loop does, first after `first_s`, else `seconds`."""
     loop = asyncio.get_running_loop()
 
     def again() -> None:
         work()
         loop.call_later(seconds, again)
 
-    loop.call_later(seconds, again)
+    loop.call_later(first_s or seconds, again)

@@ -223,7 +223,10 @@ class BlobStore:
         with self._lock:
             try:
                 size = path.stat().st_size
-                path.unlink()
+                if size < limits.BLOB_UNLINKED_APART_FROM:
+                    path.unlink()
+                else:
+                    self._unlink_apart(path)
             except FileNotFoundError:
                 return
             except OSError as err:
@@ -232,6 +235,13 @@ class BlobStore:
             self._sources.pop(blob, None)
             for suffix in (_LEAVES, _SOURCES):
                 path.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _unlink_apart(self, path: Path) -> None:
+        """A large file takes its time to go: it is out of sight at once, and gone when a thread is done, or a start."""
+        self._serial += 1
+        gone = self._temporary / f"{os.getpid()}-{self._serial}"
+        os.replace(path, gone)
+        threading.Thread(target=gone.unlink, args=(True,), name="clawnet-unlink", daemon=True).start()
 
     def sweep(self, before_ms: int, kept: Set[bytes] = frozenset()) -> int:
         """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many."""
