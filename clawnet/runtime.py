@@ -17,6 +17,7 @@ from clawnet.errors import (
     BusyError,
     ClawnetError,
     InternalError,
+    NotFoundError,
     NotPermittedError,
     StorageError,
     StorageFullError,
@@ -295,7 +296,8 @@ class Runtime:
             size = self.blobs.size(effect.blob)
             data = self.blobs.read_at(effect.blob, effect.offset, effect.length)
         except ClawnetError as error:
-            self._reply(e.Reply(effect.call, None, error.as_dict()))
+            gone = effect.gone if isinstance(error, NotFoundError) else None
+            self._reply(e.Reply(effect.call, None, gone or error.as_dict()))
             return
         eof = effect.offset + len(data) >= size
         self._reply(e.Reply(effect.call, {"data_b64": base64.b64encode(data).decode(), "size": size, "eof": eof}))

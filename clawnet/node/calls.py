@@ -17,6 +17,7 @@ from clawnet.node.context import Context
 from clawnet.node.exporting import Export
 from clawnet.node.output import Start
 from clawnet.node.params import ID_DIGITS, Params, integer, task_digits, words
+from clawnet.node.retained import forgotten, unknown
 from clawnet.wire.events import CallGone, Dial, DialEnded, Hangup, ReadBlob, RpcCall
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Calls:
 
         def found(call: int, params: Params, text: str, rows: tuple[Any, ...]) -> None:
             if not rows:
-                raise NotFoundError(f"no task {text!r}", hint="clawnet market list shows the newest")
+                raise unknown(text)
             if len(rows) > 1:
                 names = ", ".join(row[0].hex()[:12] for row in rows[:8])
                 raise NotFoundError(f"{text!r} begins several task ids: {names}", hint="give more of the id")
@@ -194,15 +195,18 @@ class Calls:
         length = max(1, min(integer(params, "length", limits.MIB), limits.MIB))
         blob = task.result.get(stream + "_blob") or b""
         size = task.result[stream + "_bytes"]
+        gone = forgotten(task.task_id, stream)
         if blob:
-            self._ctx.out.append(ReadBlob(call, blob, offset, length))
+            self._ctx.out.append(ReadBlob(call, blob, offset, length, gone.as_dict()))
             return
 
         def small() -> None:
             assert task.result is not None
             streams = self._rooms.views.streams.get(task.task_id)
             data = task.result.get(stream) if streams is None else streams[stream == "stderr"]
-            part = (data or b"")[offset : offset + length]
+            if data is None:
+                raise gone
+            part = data[offset : offset + length]
             body = {"data_b64": base64.b64encode(part).decode(), "size": size, "eof": offset + len(part) >= size}
             self._ctx.reply(call, body)
 

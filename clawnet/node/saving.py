@@ -9,6 +9,7 @@ from clawnet.errors import DataError, NotFoundError, VerificationError, WireErro
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.node.context import Context
 from clawnet.node.params import Params, integer
+from clawnet.node.retained import forgotten
 from clawnet.wire.fileevents import OutputsSaved, SaveOutputs
 from clawnet.wire.globs import Globs
 
@@ -91,9 +92,11 @@ class Saving:
         found = self._asked.pop(event.call, None)
         if found is None:
             return
-        if event.error is not None:
-            self._ctx.fail(event.call, from_dict(event.error))
-            return
         task_id, directory = found
+        if event.error is not None:
+            error = from_dict(event.error)
+            lost = isinstance(error, NotFoundError) and "blob" in error.details
+            self._ctx.fail(event.call, forgotten(task_id, "the output") if lost else error)
+            return
         done = {"task_id": task_id.hex(), "directory": directory, "files": event.files, "bytes": event.bytes}
         self._ctx.reply(event.call, done)

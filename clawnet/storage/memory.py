@@ -240,7 +240,7 @@ def _heads(tables: Tables) -> list[Row]:
 
 
 def _expired(tables: Tables, before_ms: int, limit: int, *, with_results: bool) -> list[Row]:
-    holding = {key[0] for key in tables["results"]}
+    holding = {key[0] for table in ("results", "blob_grants") for key in tables[table]}
     rows = [
         row
         for key, row in tables["tasks"].items()

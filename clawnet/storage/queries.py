@@ -170,8 +170,8 @@ QUERIES: Final[dict[str, Query]] = {
         prepare=lambda args: (args[0], args[0], args[1]),
     ),
     "results_expired": Query(
-        # From the results to their tasks: there are many more tasks than results of them.
-        "SELECT task_id FROM (SELECT DISTINCT task_id FROM results) CROSS JOIN tasks "
+        # From what results left to their tasks: there are many more tasks than results of them.
+        "SELECT task_id FROM (SELECT task_id FROM results UNION SELECT task_id FROM blob_grants) CROSS JOIN tasks "
         f"USING (task_id) WHERE created_ms < ? AND updated_ms < ? AND state IN {_words(TASK_FINAL)} "
         "AND task_id NOT IN (SELECT task_id FROM unsettled) ORDER BY created_ms, task_id LIMIT ?",
         ("before_ms", "limit"),

@@ -389,12 +389,16 @@ class StopJudging(Effect, frozen=True, gc=False):
 
 
 class ReadBlob(Effect, frozen=True, gc=False):
-    """Answer a local call with a piece of a stored blob: {"data_b64", "size", "eof"} (rpc task.read)."""
+    """Answer a local call with a piece of a stored blob: {"data_b64", "size", "eof"} (rpc task.read).
+
+    `gone` is the error to answer with when the blob is not here.
+    """
 
     call: int
     blob: bytes
     offset: int
     length: int
+    gone: dict[str, Any] | None = None
 
 
 class Load(Effect, frozen=True, gc=False):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import time
 from decimal import Decimal
 
 import pytest
 
+from clawnet import limits
+from clawnet.storage.blobs import BlobStore
+from clawnet.storage.retention import sweep
+from clawnet.storage.store import Store
 from tests.cli.harness import Node, Nodes
 
 
@@ -80,3 +87,48 @@ def test_lists_are_followed_to_their_end(pair: tuple[Node, Node]) -> None:
     part = alice("market", "history", "--limit", "510", "--json").json("market history")
     assert len(part["items"]) == 510 == len({item["task_id"] for item in part["items"]}) and part["next"]
     assert part["items"] == sorted(part["items"], key=lambda item: item["created_at"], reverse=True)
+
+
+WRITES = "head -c $0 /dev/zero | tr '\\0' '\\377'; head -c $1 /dev/zero | tr '\\0' '\\376' >&2"
+
+
+def test_logs_of_ended_tasks_are_exact_until_they_are_forgotten(nodes: Nodes) -> None:
+    (alice,) = nodes.mesh("alice")
+    kept = {}
+    for sizes in ((500, 20), (90_000, 30_000), (2_500_000, 1_200_000)):
+        done = alice.raw("run", "--json", "--", "sh", "-c", WRITES, *map(str, sizes))
+        task = json.loads(done[1])["task_id"]
+        kept[task] = (b"\xff" * sizes[0], b"\xfe" * sizes[1])
+    for task, (out, err) in kept.items():
+        assert alice.raw("market", "logs", task) == (0, out, err)
+        assert alice.raw("market", "result", task)[:2] == (0, out)
+    assert alice("daemon", "restart").code == 0
+    small, middle, large = kept
+    for task, (out, err) in kept.items():
+        assert alice.raw("market", "logs", task) == (0, out, err)
+    lines = [json.loads(line) for line in alice("market", "logs", "--json", large).out.splitlines()]
+    for stream, want in zip(("stdout", "stderr"), kept[large], strict=True):
+        assert b"".join(base64.b64decode(x["data_b64"]) for x in lines if x.get("stream") == stream) == want
+    assert alice("daemon", "stop").code == 0
+    time_passes(alice, limits.RESULT_RETENTION_MS + 60_000)
+    assert alice.raw("market", "logs", small) == (0, *kept[small])
+    for task in (middle, large):
+        alice("market", "logs", task).failed(66, "forgotten", "7 days", f"market show {task[:8]}")
+        alice("market", "result", task).failed(66, "forgotten")
+        assert alice("market", "show", task, "--json").json("market show")["result"]["stdout"] is None
+    assert alice("daemon", "stop").code == 0
+    time_passes(alice, limits.TASK_RETENTION_MS + 60_000)
+    alice("market", "logs", small).failed(66, "no task", "30 days")
+
+
+def time_passes(node: Node, passed_ms: int) -> None:
+    """What the daemon's sweep does once so much time has gone by, on a node that is down."""
+    then_ms = int(time.time() * 1000) + passed_ms
+    store = Store.open(node.home.database)
+    sweep(store, then_ms, frozenset())
+    held = {row[2] for row in store.load_all("blob_grants")}
+    store.close()
+    blobs = BlobStore(node.home.blobs_dir)
+    for blob in held:
+        blobs.grant(b"k" * 16, "peer", blob)
+    blobs.sweep(then_ms)
