@@ -383,7 +383,6 @@ _TABLE: Final[tuple[Key, ...]] = (
     ),
     Key("execution.wall_max", "duration", "1h", "how long one run may take", RELOAD, "1s", "24h"),
     Key("execution.verifier_wall_max", "duration", "60s", "how long one verifier may take", RELOAD, "1s", "1h"),
-    Key("execution.verifier_wall_max", "duration", "60s", "how long one verifier may take", RELOAD, "1s", "1h"),
     Key("execution.output_max", "size", "64MiB", "stdout and stderr of one run together", RELOAD, "4KiB", "64MiB"),
     Key(
         "execution.outputs_max",

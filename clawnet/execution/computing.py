@@ -56,13 +56,19 @@ class Computed(Struct, frozen=True):
 
 
 class WasmRun(Struct, frozen=True):
-    """What a module is given: arguments after its name, environment, standard input (bytes, or a blob), and files."""
+    """What a module is given: arguments after its name, environment, standard input (bytes, or a blob), and files.
+
+    `stdin_path`, with the hash of its content, and `given` are files of this machine that are no blobs.
+    """
 
     module: InputRef
     argv: Sequence[str] = ()
     env: dict[str, str] = {}
     stdin: bytes = b""
     stdin_blob: bytes = b""
+    stdin_path: str = ""
+    stdin_key: str = ""
+    given: Sequence[InputFile] = ()
     files: Sequence[InputRef] = ()
     cwd_input: str = ""
     fuel: int = 0
@@ -209,9 +215,9 @@ class Computing:
             argv=[MODULE_NAME, *run.argv],
             env=run.env,
             stdin=run.stdin,
-            stdin_path=str(self._blobs.path(run.stdin_blob)) if run.stdin_blob else "",
-            stdin_key=run.stdin_blob.hex(),
-            files=[self._file(item, run.cwd_input) for item in run.files],
+            stdin_path=str(self._blobs.path(run.stdin_blob)) if run.stdin_blob else run.stdin_path,
+            stdin_key=run.stdin_blob.hex() or run.stdin_key,
+            files=[*(self._file(item, run.cwd_input) for item in run.files), *run.given],
             fuel=run.fuel,
             memory_bytes_max=run.memory_bytes_max,
             output_bytes_max=run.output_bytes_max,

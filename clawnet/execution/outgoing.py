@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
+import msgspec
+
 from clawnet import limits
 from clawnet.errors import ClawnetError
 from clawnet.execution import bundle, delivery, verify
-from clawnet.execution.endings import with_result
+from clawnet.execution.endings import with_result, without_result
 from clawnet.execution.product import of_run
 from clawnet.execution.spec import BlobPort, JobSpec
-from clawnet.wire.events import Stimulus
-from clawnet.wire.verdict import Verdict
+from clawnet.wire.events import Stimulus, TaskExited
+from clawnet.wire.verdict import CONTRACT, Verdict, encode_report, failure
 
 _READ_BYTES: Final = 256 * limits.KIB
 
@@ -56,7 +58,7 @@ class Outgoing:
             return
 
         def done(verdict: Verdict, stopped: str) -> None:
-            exited = verify.refusal(spec.job, head, verdict, stopped)
+            exited = refusal(spec.job, head, verdict, stopped)
             if exited is None:
                 self._pack(spec, head, parts, close, files)
                 return
@@ -91,6 +93,18 @@ class Outgoing:
             self._deliver(exited)
 
         self._in_thread(done, delivery.pack, *args)
+
+
+def refusal(job: bytes, head: bundle.Head, verdict: Verdict, stopped: str) -> TaskExited | None:
+    """The end of a run whose result is not delivered; None when it passed."""
+    usage = head.usage
+    figures = (usage.duration_s, usage.cpu_s, usage.memory_bytes_max, head.stdout_bytes + head.stderr_bytes)
+    if stopped:
+        return without_result(job, "cancelled", stopped, *figures)
+    if failure(verdict) is None:
+        return None
+    exited = without_result(job, CONTRACT, "the result does not pass its contract", *figures)
+    return msgspec.structs.replace(exited, report=encode_report(verdict))
 
 
 class Contents:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -15,12 +17,17 @@ from clawnet.execution.bundle import Head, Summary
 from clawnet.execution.delivery import Files
 from clawnet.execution.outputs import collect
 from clawnet.execution.spec import BlobPort
+from clawnet.execution.wasmruns import InputFile
 
+STDOUT_NAME: Final = ".clawnet-stdout"
+STDERR_NAME: Final = ".clawnet-stderr"
+_ARCHIVE: Final = "files"
 _READ_BYTES: Final = 256 * limits.KIB
 
 
 class Product(Struct, frozen=True):
-    """What a run left. `answer` gives stdout, or the text of a prompt; `files` puts the output files into a directory.
+    """What a run left. `answer` gives stdout, or the text of a prompt; `files` puts the output files into a directory,
+    `archive` gives them as one (nothing: there are none).
 
     All of them may be asked for several times, in any thread.
     """
@@ -31,6 +38,7 @@ class Product(Struct, frozen=True):
     answer_bytes: int
     stderr: Callable[[], Iterable[bytes]]
     files: Callable[[Path, int | None], None] = lambda directory, owner: None
+    archive: Callable[[], Iterable[bytes]] = lambda: ()
 
 
 def of_run(head: Head, streams: Iterable[bytes], files: Files | None) -> Product:
@@ -40,9 +48,13 @@ def of_run(head: Head, streams: Iterable[bytes], files: Files | None) -> Product
 
     def place(directory: Path, owner: int | None) -> None:
         if files is not None:
-            found = collect(files.work, files.patterns, bytes_max=files.bytes_max, owner=files.owner)
-            if found.members:
-                trees.unpack_tree(_Reading(found.parts()), directory, owner, bytes_max=files.bytes_max)
+            parts = archive()
+            if first := next(parts, b""):
+                trees.unpack_tree(_Reading(chain((first,), parts)), directory, owner, bytes_max=files.bytes_max)
+
+    def archive() -> Iterator[bytes]:
+        if files is not None:
+            yield from collect(files.work, files.patterns, bytes_max=files.bytes_max, owner=files.owner).parts()
 
     return Product(
         exit_code=head.exit_code,
@@ -51,6 +63,7 @@ def of_run(head: Head, streams: Iterable[bytes], files: Files | None) -> Product
         answer_bytes=out or len(text),
         stderr=lambda: span(streams, out, err),
         files=place,
+        archive=archive,
     )
 
 
@@ -79,7 +92,43 @@ def of_summary(found: Summary, blobs: BlobPort) -> Product:
         answer_bytes=found.stdout_bytes if whole is None else len(whole),
         stderr=lambda: stream(found.stderr, found.stderr_blob),
         files=place,
+        archive=lambda: stream(None, found.outputs_blob),
     )
+
+
+def prepare(product: Product, directory: Path, owner: int | None) -> None:
+    """For a verifier command: the output files, and beside them what the run wrote."""
+    product.files(directory, owner)
+    for name, parts in ((STDOUT_NAME, product.answer), (STDERR_NAME, product.stderr)):
+        path = directory / name
+        path.unlink(missing_ok=True)
+        _write(path, parts())
+        if owner is not None:
+            os.chown(path, owner, owner)
+
+
+def lay_out(product: Product, directory: Path) -> tuple[str, list[InputFile]]:
+    """For a verifier module: the same in a directory of the node's own, with the SHA-256 of its standard input."""
+    directory.mkdir(mode=0o700, parents=True)
+    key, size = _write(directory / STDOUT_NAME, product.answer())
+    files = [InputFile(STDOUT_NAME, "file", str(directory / STDOUT_NAME), size, 0o644, key)]
+    for name, kind, parts in ((STDERR_NAME, "file", product.stderr), (_ARCHIVE, "tree", product.archive)):
+        path = directory / name
+        digest_, size = _write(path, parts())
+        if kind == "file" or size:
+            files.append(InputFile(name if kind == "file" else "", kind, str(path), size, 0o644, digest_))
+    return key, files
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:
+    """Writes a new file; its SHA-256 and size."""
+    hasher, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for part in parts:
+            file.write(part)
+            hasher.update(part)
+            size += len(part)
+    return hasher.hexdigest(), size
 
 
 class _Reading:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,18 +15,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from msgspec import Struct
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError
-from clawnet.execution.bundle import Head
 from clawnet.execution.compute import ComputePool
-from clawnet.execution.endings import without_result
-from clawnet.execution.product import Product, digest
+from clawnet.execution.computing import Computed, Computing, WasmRun
+from clawnet.execution.product import STDERR_NAME, STDOUT_NAME, Product, digest, lay_out, prepare, span
 from clawnet.execution.spec import ExecutionSettings, JobSpec
+from clawnet.execution.wasmruns import TRAPPED, InputFile
+from clawnet.execution.workdirs import remove_tree
 from clawnet.wire import verdict as v
-from clawnet.wire.events import TaskExited
 from clawnet.wire.verdict import Check, Judged, judged
 
 if sys.platform != "win32":
@@ -36,8 +34,6 @@ if sys.platform != "win32":
     from clawnet.execution.shell import Ended, ShellRun
     from clawnet.execution.workdirs import JobDirs
 
-STDOUT_NAME: Final = ".clawnet-stdout"
-STDERR_NAME: Final = ".clawnet-stderr"
 _NOT_FOUND: Final = (126, 127)
 _STEP_S: Final = 0.05
 
@@ -52,6 +48,8 @@ class Bench(Struct, frozen=True):
     note_idle: Callable[[], None]
     settings: Callable[[], ExecutionSettings]
     loop: asyncio.AbstractEventLoop
+    computer: Computing
+    scratch: Path
 
 
 class _Trial:
@@ -153,6 +151,7 @@ class Judge:
             v.OUTPUT_SHA256: self._sha256,
             v.OUTPUT_SCHEMA: self._schema,
             v.VERIFIER_COMMAND: self._command,
+            v.VERIFIER_WASM: self._module,
         }.get(check.kind, self._unknown)(trial, check)
 
     def _end_soon(self, trial: _Trial) -> None:
@@ -288,6 +287,11 @@ class Judge:
 
     # --- verifier commands
 
+    @staticmethod
+    def _number(trial: _Trial) -> bytes:
+        """The name of a verifier's run, as a job has one."""
+        return hashlib.blake2b(trial.name + trial.n.to_bytes(4, "big"), digest_size=16).digest()
+
     def _command(self, trial: _Trial, check: Check) -> None:
         mode = self._bench.shell_mode(trial.ring)
         if mode == "off" or (trial.again and mode != "sandboxed"):
@@ -301,7 +305,7 @@ class Judge:
             return
         places = self._bench.places
         assert places is not None, "there is a mode, hence a place"
-        number = hashlib.blake2b(trial.name + trial.n.to_bytes(4, "big"), digest_size=16).digest()
+        number = self._number(trial)
         try:
             dirs = places.dirs.make(number)
         except OSError as error:
@@ -320,7 +324,7 @@ class Judge:
 
         self._again += trial.again
         trial.kill = lambda: None  # it is over in a moment
-        self._bench.in_thread(prepared, _prepare, trial.product, dirs.work, places.dirs.owner)
+        self._bench.in_thread(prepared, prepare, trial.product, dirs.work, places.dirs.owner)
 
     def _start(self, trial: _Trial, check: Check, dirs: JobDirs, number: bytes, mode: str) -> None:
         product = trial.product
@@ -330,12 +334,7 @@ class Judge:
             job=number,
             kind="shell",
             argv=[*check.argv, code],
-            env={
-                "CLAWNET_EXIT_CODE": code,
-                "CLAWNET_SIGNAL": "" if product.signal is None else str(product.signal),
-                "CLAWNET_STDOUT": str(inside / STDOUT_NAME),
-                "CLAWNET_STDERR": str(inside / STDERR_NAME),
-            },
+            env=_environment(product, str(inside / STDOUT_NAME), str(inside / STDERR_NAME)),
             ring=trial.ring,
             wall_s=self._left_s(trial),
             memory_bytes_max=self._bench.settings().memory_bytes_max,
@@ -368,15 +367,79 @@ class Judge:
     def _remove(self, trial: _Trial, dirs: JobDirs) -> None:
         """The directory goes before anybody hears of the verdict."""
 
-        def removed(future: Future[None]) -> None:
+        trial.kill = lambda: None
+        self._bench.in_thread(lambda future: self._removed(trial, future), dirs.remove)
+
+    def _removed(self, trial: _Trial, future: Future[None]) -> None:
+        try:
             future.result()
+        finally:
             self._again -= trial.again
             self._next(trial)
             while self._waiting and self._again < limits.VERIFIERS_AT_ONCE_MAX:
                 self._next(self._waiting.popleft())
 
+    # --- verifier modules
+
+    def _module(self, trial: _Trial, check: Check) -> None:
+        """Beside its arguments and standard input a module finds the output files, in memory as every module does."""
+        computer = self._bench.computer
+        if computer.trouble:
+            self._cannot(trial, computer.trouble)
+            return
+        if trial.again and self._again >= limits.VERIFIERS_AT_ONCE_MAX:
+            self._waiting.append(trial)
+            return
+        number = self._number(trial)
+        directory = self._bench.scratch / f"{number.hex()}-judged"
+
+        def prepared(future: Future[tuple[str, list[InputFile]]]) -> None:
+            try:
+                key, files = future.result()
+                if not trial.stopped:
+                    self._run_module(trial, check, number, directory, key, files)
+                    return
+            except (OSError, ClawnetError) as error:
+                trial.verdict.append(judged(trial.n, "broken", f"its verifier cannot be started: {error}"))
+            self._clear(trial, directory)
+
+        self._again += trial.again
+        trial.kill = lambda: None  # it is over in a moment
+        self._bench.in_thread(prepared, lay_out, trial.product, directory)
+
+    def _run_module(
+        self, trial: _Trial, check: Check, number: bytes, directory: Path, key: str, files: list[InputFile]
+    ) -> None:
+        product, module = trial.product, check.module
+        assert module is not None, "whoever took in the document has seen to that"
+        code = "" if product.exit_code is None else str(product.exit_code)
+        run = WasmRun(
+            module,
+            argv=[code],
+            env=_environment(product, STDOUT_NAME, STDERR_NAME),
+            stdin_path=str(directory / STDOUT_NAME),
+            stdin_key=key,
+            given=files,
+            memory_bytes_max=self._bench.settings().memory_bytes_max,
+            output_bytes_max=limits.VERIFIER_OUTPUT_BYTES_MAX,
+        )
+
+        def ended(computed: Computed) -> None:
+            trial.verdict.append(_told_by_module(trial, computed))
+            computed.close()
+            self._clear(trial, directory)
+
+        def kill() -> None:
+            if self._bench.pool.cancel(number):
+                self._clear(trial, directory)
+
+        trial.kill = kill
+        wall_s = max(self._left_s(trial), _STEP_S)
+        self._bench.computer.run_module(number, run, wall_s=wall_s, ended=ended)
+
+    def _clear(self, trial: _Trial, directory: Path) -> None:
         trial.kill = lambda: None
-        self._bench.in_thread(removed, dirs.remove)
+        self._bench.in_thread(lambda future: self._removed(trial, future), remove_tree, directory)
 
 
 def _told(trial: _Trial, end: Ended, said: bytes) -> Judged:
@@ -394,26 +457,24 @@ def _told(trial: _Trial, end: Ended, said: bytes) -> Judged:
     return judged(trial.n, "failed", f"its verifier ended with exit code {end.exit_code}", said)
 
 
-def refusal(job: bytes, head: Head, verdict: v.Verdict, stopped: str) -> TaskExited | None:
-    """The end of a run whose result is not delivered; None when it passed."""
-    usage = head.usage
-    figures = (usage.duration_s, usage.cpu_s, usage.memory_bytes_max, head.stdout_bytes + head.stderr_bytes)
-    if stopped:
-        return without_result(job, "cancelled", stopped, *figures)
-    if v.failure(verdict) is None:
-        return None
-    exited = without_result(job, v.CONTRACT, "the result does not pass its contract", *figures)
-    return msgspec.structs.replace(exited, report=v.encode_report(verdict))
+def _environment(product: Product, stdout: str, stderr: str) -> dict[str, str]:
+    """What a verifier is told of the run whose result it judges."""
+    return {
+        "CLAWNET_EXIT_CODE": "" if product.exit_code is None else str(product.exit_code),
+        "CLAWNET_SIGNAL": "" if product.signal is None else str(product.signal),
+        "CLAWNET_STDOUT": stdout,
+        "CLAWNET_STDERR": stderr,
+    }
 
 
-def _prepare(product: Product, directory: Path, owner: int | None) -> None:
-    """The output files, and beside them what the run wrote; in a thread."""
-    product.files(directory, owner)
-    for name, parts in ((STDOUT_NAME, product.answer), (STDERR_NAME, product.stderr)):
-        path = directory / name
-        path.unlink(missing_ok=True)
-        with path.open("xb") as file:
-            for part in parts():
-                file.write(part)
-        if owner is not None:
-            os.chown(path, owner, owner)
+def _told_by_module(trial: _Trial, computed: Computed) -> Judged:
+    """How a verifier module that has ended judged."""
+    head = computed.head
+    if head is None:
+        return judged(trial.n, "broken", f"its verifier came to no verdict: {computed.reason}")
+    if head.exit_code == 0:
+        return judged(trial.n, "passed")
+    start = max(0, head.stderr_bytes - limits.VERIFIER_STDERR_BYTES_MAX)
+    said = b"".join(span(computed.streams, head.stdout_bytes + start, head.stderr_bytes - start))
+    how = "trapped" if head.exit_code == TRAPPED else f"ended with exit code {head.exit_code}"
+    return judged(trial.n, "failed", f"its verifier {how}", said)

@@ -214,4 +214,4 @@ def verifier_names(conditions: Iterable[tuple[str, bytes]]) -> frozenset[str]:
 def sentence(text: str, one: v.Judged) -> str:
     """Why a result did not pass, in one line."""
     said = one.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
-    return f"{text}: {one.detail}" + (f'; it said: "{_short(said)}"' if said else "")
+    return f"{_short(text, 80)}: {one.detail}" + (f'; it said: "{_short(said)}"' if said else "")
