@@ -241,8 +241,9 @@ class ComputePool:
             self._failed_starts += 1
         asked = None
         if worker.ready and worker.unanswered:
-            if len(worker.unanswered) == 1 or self._is_stuck(worker):
-                asked = worker.unanswered.pop(next(iter(worker.unanswered)))
+            number, first = next(iter(worker.unanswered.items()))
+            if first.alone or self._is_stuck(worker):
+                asked = worker.unanswered.pop(number)
             for each in worker.unanswered.values() if asked is None else ():
                 each.alone = True
         self._retire(worker)

@@ -123,7 +123,7 @@ class Wasi:
     def _file(self, fd: int, right: int) -> tuple[Open, File]:
         found = self._get(fd)
         if not isinstance(found.node, File):
-            raise WasiError(Errno.ISDIR if found.node is not None else Errno.SPIPE)
+            raise WasiError(Errno.BADF if found.node is not None else Errno.SPIPE)
         if right and not found.rights & right:
             raise WasiError(Errno.BADF)
         return found, found.node

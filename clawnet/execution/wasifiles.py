@@ -216,7 +216,7 @@ class Files:
         A link at the end is gone through with `follow`. Nothing above `start` can be reached; raises WasiError.
         """
         if path.startswith("/"):
-            raise WasiError(Errno.NOTCAPABLE)
+            raise WasiError(Errno.PERM)
         above: list[Dir] = [start]
         parts = [part for part in reversed(path.split("/")) if part not in ("", ".")]
         if not parts and not path:
@@ -227,7 +227,7 @@ class Files:
             if part == "..":
                 above.pop()
                 if not above:
-                    raise WasiError(Errno.NOTCAPABLE)
+                    raise WasiError(Errno.PERM)
                 continue
             if len(part.encode()) > NAME_BYTES_MAX:
                 raise WasiError(Errno.NAMETOOLONG)
@@ -237,7 +237,7 @@ class Files:
                 if links > LINKS_MAX:
                     raise WasiError(Errno.LOOP)
                 if node.target.startswith("/"):
-                    raise WasiError(Errno.NOTCAPABLE)
+                    raise WasiError(Errno.PERM)
                 parts.extend(each for each in reversed(node.target.split("/")) if each not in ("", "."))
             elif not parts:
                 return above[-1], part
@@ -263,7 +263,7 @@ class Files:
     def make_link(self, start: Dir, path: str, target: str) -> None:
         """A symbolic link; one that begins at a root is refused."""
         if not target or target.startswith("/"):
-            raise WasiError(Errno.NOTCAPABLE if target else Errno.INVAL)
+            raise WasiError(Errno.PERM if target else Errno.INVAL)
         directory, name = self._vacant(start, path)
         self.grow(len(target.encode()))
         directory.entries[name] = Link(self._inode(), self._now_ns(), target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -70,6 +71,15 @@ class Bench:
                 assert event.offset == len(data)
                 data += event.data
         return data
+
+    async def kill_worker(self) -> None:
+        """Kills the one worker; back when the next one is ready."""
+        (pid,) = self.executor.worker_pids
+        os.kill(pid, signal.SIGKILL)
+        workers = self.executor._pool._workers
+        async with asyncio.timeout(60):
+            while self.executor.worker_pids in ([], [pid]) or not workers[0].ready:
+                await asyncio.sleep(0)  # until the loop has heard of it
 
     async def said(self, job: bytes, text: bytes) -> None:
         await self.until(lambda: text in self.output(job))
