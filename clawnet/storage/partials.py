@@ -105,6 +105,7 @@ class BlobPart:
         try:
             _write_all(self._fd, pieces)
         except OSError as err:
+            os.ftruncate(self._fd, self.verified)  # what is counted again by its size must be no more than this
             self._store.release(more)
             raise self._failed(err) from err
         self.verified += more
