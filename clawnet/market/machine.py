@@ -94,6 +94,7 @@ class Machine:
     def __init__(self) -> None:
         self.capacity = Amounts()
         self.used = Amounts()
+        self._loaded = (self.used, self.capacity, 0)
         self.changes = 0
         """Rises with every start and end and every new capacity."""
         self._runs: dict[bytes, _Run] = {}
@@ -117,8 +118,10 @@ class Machine:
     @property
     def taken_slots(self) -> int:
         """The machine's load in slots: of slots, processors and memory what is used most of; shorts count singly."""
-        capacity = self.capacity
-        return max(math.ceil(self.used.share_of(capacity, gpu=False) * capacity.slots), len(self))
+        if self._loaded[0] is not self.used or self._loaded[1] is not self.capacity:
+            slots = math.ceil(self.used.share_of(self.capacity, gpu=False) * self.capacity.slots)
+            self._loaded = (self.used, self.capacity, slots)
+        return max(self._loaded[2], len(self))
 
     def has_room(self) -> bool:
         """Whether anything at all might start."""

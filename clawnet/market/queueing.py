@@ -218,8 +218,8 @@ class FairQueue:
         return entry
 
     def _first(self) -> Entry:
-        tiers = [tier for tier in (self._own, self._others) if tier.count]
-        flow = min(tiers, key=lambda tier: tier.tag).first()
+        own, others = self._own, self._others
+        flow = (own if own.count and (not others.count or own.tag <= others.tag) else others).first()
         assert flow is not None, "a tier that counts jobs has a flow that does"
         while not self._waits(flow.heap[0][2]):
             heapq.heappop(flow.heap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from clawnet import limits
 from clawnet.market.machine import MILLI, Amounts, Entry, Machine
@@ -16,6 +16,7 @@ from clawnet.wire.messages import Requirements
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
+_NOTHING: Final = Requirements()
 
 
 class _Line:
@@ -48,6 +49,8 @@ class Placing:
         self._rooms = rooms
         self._here = _Line()
         self._endpoint = _Line()
+        self._share = Amounts(1)
+        """What is set aside for a task that asks for nothing: a slot's share of what there is."""
         self._queue_max = ctx.config.integer("execution.queue_max")
 
     @property
@@ -57,10 +60,16 @@ class Placing:
 
     def resize(self, capacity: Amounts) -> list[Job]:
         """What this machine has from now on. Returns waiting jobs that it will never have room for."""
-        prompts = Amounts(self._ctx.config.integer("execution.prompt_slots") if capacity.slots else 0)
-        for line, now in ((self._here, capacity), (self._endpoint, prompts)):
-            if line.machine.capacity != now:
-                line.machine.resize(now)
+        config = self._ctx.config
+        prompts = Amounts(config.integer("execution.prompt_slots") if capacity.slots else 0)
+        slots, most_bytes = max(capacity.slots, 1), config.integer("execution.memory_max")
+        share_bytes = max(min(capacity.memory_bytes // slots, most_bytes), limits.RUN_MEMORY_BYTES_MIN)
+        share = Amounts(1, capacity.cpu_milli // slots, share_bytes)
+        self._endpoint.machine.resize(prompts)
+        if capacity == self.capacity and share == self._share:
+            return []
+        self._here.machine.resize(capacity)
+        self._share = share
         jobs = self._rooms.jobs.jobs
         waiting = [jobs[entry.job] for entry in self._here.queue if entry.job in jobs]
         for job in waiting:
@@ -77,11 +86,11 @@ class Placing:
         return self._amounts(job.cpu, job.memory_bytes, job.gpu)
 
     def _amounts(self, cpu: int, memory_bytes: int, gpu: int) -> Amounts:
-        capacity = self.capacity
-        slots = max(capacity.slots, 1)
-        share_bytes = min(capacity.memory_bytes // slots, self._ctx.config.integer("execution.memory_max"))
-        bytes_max = max(memory_bytes or share_bytes, limits.RUN_MEMORY_BYTES_MIN)
-        return Amounts(1, cpu * MILLI or capacity.cpu_milli // slots, bytes_max, gpu)
+        share = self._share
+        if not (cpu or memory_bytes or gpu):
+            return share
+        bytes_max = max(memory_bytes, limits.RUN_MEMORY_BYTES_MIN) if memory_bytes else share.memory_bytes
+        return Amounts(1, cpu * MILLI or share.cpu_milli, bytes_max, gpu)
 
     def memory_bytes_max(self, job: Job) -> int:
         """What its run may use: all that is set aside for it."""
@@ -90,14 +99,13 @@ class Placing:
     def lacking(self, job: Job) -> Reason | None:
         """What keeps this machine from taking the job on: of what it needs, or for want of a place."""
         needs, capacity = self.needs(job), self.capacity
-        if needs.gpu > capacity.gpu:
-            return Reason.NO_GPU
-        if needs.cpu_milli > capacity.cpu_milli:
-            return Reason.CPU
-        if needs.memory_bytes > capacity.memory_bytes:
-            return Reason.MEMORY
-        asked = Requirements(cpu=job.cpu, memory_bytes=job.memory_bytes, gpu=job.gpu)
-        return Reason.FULL if self.workload(job.kind, job.peer, job.ring, asked).is_full else None
+        if needs is not self._share and not is_prompt(job.kind) and not needs.within(capacity):
+            if needs.gpu > capacity.gpu:
+                return Reason.NO_GPU
+            return Reason.CPU if needs.cpu_milli > capacity.cpu_milli else Reason.MEMORY
+        asked = job.cpu or job.memory_bytes or job.gpu
+        requirements = Requirements(cpu=job.cpu, memory_bytes=job.memory_bytes, gpu=job.gpu) if asked else _NOTHING
+        return Reason.FULL if self.workload(job.kind, job.peer, job.ring, requirements).is_full else None
 
     def _line(self, kind: str) -> _Line:
         return self._endpoint if is_prompt(kind) else self._here
