@@ -295,6 +295,33 @@ class CancelAnswer(Answer):
     state: str
 
 
+class Job(Answer):
+    """A task that this node took for somebody and that has ended: done, rejected, waived (handed back) or forfeited.
+
+    `price` was bound for it, `earned` is what was claimed; `usage` is null where no run came to an end.
+    """
+
+    task_id: str
+    attempt: int
+    requester: Party
+    type: str
+    state: str
+    reason: str
+    price: str
+    earned: str
+    received_at: str
+    started_at: str | None
+    ended_at: str | None
+    usage: Usage | None
+
+
+class JobList(Answer):
+    """What `market history --role executor` tells, newest first."""
+
+    items: list[Job]
+    next: str | None = None
+
+
 class Approval(Answer):
     """The state after the approval; `changed` is false for a task that was approved before."""
 

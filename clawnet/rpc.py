@@ -37,6 +37,7 @@ METHODS: Final[dict[str, str]] = {
     "task.check": "what is wrong with each of some tasks, accepting none; {specs}",
     "task.get": "one task; {task}",
     "task.list": "tasks, newest first; {limit, states, after}",
+    "job.list": "what this node ran for others and has ended, newest first; {limit, after}",
     "task.bids": "the bids for a task; {task}",
     "task.why": "who was asked and why the winner won; {task}",
     "task.follow": "states and output as they come, then the final task; "
@@ -68,7 +69,9 @@ METHODS: Final[dict[str, str]] = {
     "wallet.audit": "verify chains from their first entry; {peer}",
 }
 
-PAGES: Final = frozenset(("task.list", "task.get", "task.read", "wallet.history", "wallet.escrows", "wallet.export"))
+PAGES: Final = frozenset(
+    ("task.list", "job.list", "task.get", "task.read", "wallet.history", "wallet.escrows", "wallet.export")
+)
 """Methods whose answers may be large: a client has a few of them open at once."""
 
 PARSE_ERROR: Final = -32700

@@ -24,6 +24,9 @@ RESULT_DIR = Annotated[
     str | None,
     typer.Option("--output-dir", metavar="DIR", help="Put its output files there.", show_default=False),
 ]
+ROLE = Annotated[
+    str, typer.Option("--role", metavar="requester|executor", help="Whose tasks: submitted here, or done for others.")
+]
 FOLLOW = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")]
 
 app = group("Submit tasks, follow them, see who bid and why.")
@@ -209,9 +212,38 @@ def list_(context: typer.Context, limit: o.LIMIT = 100) -> None:
 
 
 @app.command(cls=NodeCommand)
-def history(context: typer.Context, limit: o.LIMIT = 100) -> None:
-    """Tasks that have ended, newest first."""
-    _list(here(context), FINAL, limit, "no task has ended yet")
+def history(context: typer.Context, limit: o.LIMIT = 100, role: ROLE = "requester") -> None:
+    """Tasks that have ended, newest first: those submitted here, or those that this node did for others."""
+    invocation = here(context)
+    if role == "requester":
+        _list(invocation, FINAL, limit, "no task has ended yet")
+        return
+    if role != "executor":
+        raise UsageError(f"--role is {role!r}; it is requester or executor")
+    with invocation.client() as client:
+        found = paging.first(client, "job.list", {}, limit)
+    table(invocation, found, _JOB_COLUMNS, empty="this node has done nothing for others yet")
+
+
+def _told(name: str, of: Callable[[Any], str]) -> Callable[[dict[str, Any]], str]:
+    """A column of a job's cost record."""
+    return lambda job: of(job["usage"][name]) if job["usage"] else ""
+
+
+_JOB_COLUMNS = (
+    ("TASK", lambda job: job["task_id"]),
+    ("STATE", lambda job: job["state"]),
+    ("TYPE", lambda job: job["type"]),
+    ("FOR", lambda job: who(job["requester"])),
+    ("EARNED", lambda job: job["earned"]),
+    ("RECEIVED", lambda job: job["received_at"]),
+    ("TOOK", _told("duration_s", seconds)),
+    ("PROCESSOR", _told("cpu_s", seconds)),
+    ("MEMORY", _told("memory_bytes_max", size)),
+    ("IN", _told("bytes_in", str)),
+    ("OUT", _told("bytes_out", str)),
+    ("REASON", lambda job: job["reason"]),
+)
 
 
 def _list(invocation: Invocation, states: list[str], limit: int, empty: str) -> None:

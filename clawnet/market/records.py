@@ -169,6 +169,8 @@ class Job(Struct, array_like=True):
     memory_bytes: int = 0
     gpu: int = 0
     priority: int = 0
+    input_bytes: int = 0
+    """What came for it: the document, with standard input in it, and the inputs."""
 
 
 FINAL_STATES: Final = frozenset({"settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"})

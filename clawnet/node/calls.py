@@ -45,6 +45,7 @@ class Calls:
             "task.save": self._with_task(rooms.saving.save),
             "task.approve": self._with_task(rooms.approvals.approve),
             "task.list": self._task_list,
+            "job.list": rooms.worked.page,
             "peer.list": self._peer_list,
             "peer.nearby": lambda call, params: ctx.reply(call, {"items": rooms.neighbours.items(), "next": None}),
             "peer.show": self._peer_show,

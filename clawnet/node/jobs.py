@@ -16,6 +16,7 @@ from clawnet.node.context import Context, held_as, job_id
 from clawnet.node.pay import PULLS_MS
 from clawnet.node.taking import payload_of
 from clawnet.node.verdicts import checks_of, files_of
+from clawnet.node.worked import received
 from clawnet.wire.events import STORAGE, BlobReady, MessageIn, Run, StopRun, TaskExited
 from clawnet.wire.jobspec import JobSpec
 from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
@@ -56,6 +57,7 @@ class Jobs:
         """Takes on an accepted award."""
         self.jobs[job.job] = job
         self.documents[job.job] = document
+        job.input_bytes = received(document)
         self._start(job, document)
 
     def _start(self, job: Job, document: taskdoc.TaskDocument) -> None:

@@ -47,6 +47,7 @@ from clawnet.node.throwaways import Throwaways
 from clawnet.node.twins import STATED_KEY, Twins
 from clawnet.node.verdicts import Verdicts
 from clawnet.node.views import Views
+from clawnet.node.worked import Worked
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
@@ -96,6 +97,7 @@ class Rooms:
     views: Views
     saving: Saving
     history: History
+    worked: Worked
     calls: Calls
     draining: Draining
 
@@ -155,6 +157,7 @@ class Node:
         rooms.invites = Invites(self.ctx, rooms)
         rooms.writes = Writes(self.ctx, rooms)
         rooms.history = History(self.ctx, rooms)
+        rooms.worked = Worked(self.ctx, rooms)
         rooms.calls = Calls(self.ctx, rooms)
         rooms.draining = Draining(self.ctx, rooms)
         self._messages = self._message_table()

@@ -389,10 +389,7 @@ class StopJudging(Effect, frozen=True, gc=False):
 
 
 class ReadBlob(Effect, frozen=True, gc=False):
-    """Answer a local call with a piece of a stored blob: {"data_b64", "size", "eof"} (rpc task.read).
-
-    `gone` is the error to answer with when the blob is not here.
-    """
+    """Answer rpc task.read with a piece of a blob: {"data_b64", "size", "eof"}; `gone` is the error when it is lost."""
 
     call: int
     blob: bytes

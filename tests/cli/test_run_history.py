@@ -23,7 +23,7 @@ def pair(nodes: Nodes) -> tuple[Node, Node]:
 
 
 def test_show_tells_what_every_run_cost(pair: tuple[Node, Node]) -> None:
-    alice, _ = pair
+    alice, bob = pair
     work = "head -c 300000 /dev/zero; head -c 160000000 /dev/zero | tail -c 150000000 | wc -c >&2"
     told = alice("run", "--ring", "member", "--peer", "bob", "--json", "--", "sh", "-c", work).json("run")
     usage, (attempt,) = told["result"]["usage"], told["attempts"]
@@ -34,6 +34,13 @@ def test_show_tells_what_every_run_cost(pair: tuple[Node, Node]) -> None:
     assert shown["bytes_out"] == "300010" and shown["bytes_in"] == str(usage["bytes_in"])
     assert shown["processor"].endswith("s") and shown["peak_memory"].endswith("iB")
     assert "bytes out 300010" in shown["attempt_1"]
+    bob.until("the claim", lambda: bob("market", "history", "--role", "executor").rows())
+    (job,) = bob("market", "history", "--role", "executor", "--json").json("market history executor")["items"]
+    assert job["task_id"] == told["task_id"] and job["requester"]["name"] == "alice"
+    assert job["earned"] == told["price"] and job["usage"] == attempt["usage"]
+    (row,) = bob("market", "history", "--role", "executor").rows()
+    assert row[:3] == [told["task_id"], "done", "shell"] and "300010" in row
+    bob("market", "history", "--role", "miner").failed(64, "requester or executor")
 
 
 def test_show_tells_it_of_a_run_without_a_result_too(pair: tuple[Node, Node]) -> None:

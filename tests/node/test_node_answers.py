@@ -139,6 +139,7 @@ METHODS = (
         "task.cancel",
         "task.approve",
         "task.list",
+        "job.list",
     ),
     *("peer.list", "peer.show", "peer.connect", "peer.disconnect", "peer.invite", "peer.join", "peer.ban"),
     *("peer.reputation", "wallet.history", "wallet.send", "wallet.audit", "no.such"),

@@ -109,3 +109,29 @@ def test_a_cost_that_is_no_number_counts_as_none(mesh: Mesh) -> None:
     call = compute(alice)
     mesh.run(2)
     assert alice.task(call)["result"]["usage"]["cpu_s"] == 0
+
+
+def test_the_executor_tells_what_it_did_for_whom(mesh: Mesh) -> None:
+    alice, bob, carol = three(mesh)
+    first = compute(alice, peer=["bob"])
+    mesh.run(5)
+    bob.runner = breaks
+    second = compute(alice, peer=["bob"])
+    mesh.run(5)
+
+    def jobs(member: Member, **params: Any) -> Any:
+        number = member.call("job.list", **params)
+        mesh.settle()
+        return member.replies[number]
+
+    failed, done = jobs(bob)["items"]
+    assert (done["task_id"], done["state"]) == (alice.replies[first]["task_id"], "done")
+    assert done["requester"]["name"] == "alice" and done["earned"] == done["price"] == alice.task(first)["price"]
+    assert done["usage"] == alice.task(first)["attempts"][0]["usage"], "both sides count the same"
+    assert (failed["task_id"], failed["state"]) == (alice.replies[second]["task_id"], "waived")
+    assert failed["reason"] == "memory_limit" and failed["earned"] == "0" and failed["usage"]["cpu_s"] == 0.25
+    page = jobs(bob, limit=1)
+    assert [item["state"] for item in page["items"]] == ["waived"]
+    assert [item["state"] for item in jobs(bob, limit=1, after=page["next"])["items"]] == ["done"]
+    assert jobs(carol) == {"items": [], "next": None} == jobs(alice)
+    assert jobs(bob, after="x-y")["exit_code"] == 65
