@@ -27,8 +27,9 @@ from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Hello, Message
+from clawnet.wire.verdict import Check, Verdict
 from tests.node.meshruns import Entropy, Runner, go_over, settle_key
-from tests.node.outcomes import echo, stopped, unreachable
+from tests.node.outcomes import echo, judge, stopped, unreachable
 
 START_MS = 1_800_000_000_000
 
@@ -56,6 +57,9 @@ class Member:
         self.mesh_keys: list[e.KeepMeshKey] = []
         self.drained = 0
         self.runner: Runner = echo
+        self.judge: Callable[[tuple[Check, ...], int | None, bytes], Verdict | None] = judge
+        """How an opened result is judged; None: that takes long."""
+        self.judging: dict[bytes, bundle.Summary] = {}
         self.stopper: Callable[[Member, bytes], e.TaskExited | None] = lambda member, job: stopped(job)
         self.runs: list[e.Run] = []
         self.stops: list[bytes] = []
@@ -63,6 +67,7 @@ class Member:
         self.blobs: dict[bytes, bytes] = {}
         self.grants: dict[bytes, set[tuple[str, bytes]]] = {}
         self.packed: dict[str, bytes] = {}
+        self.fetch_fails: Callable[[e.Fetch], e.BlobReady | None] = lambda effect: None
         self.inline_max = 2**19
         self.skew_ms = 0
         self.turns = 0
@@ -267,6 +272,10 @@ class Member:
     def _do_fetch(self, effect: e.Fetch) -> None:
         if not self.mesh.fetching:
             return
+        failed = self.fetch_fails(effect)
+        if failed is not None:
+            self.feed(failed)
+            return
         source = self.mesh.members[effect.peer]
         if source is not self and frozenset((self.peer, source.peer)) not in self.mesh.links:
             self.feed(e.BlobReady(effect.request, "not connected"))
@@ -312,7 +321,15 @@ class Member:
             opened.stdout,
             opened.stderr,
         )
-        self.feed(e.Opened(effect.request, "", summary))
+        verdict = self.judge(effect.acceptance, opened.exit_code, opened.stdout)
+        if verdict is None:
+            self.judging[effect.request] = summary
+        else:
+            self.feed(e.Opened(effect.request, "", summary, verdict))
+
+    def _do_stopjudging(self, effect: e.StopJudging) -> None:
+        if (summary := self.judging.pop(effect.request, None)) is not None:
+            self.feed(e.Opened(effect.request, "", summary))
 
     def _do_log(self, effect: e.Log) -> None:
         self.logs.append(effect)
