@@ -12,7 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from clawnet.execution import libproc
+
 LINUX: Final = sys.platform.startswith("linux")
+WATCHED: Final = LINUX or sys.platform == "darwin"
+"""Whether the system tells what processes hold, so that a run can be watched."""
 MARK: Final = "CLAWNET_JOB"
 """The environment variable by which a host run's processes are found even after they left its process group."""
 
@@ -26,7 +30,7 @@ ExitCallback = Callable[[int, Any], None]
 
 def memory_file(data: bytes) -> int:
     """A descriptor to read `data` from: a memory file on Linux, an unlinked temporary file elsewhere."""
-    if LINUX:
+    if sys.platform == "linux":
         descriptor = os.memfd_create("clawnet", os.MFD_CLOEXEC)
     else:
         import tempfile
@@ -108,7 +112,7 @@ class Child:
         self._on_exit(status, usage)
 
     def _wait(self) -> None:
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        _wait_unreaped(self.pid)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
             self._loop.call_soon_threadsafe(self._reap)
 
@@ -124,6 +128,24 @@ class Child:
             send(self.pid, signal.SIGKILL)
 
 
+def _wait_unreaped(pid: int) -> None:
+    """Returns when a child has ended; its pid still stands for it then."""
+    if sys.platform == "darwin":
+        import select
+
+        queue = select.kqueue()
+        try:
+            end = select.kevent(
+                pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD | select.KQ_EV_ONESHOT, select.KQ_NOTE_EXIT
+            )
+            with contextlib.suppress(ProcessLookupError):  # it has ended before it could be watched
+                queue.control([end], 1)
+        finally:
+            queue.close()
+    else:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 def send(pid: int, number: int) -> None:
     """A signal to a process that may be gone already."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -131,7 +153,9 @@ def send(pid: int, number: int) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid`'s main thread started and that still live; empty where /proc does not tell."""
+    """The processes that `pid` started and that still live; empty where the system does not tell."""
+    if sys.platform == "darwin":
+        return libproc.listed(libproc.PPID_ONLY, pid)
     found: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -154,6 +178,8 @@ def tree(pid: int, most: int) -> list[int]:
 
 def resident_bytes(pids: Sequence[int]) -> int:
     """The memory that these processes hold, shared pages counted for each of them."""
+    if sys.platform == "darwin":
+        return sum(info.resident_size for info in map(libproc.task_info, pids) if info is not None)
     pages = 0
     for pid in pids:
         try:
@@ -166,6 +192,8 @@ def resident_bytes(pids: Sequence[int]) -> int:
 
 def proportional_bytes(pids: Sequence[int]) -> int:
     """The memory that these processes hold, shared pages counted once in all; dearer to ask for than resident_bytes."""
+    if sys.platform != "linux":
+        return resident_bytes(pids)
     total = 0
     for pid in pids:
         try:
@@ -179,7 +207,10 @@ def proportional_bytes(pids: Sequence[int]) -> int:
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """Processor time of these processes and of the children they waited for."""
+    """Processor time of these processes, on Linux also of the children they waited for."""
+    if sys.platform == "darwin":
+        found = [info for info in map(libproc.task_info, pids) if info is not None]
+        return sum(libproc.seconds(info.total_user + info.total_system) for info in found)
     ticks = 0
     for pid in pids:
         try:

@@ -7,10 +7,8 @@ run may therefore pass a bound for the moment between two looks; what it holds t
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -18,11 +16,11 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.execution import process
+from clawnet.execution.diskuse import Used, disk_used, free_bytes, over
 
 FIRST_LOOK_S: Final = 0.01
 _GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
 _WALK_SHARE: Final = 20
-_OPEN_MAX: Final = 65_536
 
 
 class Bounds(Struct, frozen=True, gc=False):
@@ -31,67 +29,6 @@ class Bounds(Struct, frozen=True, gc=False):
     memory_bytes_max: int
     disk_bytes_max: int
     files_max: int = limits.RUN_FILES_MAX
-
-
-class Used(Struct, gc=False):
-    """What lies on the disk for a run: bytes as allocated, files and directories, whether any lie too `deep`."""
-
-    bytes: int = 0
-    files: int = 0
-    deep: bool = False
-
-
-def disk_used(root: Path, members: Sequence[int], files_max: int) -> Used:
-    """What lies below `root`, and what `members` hold open though it has no name any longer; stops above `files_max`
-    and at directories nested more than RUN_DEPTH_MAX deep.
-
-    Links are not followed, also where one takes a directory's place meanwhile; a file of several names counts once.
-    """
-    found = Used()
-    seen: set[tuple[int, int]] = set()
-
-    def add(info: os.stat_result) -> None:
-        if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
-            key = (info.st_dev, info.st_ino)
-            if key in seen:
-                return
-            seen.add(key)
-        found.files += 1
-        found.bytes += info.st_blocks * 512
-
-    top = len(root.parts)
-    for path, directories, files, descriptor in os.fwalk(root, follow_symlinks=False):
-        for name in (*directories, *files):
-            try:
-                add(os.stat(name, dir_fd=descriptor, follow_symlinks=False))
-            except OSError:
-                continue  # gone meanwhile
-        found.deep = path.count("/") + 1 - top >= limits.RUN_DEPTH_MAX
-        if found.deep or found.files > files_max:
-            return found
-    try:
-        device = root.stat().st_dev
-    except OSError:
-        return found
-    looked = 0
-    for pid in members:
-        try:
-            names = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue
-        for name in names:
-            looked += 1
-            if looked > _OPEN_MAX:
-                return found
-            try:
-                info = os.stat(f"/proc/{pid}/fd/{name}")
-            except OSError:
-                continue
-            key = (info.st_dev, info.st_ino)
-            if info.st_nlink == 0 and info.st_dev == device and stat.S_ISREG(info.st_mode) and key not in seen:
-                seen.add(key)
-                found.bytes += info.st_blocks * 512
-    return found
 
 
 def memory_left() -> int | None:
@@ -129,7 +66,7 @@ class Watchdog:
         self._walked_s = time.monotonic()
         self._walk_took_s = 0.0
         self._used_bytes = 0
-        self._free_then = _free(root)
+        self._free_then = free_bytes(root)
 
     def start(self) -> None:
         """The first look comes at once: a run that begins holds nothing yet."""
@@ -165,7 +102,7 @@ class Watchdog:
         if left is not None and left < limits.MEMORY_RESERVE_BYTES:
             self._end("failed", "the memory of the executor is nearly used up")
             return True
-        if _free(self._root) < limits.DISK_RESERVE_BYTES:
+        if free_bytes(self._root) < limits.DISK_RESERVE_BYTES:
             self._end("failed", "the disk of the working directories is nearly full")
             return True
         return False
@@ -177,13 +114,13 @@ class Watchdog:
         if self._walking:
             return
         left = self._bounds.disk_bytes_max - self._used_bytes
-        taken = self._free_then - _free(self._root)
+        taken = self._free_then - free_bytes(self._root)
         rest_s = max(limits.WATCH_DISK_S, _WALK_SHARE * self._walk_took_s)
         if taken <= left and time.monotonic() - self._walked_s < rest_s:
             return
         self._walking = True
         self._walked_s = time.monotonic()
-        free = _free(self._root)
+        free = free_bytes(self._root)
         future = self._loop.run_in_executor(None, disk_used, self._root, members, self._bounds.files_max)
         future.add_done_callback(lambda done: self._walked(done, free))
 
@@ -194,19 +131,6 @@ class Watchdog:
         found = done.result()
         self._walk_took_s = time.monotonic() - self._walked_s
         self._used_bytes, self._free_then = found.bytes, free
-        most = self._bounds.disk_bytes_max
-        if found.bytes > most:
-            self._end("disk_limit", f"the run held {found.bytes} bytes on the disk; {most} are allowed")
-        elif found.files > self._bounds.files_max:
-            self._end("disk_limit", f"the run made more than {self._bounds.files_max} files")
-        elif found.deep:
-            self._end("disk_limit", f"the run nested directories more than {limits.RUN_DEPTH_MAX} deep")
-
-
-def _free(path: Path) -> int:
-    """The bytes that a user may still write there; a path that is gone has room enough."""
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return 2**62
-    return found.f_bavail * found.f_frsize
+        reason = over(found, self._bounds.disk_bytes_max, self._bounds.files_max)
+        if reason:
+            self._end("disk_limit", reason)

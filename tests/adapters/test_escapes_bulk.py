@@ -15,7 +15,8 @@ import pytest
 
 from clawnet import limits
 from clawnet.execution import shell, watching, workdirs
-from clawnet.execution.watching import Bounds, Watchdog, disk_used
+from clawnet.execution.diskuse import disk_used
+from clawnet.execution.watching import Bounds, Watchdog
 from tests.adapters.daemons import DAEMON, as_daemon
 from tests.adapters.execution_bench import Bench, needs_bubblewrap, running, with_bench
 from tests.cli.harness import until
@@ -179,13 +180,13 @@ def test_a_run_is_the_first_that_the_kernel_takes_when_memory_runs_out(sandbox: 
     with_bench(body)
 
 
-@pytest.mark.parametrize(("name", "word"), [("memory_left", "memory"), ("_free", "disk")])
+@pytest.mark.parametrize(("name", "word"), [("memory_left", "memory"), ("free_bytes", "disk")])
 def test_a_machine_that_has_nothing_left_ends_the_run(name: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever took it: sockets and pipes hold memory that belongs to no process."""
-    plenty = {"memory_left": 2**40, "_free": 2**40}
+    plenty = {"memory_left": 2**40, "free_bytes": 2**40}
     left = {key: [value] for key, value in plenty.items()}
     monkeypatch.setattr(watching, "memory_left", lambda: left["memory_left"][0])
-    monkeypatch.setattr(watching, "_free", lambda path: left["_free"][0])
+    monkeypatch.setattr(watching, "free_bytes", lambda path: left["free_bytes"][0])
 
     async def body(bench: Bench) -> None:
         job = bench.start(kind="shell", script="echo up; sleep 60", sandbox="host")
