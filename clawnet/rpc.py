@@ -33,7 +33,7 @@ METHODS: Final[dict[str, str]] = {
     "doctor": "what the daemon itself finds wrong",
     "config.reload": "read the configuration again",
     "daemon.stop": "drain and exit",
-    "task.submit": "accept a task durably; {spec, retry_failed_before_ms, awaited}",
+    "task.submit": "accept a task durably; {spec, retry_failed_before_ms, awaited, progress}",
     "task.check": "what is wrong with each of some tasks, accepting none; {specs}",
     "task.get": "one task; {task}",
     "task.list": "tasks, newest first; {limit, states, after}",
@@ -41,7 +41,7 @@ METHODS: Final[dict[str, str]] = {
     "task.bids": "the bids for a task; {task}",
     "task.why": "who was asked and why the winner won; {task}",
     "task.follow": "states and output as they come, then the final task; "
-    "{task, output, from, stdout, stderr, attempt, so_far}",
+    "{task, output, from, stdout, stderr, attempt, so_far, progress}",
     "task.read": "a piece of a stored stream; {task, stream, offset, length}",
     "task.cancel": "cancel a task; {task, reason}",
     "task.save": "put a finished task's output files into a directory; {task, directory, umask, progress}",

@@ -15,6 +15,7 @@ from clawnet.api import Client
 from clawnet.errors import ClawnetError, NoDaemonError, StoppedError, TimedOutError, UnreachableError
 
 from .invocation import Invocation
+from .progress_bar import Bar
 from .render import json_line, short, write, write_bytes
 from .waiting import READ_BYTES, STREAMS, data_of, interruption, present
 
@@ -164,22 +165,48 @@ def is_loss(error: ClawnetError) -> bool:
     return isinstance(error, UnreachableError) and "rpc_version" not in error.details
 
 
-def submit(client: Client, spec: dict[str, Any], *, awaited: bool, deadline: float | None, say: Say) -> dict[str, Any]:
+def submit(
+    client: Client,
+    spec: dict[str, Any],
+    *,
+    awaited: bool,
+    deadline: float | None,
+    say: Say,
+    bar: Bar | None = None,
+) -> dict[str, Any]:
     """Hands a task to the daemon. With an idempotency key a lost answer is asked for again: it is one task anyhow.
 
     `awaited`: this command stays until the end, so the daemon need not sync the task to its disk before it answers.
+    While it reads the inputs it is waited for, however long they are.
     """
     client.connect()
     limit = time.monotonic() + limits.RPC_CALL_TIMEOUT_S if deadline is None else deadline
     patience = Patience(client, deadline=limit, ends_at=None, say=say)
     while True:
         try:
-            accepted: dict[str, Any] = client.call("task.submit", {"spec": spec, "awaited": awaited})
-            return accepted
+            return _accepted(client, {"spec": spec, "awaited": awaited}, deadline, bar)
         except (NoDaemonError, StoppedError) as error:
             if not spec.get("idempotency_key"):
                 raise
             patience.again(error)
+
+
+def _accepted(client: Client, params: dict[str, Any], deadline: float | None, bar: Bar | None) -> dict[str, Any]:
+    call = client.send("task.submit", {**params, "progress": bool(params["spec"].get("inputs"))})
+    try:
+        while True:
+            patient = time.monotonic() + limits.RPC_CALL_TIMEOUT_S
+            event = client.receive(call, deadline=patient if deadline is None else deadline)
+            if event.error is not None:
+                raise event.error
+            if not event.method:
+                accepted: dict[str, Any] = event.value
+                return accepted
+            if bar is not None and event.method == rpc.PROGRESS:
+                bar.moved(event.value)
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def follow(
@@ -187,6 +214,7 @@ def follow(
     task_id: str,
     *,
     printer: Printer | None = None,
+    bar: Bar | None = None,
     so_far: bool = False,
     patience: Patience | None = None,
     deadline: float | None = None,
@@ -200,7 +228,7 @@ def follow(
     deadline = patience.deadline if patience is not None else deadline
     while True:
         try:
-            return _once(client, task_id, printer, so_far, deadline)
+            return _once(client, task_id, printer, so_far, deadline, bar)
         except UnreachableError as error:
             if patience is None or not is_loss(error):
                 raise
@@ -209,11 +237,21 @@ def follow(
 
 
 def _once(
-    client: Client, task_id: str, printer: Printer | None, so_far: bool, deadline: float | None
+    client: Client, task_id: str, printer: Printer | None, so_far: bool, deadline: float | None, bar: Bar | None
 ) -> dict[str, Any]:
     start = {"from": "end"} if printer is None else printer.start()
     params = {"task": task_id, "output": printer is not None, **start, **({"so_far": True} if so_far else {})}
-    call = client.send("task.follow", params)
+    call = client.send("task.follow", {**params, "progress": True} if bar is not None and bar.wanted else params)
+    try:
+        return _followed(client, call, task_id, printer, deadline, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _followed(
+    client: Client, call: int, task_id: str, printer: Printer | None, deadline: float | None, bar: Bar | None
+) -> dict[str, Any]:
     while True:
         try:
             event = client.receive(call, deadline=deadline)
@@ -228,6 +266,10 @@ def _once(
         if not event.method:
             task: dict[str, Any] = event.value
             return task
+        if bar is not None and event.method == rpc.PROGRESS:
+            bar.moved(event.value)
+        elif bar is not None and event.method == rpc.OUTPUT:
+            bar.close()
         if printer is not None and event.method == rpc.OUTPUT:
             printer.chunk(event.value)
         elif printer is not None and event.method == rpc.PLACE:

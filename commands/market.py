@@ -12,6 +12,7 @@ from clawnet.errors import NotFoundError, TimedOutError, UsageError
 from . import accepting, approving, batch, following, outputs, paging, piped, submission, waiting
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
+from .progress_bar import Bar
 from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, size, table, who, write
 
 FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
@@ -115,7 +116,10 @@ def submit(
             submission.resolve_peers(client, task_spec, invocation.say)
             limit = invocation.deadline()
             with piped.handed_over(client, task_spec, data):
-                accepted = following.submit(client, task_spec, awaited=wait, deadline=limit, say=invocation.say)
+                bar = Bar(invocation)
+                accepted = following.submit(
+                    client, task_spec, awaited=wait, deadline=limit, say=invocation.say, bar=bar
+                )
             approving.tell(invocation, accepted)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
@@ -163,7 +167,13 @@ def _follow_one(invocation: Invocation, client: Any, accepted: dict[str, Any], *
     name = short(accepted["task_id"])
     patience = _patience(invocation, client, accepted.get("deadline"))
     try:
-        task = following.follow(client, accepted["task_id"], printer=printer if stream else None, patience=patience)
+        task = following.follow(
+            client,
+            accepted["task_id"],
+            printer=printer if stream else None,
+            bar=Bar(invocation),
+            patience=patience,
+        )
     except KeyboardInterrupt:
         invocation.say(f"task {name} goes on; `clawnet market wait {name}` waits for it")
         raise
@@ -353,6 +363,7 @@ def bids(context: typer.Context, task: o.TASK) -> None:
         ("reputation", lambda bid: f"{bid['terms']['reputation']:.4f}"),
         ("latency", lambda bid: f"{bid['terms']['latency']:.4f}"),
         ("confidence", lambda bid: f"{bid['terms']['confidence']:.4f}"),
+        ("WAIT", lambda bid: f"{bid['queue_wait_s'] + bid['own_ahead_s']:.1f}s"),
         ("ROUND", lambda bid: bid["round"]),
         ("WON", lambda bid: bid["won"]),
     )

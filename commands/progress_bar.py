@@ -34,11 +34,11 @@ class Bar:
             return
         if self._shown is None or self._what != value["what"]:
             self.close()
-            self._open(value["what"])
+            self._open(value["what"], value["total"] or None)
         assert self._shown is not None
         self._shown.update(self._shown.task_ids[0], completed=value["done"], total=value["total"] or None)
 
-    def _open(self, what: str) -> None:
+    def _open(self, what: str, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -53,7 +53,7 @@ class Bar:
             redirect_stderr=False,
             transient=True,
         )
-        self._shown.add_task(what, total=None)
+        self._shown.add_task(what, total=total)
         self._shown.start()
 
     def close(self) -> None:

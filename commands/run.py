@@ -48,6 +48,7 @@ from .options import (
     STREAM,
     WASM,
 )
+from .progress_bar import Bar
 from .render import json_line, short, write
 
 DEADLINE_S = 3600.0
@@ -169,7 +170,8 @@ def _run(
     with invocation.client(create_home=True) as client:
         submission.resolve_peers(client, spec, invocation.say)
         with piped.handed_over(client, spec, data):
-            accepted = following.submit(client, spec, awaited=True, deadline=invocation.deadline(), say=invocation.say)
+            limit, bar = invocation.deadline(), Bar(invocation)
+            accepted = following.submit(client, spec, awaited=True, deadline=limit, say=invocation.say, bar=bar)
         printer = following.Printer(invocation, client, as_lines=invocation.json)
         return _follow(invocation, client, accepted, printer, files, as_lines=as_lines)
 
@@ -217,7 +219,14 @@ def _follow(
         timed_out = False
         patience = following.Patience(client, deadline=invocation.deadline(), ends_at=ends_at, say=invocation.say)
         try:
-            task = following.follow(client, task_id, printer=shown, patience=patience, connected=interrupts.connected)
+            task = following.follow(
+                client,
+                task_id,
+                printer=shown,
+                bar=Bar(invocation),
+                patience=patience,
+                connected=interrupts.connected,
+            )
         except TimedOutError as error:
             timed_out = True
             limit = waiting.pause_until(None, following.CANCEL_WAIT_S)

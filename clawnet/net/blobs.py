@@ -30,6 +30,8 @@ BLOB_PROTOCOL = "/clawnet/blob/1.0.0"
 NOT_FOUND = "not found"
 NO_OFFSET = "no such offset"
 T = TypeVar("T")
+Moved = Callable[[str, bytes, int, int], None]
+"""How far a long transfer is, every PROGRESS_S: (what, about, bytes done, bytes in all), as in wire/fileevents.py."""
 
 
 class BlobRequest(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
@@ -124,10 +126,17 @@ async def write_all(stream: Stream, data: bytes) -> None:
 class BlobDesk:
     """Serves blob streams of others, at most BLOB_STREAMS_PER_PEER_MAX a peer."""
 
-    def __init__(self, store: BlobStore, note: Callable[..., None], count: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        note: Callable[..., None],
+        count: Callable[[str, int], None],
+        moved: Moved = lambda what, about, done, total: None,
+    ) -> None:
         self._store = store
         self._note = note
         self._count = count
+        self._moved = moved
         self._serving: dict[str, int] = {}
 
     async def serve(self, stream: Stream) -> None:
@@ -181,10 +190,11 @@ class BlobDesk:
             return True
         leaves = await where_due(size, store.leaves, blob)
         await write_all(stream, frame(encode(BlobAnswer("", size, b"".join(leaves)))))
-        await self._send(stream, blob, request.offset, size, leaves)
+        await self._send(stream, request, size, leaves)
         return True
 
-    async def _send(self, stream: Stream, blob: bytes, offset: int, size: int, leaves: Sequence[bytes]) -> None:
+    async def _send(self, stream: Stream, request: BlobRequest, size: int, leaves: Sequence[bytes]) -> None:
+        blob, offset = request.blob, request.offset
         chunks = self._store.read_chunks(blob, offset)
         expected = islice(leaves, offset // limits.BLOB_CHUNK_BYTES, None)
         if size - offset <= limits.BLOB_PIECE_BYTES:
@@ -192,12 +202,17 @@ class BlobDesk:
                 await self._send_chunk(stream, chunk)
             return
         loop = asyncio.get_running_loop()
+        told_s, sent = loop.time(), offset
         ahead = loop.run_in_executor(None, _take, chunks, expected, blob)
         try:
             while piece := await asyncio.shield(ahead):
                 ahead = loop.run_in_executor(None, _take, chunks, expected, blob)
                 for chunk in piece:
                     await self._send_chunk(stream, chunk)
+                    sent += len(chunk)
+                if loop.time() - told_s >= limits.PROGRESS_S:
+                    told_s = loop.time()
+                    self._moved("uploading", request.task_id, sent, size)
         finally:
             if not ahead.done():
                 await asyncio.wait([ahead])

@@ -22,6 +22,7 @@ from clawnet.net.blobs import (
     BlobPart,
     BlobRequest,
     BlobStore,
+    Moved,
     in_thread,
     where_due,
     write_all,
@@ -50,6 +51,8 @@ class Wish(Struct):
     inline_max: int = 0
     source: str = ""
     received: int = 0
+    request: bytes = b""
+    told_s: float = 0.0
 
     @property
     def inline(self) -> bool:
@@ -60,10 +63,17 @@ class Wish(Struct):
 class BlobFetcher:
     """Fetches, at most BLOB_STREAMS_PER_PEER_MAX at a time from a peer; streams are used again."""
 
-    def __init__(self, store: BlobStore, note: Callable[..., None], count: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        note: Callable[..., None],
+        count: Callable[[str, int], None],
+        moved: Moved = lambda what, about, done, total: None,
+    ) -> None:
         self._store = store
         self._note = note
         self._count = count
+        self._moved = moved
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._idle: dict[Connection, list[tuple[Stream, float]]] = {}
         self._under_way: dict[tuple[bytes, str], asyncio.Future[None]] = {}
@@ -72,7 +82,8 @@ class BlobFetcher:
         """What a fetch comes to; `way(peer, size)` leads to the peer, or raises LinkError."""
         reason, fault, inline = "", "", b""
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        began_s = wish.told_s = loop.time()
+        wish.request = request
         try:
             if self.missing(wish):
                 size = sum(size for _, size in wish.blobs)
@@ -189,6 +200,10 @@ class BlobFetcher:
                 left -= sum(map(len, chunk))
                 await batches.add(chunk)
                 offset = self._counted(wish, offset, part)
+                now_s = asyncio.get_running_loop().time()
+                if now_s - wish.told_s >= limits.PROGRESS_S:
+                    wish.told_s = now_s
+                    self._moved("fetching", wish.request, offset, size)
         finally:
             # Also what came before a cut is kept.
             try:

@@ -33,6 +33,7 @@ from clawnet.net.visits import Visit, Visits
 from clawnet.wire.codec import encode_payload
 from clawnet.wire.envelope import Envelope
 from clawnet.wire.events import LINK, BlobReady, DialEnded, MessageIn, PeerDown, PeerUp, Stimulus
+from clawnet.wire.fileevents import Moved
 from clawnet.wire.messages import Hello, JoinAnswer, JoinAsk, Message
 from clawnet.wire.session import Encoded, Handshake, HelloFacts, Item
 
@@ -72,8 +73,8 @@ class Switch:
         self._deliver = deliver
         self._log = log
         self._joins = JoinDesk(deliver, self.note)
-        self._blobs = BlobDesk(blobs, self.note, self.count)
-        self._fetcher = BlobFetcher(blobs, self.note, self.count)
+        self._blobs = BlobDesk(blobs, self.note, self.count, self._moved)
+        self._fetcher = BlobFetcher(blobs, self.note, self.count, self._moved)
         self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
@@ -213,6 +214,9 @@ class Switch:
     def join_reply(self, call: int, answer: JoinAnswer) -> None:
         """Answers JoinAsked."""
         self._joins.reply(call, answer)
+
+    def _moved(self, what: str, about: bytes, done: int, total: int) -> None:
+        self._deliver(Moved(what, about, done, total))
 
     def fetch(
         self,

@@ -113,7 +113,8 @@ class Calls:
 
     def _task_submit(self, call: int, params: Params) -> None:
         before_ms = integer(params, "retry_failed_before_ms", 0)
-        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms, awaited=params.get("awaited") is True)
+        awaited, told = params.get("awaited") is True, params.get("progress") is True
+        self._rooms.tasks.submit(call, params.get("spec") or {}, before_ms, awaited=awaited, told=told)
 
     def _task_check(self, call: int, params: Params) -> None:
         """What is wrong with each of these submissions (null: nothing), by the rules that accept them."""
@@ -184,6 +185,7 @@ class Calls:
             offsets=(integer(params, "stdout", 0), integer(params, "stderr", 0)),
             attempt=integer(params, "attempt", -1),
             so_far=bool(params.get("so_far")),
+            progress=params.get("progress") is True,
         )
         self._with_streams(task, call, lambda: self._rooms.tasks.follow(call, task, output=output, start=start))
 

@@ -51,7 +51,7 @@ from clawnet.node.worked import Worked
 from clawnet.node.writes import Writes
 from clawnet.wire import events as e
 from clawnet.wire import messages as m
-from clawnet.wire.fileevents import OutputsSaved
+from clawnet.wire.fileevents import Moved, OutputsSaved
 from clawnet.wire.messages import Kind
 
 Read = Callable[[str, tuple[Any, ...]], Iterable[tuple[Any, ...]]]
@@ -321,6 +321,7 @@ class Node:
             e.BlobReady: self._blob_ready,
             e.Opened: rooms.results.opened,
             OutputsSaved: rooms.saving.saved,
+            Moved: rooms.saving.moved,
             e.Loaded: rooms.loads.loaded,
             e.JoinAsked: rooms.invites.asked,
             e.JoinAnswered: rooms.invites.answered,

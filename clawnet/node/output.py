@@ -32,13 +32,14 @@ def text_or_b64(data: bytes, key: str) -> dict[str, str]:
 class Start(Struct, frozen=True):
     """Where a follower begins: at byte 0, at the end, or at `offsets` of attempt `attempt` (-1: it saw none).
 
-    `so_far` ends it when it has been told what was written up to now.
+    `so_far` ends it when it has been told what was written up to now. With `progress` it hears how far transfers are.
     """
 
     from_end: bool = False
     offsets: tuple[int, int] = (0, 0)
     attempt: int = -1
     so_far: bool = False
+    progress: bool = False
 
 
 class Preview(Struct):
@@ -62,6 +63,7 @@ class _Follower(Struct):
     sent: list[int]
     attempt: int
     so_far: bool = False
+    progress: bool = False
     upto: list[int] | None = None
 
 
@@ -91,7 +93,7 @@ class Followers:
                 sent = [0, 0]  # nothing is written yet
         if attempt < 0 and preview is not None:
             attempt = preview.attempt
-        follower = _Follower(call, output, sent, attempt, start.so_far)
+        follower = _Follower(call, output, sent, attempt, start.so_far, start.progress)
         self._of.setdefault(task.task_id, {})[call] = follower
         self._calls[call] = task.task_id
         if not output:
@@ -120,6 +122,17 @@ class Followers:
         """A transition, to those who follow."""
         for follower in self._of.get(task_id, {}).values():
             self._ctx.notify(follower.call, "task.state", {"state": state, "reason": reason, "at": time_text(at_ms)})
+
+    @property
+    def told(self) -> list[bytes]:
+        """The tasks of whose transfers somebody wants to hear."""
+        return [task_id for task_id, those in self._of.items() if any(one.progress for one in those.values())]
+
+    def moved(self, task_id: bytes, value: dict[str, Any]) -> None:
+        """How far a transfer of the task's files is, to those who want to hear of it."""
+        for follower in self._of.get(task_id, {}).values():
+            if follower.progress:
+                self._ctx.notify(follower.call, "task.progress", value)
 
     # --- what the attempt writes
 

@@ -24,7 +24,7 @@ from clawnet.wire.messages import Accept, Cancel, Kind, Result
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-RESULT = b"result:"
+RESULT = saving.RESULT
 
 
 class Results:

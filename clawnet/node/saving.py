@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, VerificationError, WireError, from_dict
 from clawnet.market.records import FINAL_STATES, Task
-from clawnet.node.context import Context
+from clawnet.node.context import Context, job_id
 from clawnet.node.params import Params, integer
 from clawnet.node.retained import forgotten
-from clawnet.wire.fileevents import OutputsSaved, SaveOutputs
+from clawnet.wire.fileevents import Moved, OutputsSaved, SaveOutputs
 from clawnet.wire.globs import Globs
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
+RESULT = b"result:"
+"""Begins the name of a fetch of a result; the attempt it is of follows."""
+PROGRESS = "task.progress"
 _OTHER_BYTES = limits.RUN_OUTPUT_BYTES_MAX + 2 * limits.MIB
 """What a result without files can be, sealed: its output, its head, and what the seal adds."""
 
@@ -86,6 +89,28 @@ class Saving:
         patterns = tuple(task.spec.get("outputs") or ())
         self._asked[call] = task.task_id, directory
         self._ctx.out.append(SaveOutputs(call, blob, patterns, directory, umask, params.get("progress") is True))
+
+    def moved(self, event: Moved) -> None:
+        """How far a long transfer is, to those who asked to hear of it."""
+        value = {"what": event.what, "done": event.done, "total": event.total}
+        if isinstance(event.about, int):
+            if event.about in self._asked:
+                self._ctx.notify(event.about, PROGRESS, value)
+            return
+        tasks = self._rooms.tasks
+        if event.what == "packing":
+            for call in tasks.draft_calls(event.about, told=True):
+                self._ctx.notify(call, PROGRESS, value)
+        elif event.what == "fetching":
+            found = self._rooms.awards.of_about(event.about.removeprefix(RESULT))
+            if found is not None:
+                tasks.followers.moved(found[0].task_id, value)
+        else:
+            me = self._ctx.me
+            for task_id in tasks.followers.told:
+                task = tasks.open.get(task_id)
+                if task is not None and task.attempts and job_id(me, task_id, task.attempts[-1].n) == event.about:
+                    tasks.followers.moved(task_id, value)
 
     def saved(self, event: OutputsSaved) -> None:
         """All files are in their places, or none is."""

@@ -51,6 +51,7 @@ class _Draft(Struct):
     retry_before_ms: int
     credential: str
     awaited: bool
+    told: bool = False
     inputs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -198,20 +199,22 @@ class Tasks:
             found[named] = [self._rooms.members.resolve(name) for name in found[named]]
         return found
 
-    def submit(self, call: int, spec: dict[str, Any], retry_before_ms: int = 0, *, awaited: bool = False) -> None:
+    def submit(
+        self, call: int, spec: dict[str, Any], retry_before_ms: int = 0, *, awaited: bool = False, told: bool = False
+    ) -> None:
         """Accepts a submission, or answers with the error that says what is wrong with it.
 
         A finished task of the same idempotency key stands for it, unless its command failed and it was submitted
         before `retry_before_ms`: then the key passes on to the new task. The answer outlives a power loss, unless the
         caller says that it stays until the end (`awaited`) and gives no key: then it would go down with this machine
-        anyway, and nobody could ask for the same again.
+        anyway, and nobody could ask for the same again. `told`: the call hears how far its inputs are stored.
         """
         ctx = self._ctx
         if ctx.draining:
             raise BusyError("the daemon is stopping and takes no new task", hint="try again when it is back")
         if len(self.open) + len(self._drafts) >= limits.OPEN_TASKS_MAX:
             raise BusyError(f"{limits.OPEN_TASKS_MAX} tasks are open already", hint="try again when some have ended")
-        draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential, awaited)
+        draft = _Draft(call, ctx.entropy(16), self.normal(spec), retry_before_ms, ctx.credential, awaited, told)
         schemas = contracts.schemas(draft.spec)
         if not draft.spec["inputs"] and not schemas:
             self._look_up(draft)
@@ -364,10 +367,10 @@ class Tasks:
         stable["inputs"] = [[item["name"], item["kind"], item["blob"].hex(), item.get("mode", 0)] for item in inputs]
         return hashlib.sha256(msgspec.json.encode(stable, order="deterministic")).hexdigest()
 
-    def draft_calls(self, request: bytes) -> list[int]:
-        """Whose submission a pack request belongs to (for error answers)."""
+    def draft_calls(self, request: bytes, *, told: bool = False) -> list[int]:
+        """Whose submission a pack request belongs to; with `told` only of who hears how far it is."""
         draft = self._drafts.get(request)
-        return [draft.call] if draft else []
+        return [draft.call] if draft is not None and (draft.told or not told) else []
 
     def _accept(self, call: int, task: Task) -> None:
         ctx = self._ctx
