@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,9 +100,33 @@ def _too_big(path: Path) -> DataError:
     )
 
 
+def are_small(paths: Iterable[str]) -> bool:
+    """Whether these are files that are packed at once, together no more than is done outside of threads."""
+    left = limits.RUN_INLINE_WORK_BYTES_MAX
+    for path in paths:
+        try:
+            info = os.stat(path)
+        except (OSError, ValueError):
+            return True  # the error is told at once
+        left -= info.st_size
+        if left < 0 or not stat.S_ISREG(info.st_mode):
+            return False
+    return True
+
+
 def _pack_file(name: str, path: Path, info: os.stat_result, blobs: BlobPort, moved: Moved) -> dict[str, Any]:
     if info.st_size > limits.INPUT_BYTES_MAX:
         raise _too_big(path)
+    mode = 0o755 if info.st_mode & 0o111 else 0o644
+    if info.st_size <= limits.RUN_INLINE_WORK_BYTES_MAX:
+        with path.open("rb") as source:
+            opened = os.fstat(source.fileno())
+            data = source.read(limits.RUN_INLINE_WORK_BYTES_MAX + 1)
+            trees.check_unchanged(source.fileno(), opened, path)
+        if len(data) <= limits.RUN_INLINE_WORK_BYTES_MAX:
+            moved(len(data))
+            # One that is here already is not written again: a module goes along with a thousand tasks.
+            return _input(name, "file", blobs.put_bytes(data), len(data), mode, trees.LeftOut([]))
     writer = _Bounded(blobs.writer(), path, moved)
     try:
         with path.open("rb") as source:
@@ -113,7 +137,6 @@ def _pack_file(name: str, path: Path, info: os.stat_result, blobs: BlobPort, mov
         blob = writer.commit()
     finally:
         writer.abort()
-    mode = 0o755 if info.st_mode & 0o111 else 0o644
     return _input(name, "file", blob, writer.size, mode, trees.LeftOut([]))
 
 

@@ -62,9 +62,9 @@ class LocalFiles:
                 for name, path in effect.paths
             )
 
-        def done(future: Future[tuple[dict[str, Any], ...]]) -> None:
+        def done(packed: Callable[[], tuple[dict[str, Any], ...]]) -> None:
             try:
-                ready = InputsReady(effect.request, future.result())
+                ready = InputsReady(effect.request, packed())
             except ClawnetError as error:
                 ready = InputsReady(effect.request, (), error.as_dict())
             except OSError as error:
@@ -73,7 +73,10 @@ class LocalFiles:
                 ready = InputsReady(effect.request, (), kind(f"the inputs cannot be stored: {error}").as_dict())
             self._deliver(ready)
 
-        self._in_thread(done, work)
+        if inputs.are_small(path for _, path in effect.paths):
+            done(work)
+        else:
+            self._in_thread(lambda future: done(future.result), work)
 
     def save(self, effect: SaveOutputs) -> None:
         """Puts output files into a directory; OutputsSaved tells how many, or why none."""
