@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measures what people send and what runs it, with real daemons on loopback, one section after the other.
 
-Usage: python scripts/bench/exec.py [blob | shell ...] [--mib 1024] [--runs 200] [--json]
+Usage: python scripts/bench/exec.py [blob | shell | wasm ...] [--mib 1024] [--runs 200] [--json]
   blob   a file of --mib MiB from its requester to a worker: throughput on the way, and the memory of both daemons
+  wasm   a module inside a worker; 1,000 tasks of a module of 1 ms through the market, 64 in flight
   shell  `true` as a plain process, on the host and sandboxed, in turns; a remote command's lines as they are written
 Figures of a shared machine vary; the line that describes it is printed first, the targets and how they fared last.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import blobs
+import modules
 import shells
 from machine import machine
 
@@ -25,6 +27,7 @@ Section = Callable[[Path, argparse.Namespace], Awaitable[dict[str, Any]]]
 SECTIONS: dict[str, tuple[Section, tuple[tuple[str, str, float], ...]]] = {
     "blob": (blobs.measured, blobs.TARGETS),
     "shell": (shells.measured, shells.TARGETS),
+    "wasm": (modules.measured, modules.TARGETS),
 }
 """By name: what measures it in a directory, and its targets: (figure, "<=" or ">=", bound)."""
 
@@ -34,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--mib", type=int, default=1024, help="the size of the blob")
-    parser.add_argument("--runs", type=int, default=200, help="how often `true` is run each way")
+    parser.add_argument("--runs", type=int, default=200, help="how often `true`, or a module, is run each way")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     where = machine()
