@@ -107,6 +107,15 @@ class Approvals:
 
     # --- showing
 
+    def findings(self) -> list[dict[str, str]]:
+        """What `doctor` tells of it."""
+        count = len(self._held)
+        if not count:
+            return []
+        text = "1 task waits" if count == 1 else f"{count} tasks wait"
+        remedy = "clawnet market approve lists what waits; with TASK it lets it go, clawnet market cancel drops it"
+        return [{"check": "approval", "level": "warn", "message": f"{text} for approval", "remedy": remedy}]
+
     @staticmethod
     def view(task: Task) -> dict[str, Any] | None:
         """Why a task is held and until when; None for one that is not."""

@@ -393,6 +393,7 @@ class Calls:
             {"check": "node", "level": "warn", "message": text, "remedy": remedy or "clawnet daemon logs tells more"}
             for text in self.warnings()
         ]
+        findings += self._rooms.approvals.findings()
         skew_ms = self._rooms.members.skew_ms()
         if skew_ms is not None:
             level = "ok" if abs(skew_ms) <= limits.CLOCK_STOP_MS else "error"

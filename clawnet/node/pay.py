@@ -171,6 +171,11 @@ class Pay:
         if bound is not None:
             self._lines.pop((bound[1], line), None)
 
+    def task_of(self, lock_hash: bytes, line: int) -> str | None:
+        """The id of the task that this line of somebody's lock pays here."""
+        job = self._rooms.jobs.jobs.get(self._lines.get((lock_hash, line), b""))
+        return None if job is None else job.task_id.hex()
+
     def bound(self, lock_hash: bytes, line: int) -> bool:
         """Whether a job of this node is worked or waited for on this line."""
         return (lock_hash, line) in self._lines

@@ -380,7 +380,7 @@ class Views:
             "state": "locked",
             "amount": format_credits(line.left_ucr),
             "counterparty": self.account_party(counterparty),
-            "task_id": self._rooms.tasks.task_of_hash(line.task),
+            "task_id": self._rooms.tasks.task_of_hash(line.task) or self._rooms.pay.task_of(line.lock_hash, line.line),
             "locked_at": time_text(line.time_ms),
             "deliver_by": time_text(line.deliver_by_ms),
             "expires_at": time_text(line.expiry_ms),

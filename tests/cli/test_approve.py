@@ -36,6 +36,7 @@ def test_held_listed_released_over_a_restart_and_paid_once(pair: tuple[Node, Nod
     (held,) = alice("market", "approve").rows()
     assert held[:3] == [task, "compute", "6"] and ABOVE in held[4]
     assert alice("market", "approve", "--json").json("market approve held")["items"][0]["held"]["reason"]
+    assert "1 task waits for approval" in alice("doctor").out
     assert alice("daemon", "restart").code == 0
     assert alice.task(task)["state"] == "draft" and balance(alice) == before
     alice.until("bob is back", lambda: [p for p in alice.ask("peer.list")["items"] if p["state"] == "connected"])

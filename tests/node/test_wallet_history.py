@@ -88,6 +88,9 @@ def test_what_came_back_is_told(mesh: Mesh) -> None:
     mesh.run(2)
     task = alice.replies[call]["task_id"]
     price = alice.task(call)["price"]
+    for member in (alice, bob):
+        (line,) = ask(mesh, member, "wallet.escrows")["items"]
+        assert (line["task_id"], line["amount"]) == (task, price)
     ask(mesh, alice, "task.cancel", task=task)
     mesh.run(2)
     items = ask(mesh, alice, "wallet.history", task=task)["items"]
