@@ -19,7 +19,7 @@ from clawnet.market.reasons import Reason
 from clawnet.market.records import Job
 from clawnet.node import saving
 from clawnet.node.context import Context, job_id
-from clawnet.node.verdicts import cannot_judge, checks_of
+from clawnet.node.verdicts import cannot_judge
 from clawnet.wire.events import MessageIn
 from clawnet.wire.messages import Accept, Ack, Cancel, EscrowLock, Reject, Requirements, Winner
 
@@ -65,7 +65,6 @@ class Taking:
         try:
             document = taskdoc.decode(message.document)
             payload = payload_of(document)
-            checks_of(document)
         except RemoteError as error:
             self._refuse(event.peer, message.task_id, message.attempt, "invalid", text=error.message)
             return

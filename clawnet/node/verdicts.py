@@ -45,7 +45,10 @@ def files_of(document: taskdoc.TaskDocument) -> list[InputRef]:
 
 def cannot_judge(document: taskdoc.TaskDocument, ring: str, card: PeerCard) -> Reason | None:
     """Why the node of `card` takes no task with this contract from `ring`: it cannot, or may not, run its verifier."""
-    kinds = {one.kind for one in document.acceptance}
+    try:
+        kinds = {one.kind for one in checks_of(document)}
+    except WireError:
+        return Reason.NO_CAPABILITY
     if v.VERIFIER_COMMAND in kinds:
         if SHELL not in card.capabilities:
             return Reason.NO_CAPABILITY

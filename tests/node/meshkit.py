@@ -29,7 +29,7 @@ from clawnet.wire.codec import decode_payload, encode_payload
 from clawnet.wire.messages import Hello, Message
 from clawnet.wire.verdict import Check, Verdict
 from tests.node.meshruns import Entropy, Runner, go_over, settle_key
-from tests.node.outcomes import echo, judge, stopped, unreachable
+from tests.node.outcomes import echo, judge, stopped, summary_of, unreachable
 
 START_MS = 1_800_000_000_000
 
@@ -309,18 +309,7 @@ class Member:
         except Exception as error:  # noqa: BLE001 - what the real adapter turns into a reason
             self.feed(e.Opened(effect.request, str(error)))
             return
-        summary = bundle.Summary(
-            opened.exit_code,
-            opened.signal,
-            opened.text,
-            opened.usage,
-            [],
-            hashlib.sha256(plain).digest(),
-            len(opened.stdout),
-            len(opened.stderr),
-            opened.stdout,
-            opened.stderr,
-        )
+        summary = summary_of(opened, plain)
         verdict = self.judge(effect.acceptance, opened.exit_code, opened.stdout)
         if verdict is None:
             self.judging[effect.request] = summary

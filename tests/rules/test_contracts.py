@@ -151,12 +151,14 @@ def test_a_contract_that_nobody_can_judge_is_refused(kind: str, value: bytes) ->
 
 def test_who_may_not_run_a_verifier_takes_no_task_that_has_one() -> None:
     able = card(capabilities=["compute", "shell-execution", "wasm"], shell_rings=["own"])
-    command, module = document(("verifier_command", b"x")), document(("verifier_wasm", b"x"))
+    command = document(("verifier_command", msgspec.msgpack.encode({"script": "true"})))
+    module = document(("verifier_wasm", b"accept-1.wasm"))
     assert cannot_judge(command, "own", able) is None and cannot_judge(module, "member", able) is None
     assert cannot_judge(command, "member", able) is Reason.POLICY
     assert cannot_judge(command, "own", card(capabilities=["compute"])) is Reason.NO_CAPABILITY
     assert cannot_judge(module, "own", card(capabilities=["compute"])) is Reason.NO_CAPABILITY
     assert cannot_judge(document(("exit_code", b"0")), "member", card(capabilities=[])) is None
+    assert cannot_judge(document(("colour", b"red")), "own", able) is Reason.NO_CAPABILITY
 
 
 @pytest.mark.parametrize("kind", ["compute", "openclaw_prompt"])
