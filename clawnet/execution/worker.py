@@ -274,7 +274,7 @@ def _confine() -> None:
         import resource
     except ImportError:
         return  # Windows: the node's own limits on sizes and times are what there is
-    for name, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, limits.RUN_FILE_BYTES_MAX)):
+    for name, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, limits.WORKER_FILE_BYTES_MAX)):
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
