@@ -349,7 +349,9 @@ class Terms(Answer):
 class Bid(Answer):
     """A bid as the requester judged it; `score` is the sum of `terms`.
 
-    `confidence` is the bidder's `confidence_claimed` after the discount; `rtt_s` is the round trip to it.
+    `confidence` is the bidder's `confidence_claimed` after the discount; `rtt_s` is the round trip to it. `own_ahead_s`
+    is how much longer than told it would take for what the bidder was awarded here since it was asked; the term of
+    confidence is less by as much as the latency that it told no longer holds.
     """
 
     round: int
@@ -367,6 +369,7 @@ class Bid(Answer):
     won: bool
     rtt_s: float = 0.0
     confidence_claimed: float = 0.0
+    own_ahead_s: float = 0.0
 
 
 class BidList(Answer):

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.config import Config
+from clawnet.market.awarded import Given
 from clawnet.market.reasons import Reason, count_reasons, reason_of
 from clawnet.money import UCR_PER_CREDIT, format_credits
 from clawnet.wire.messages import Bid
@@ -70,14 +71,20 @@ def score(price_ucr: int, latency_s: float, reputation: float, confidence: float
 
 
 class Candidate(Struct, frozen=True, gc=False):
-    """A peer that is asked: its round trip, and whether it left its last offer unanswered."""
+    """A peer that is asked: its round trip, and whether it left its last offer unanswered; its slots, by its card, and
+    what it had been awarded when it was asked."""
 
     rtt_ms: float = 0.0
     missed_last: bool = False
+    slots: int = 1
+    given: Given = Given()
 
 
 class BidFacts(Struct, frozen=True, gc=False, array_like=True):
-    """A bid as the requester judged it. `refusal` is empty for one that could win. `at_ms` is when it came."""
+    """A bid as the requester judged it. `refusal` is empty for one that could win. `at_ms` is when it came.
+
+    `own_ahead_s` is how much longer than it told it would take, for what the bidder was awarded here since the offer.
+    """
 
     peer: str
     price_ucr: int
@@ -92,6 +99,7 @@ class BidFacts(Struct, frozen=True, gc=False, array_like=True):
     score: Score
     at_ms: int
     refusal: str = ""
+    own_ahead_s: float = 0.0
 
 
 class AuctionRecord(Struct, frozen=True, array_like=True):
@@ -118,26 +126,6 @@ class AuctionRecord(Struct, frozen=True, array_like=True):
     gone: list[str]
     winner: str
     why: str
-
-
-class AwardOrder:
-    """Which peer this requester awarded how long ago, so that equal offers share the work. Bounded."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-        self._count = 0
-
-    def note(self, peer: str) -> None:
-        """`peer` was just awarded a task."""
-        self._count += 1
-        self._last.pop(peer, None)
-        self._last[peer] = self._count
-        if len(self._last) > limits.CAPABILITY_CARDS_MAX:
-            del self._last[next(iter(self._last))]
-
-    def of(self, peer: str) -> int:
-        """A number that rises with every award; 0 for a peer never awarded (or long ago)."""
-        return self._last.get(peer, 0)
 
 
 class Auction:
@@ -269,6 +257,22 @@ class Auction:
             del self._open[peer]
             self._awaited -= not self._candidates[peer].missed_last
             self._answered_ms = max(self._answered_ms, now_ms)
+
+    def weigh_again(self, given: Callable[[str], Given]) -> None:
+        """Takes into account what bidders were awarded since they were asked, of which their bids tell nothing.
+
+        It comes on top of the latency that was told, and by as much as that no longer holds, so does the confidence in
+        it. Otherwise all tasks that are put up at the same moment would go to one bidder.
+        """
+        for peer, bid in self._bids.items():
+            asked = self._candidates[peer]
+            own_ahead_s = asked.given.wait_behind_s(given(peer), slots=asked.slots, load=bid.load)
+            if own_ahead_s != bid.own_ahead_s:
+                told_s = bid.queue_wait_s + bid.estimated_s + bid.rtt_s
+                now_s = told_s + own_ahead_s
+                confidence = bid.confidence * max(told_s, 1.0) / max(now_s, 1.0)
+                judged = score(bid.price_ucr, now_s, bid.reputation, confidence, self.weights)
+                self._bids[peer] = msgspec.structs.replace(bid, own_ahead_s=own_ahead_s, score=judged)
 
     # --- when it closes
 
@@ -438,6 +442,7 @@ def _bid_facts(record: AuctionRecord, bid: BidFacts) -> dict[str, Any]:
         "price_ucr": bid.price_ucr,
         "estimated_s": bid.estimated_s,
         "queue_wait_s": bid.queue_wait_s,
+        "own_ahead_s": bid.own_ahead_s,
         "rtt_s": bid.rtt_s,
         "confidence": bid.confidence,
         "confidence_claimed": bid.confidence_claimed,

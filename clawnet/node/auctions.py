@@ -11,7 +11,8 @@ import msgspec
 from clawnet import limits
 from clawnet.errors import FundsError, NoBidError, TimedOutError
 from clawnet.market import taskspec
-from clawnet.market.auction import Auction, AwardOrder, Candidate, encode_record, weights_from
+from clawnet.market.auction import Auction, Candidate, encode_record, weights_from
+from clawnet.market.awarded import AwardOrder
 from clawnet.market.capability import AI
 from clawnet.market.reasons import Reason
 from clawnet.market.records import FINAL_STATES, Task
@@ -196,7 +197,7 @@ class Auctions:
         auction = Auction(
             task.task_id,
             task.round,
-            {peer: Candidate(self._rooms.members.rtt_ms(peer), peer in self._missed) for peer in candidates},
+            {peer: self._candidate(peer) for peer in candidates},
             opened_ms=ctx.now,
             close_ms=close_ms,
             soft_close_ms=self._soft_close_ms,
@@ -248,7 +249,16 @@ class Auctions:
         if task is None or not self._rooms.offers.may_bid(task, peer, auction.ring):
             self._ctx.count("messages_refused_total", "bid_unasked")
             return False
-        return auction.join(peer, Candidate(self._rooms.members.rtt_ms(peer), peer in self._missed))
+        return auction.join(peer, self._candidate(peer))
+
+    def _candidate(self, peer: str) -> Candidate:
+        card = self._rooms.members.index.card(peer)
+        return Candidate(
+            self._rooms.members.rtt_ms(peer),
+            peer in self._missed,
+            self._rooms.jobs.slots if card is None else card.slots,
+            self._order.given(peer),
+        )
 
     def _too_many(self, peer: str, task_id: bytes) -> bool:
         """More bids of a peer for one task within a minute than `market.rate_limit_bids` are not looked at."""
@@ -328,11 +338,12 @@ class Auctions:
             return
         for peer in auction.silent:
             self._missed[peer] = None
+        auction.weigh_again(self._order.given)
         ranking = auction.ranking(self._order.of)
         self._keep(task, auction)
         if ranking:
             best = ranking[0][0]
-            self._order.note(best.peer)
+            self._order.note(best.peer, best.estimated_s)
             self._bids_in.pop(task.task_id, None)
             self.waiting.taken(_lane(task))
             self._rooms.awards.award(task, best)

@@ -200,7 +200,7 @@ def test_processors_and_memory_are_set_aside_while_a_task_runs() -> None:
 
 
 def test_a_task_that_asks_for_nothing_gets_a_slots_share_and_is_held_to_it() -> None:
-    mesh, alice, bob, carol = market(**{"execution.slots": "8"})
+    mesh, alice, bob, _carol = market(**{"execution.slots": "8"})
     flood(mesh, alice, 10)
     assert len(bob.runs) == 8 and {run.spec.memory_bytes_max for run in bob.runs} == {GIB // 2}
     mesh, alice, bob, _carol = market(**{"execution.memory_max": "64MiB"})
@@ -349,6 +349,25 @@ def test_won_twice_it_waits_as_long_as_it_is_told_and_no_more_are_taken_on_than_
         mesh.run(10)
     mesh.run(600)
     assert {task.state for task in [*tasks(alice), *tasks(carol)]} == {"settled"}
+
+
+def test_what_is_put_up_at_one_moment_is_spread_over_equal_machines() -> None:
+    mesh = Mesh()
+    alice = mesh.found("alice", **SELFLESS)
+    machines = [mesh.join(alice, name, ring="own", **SELFLESS) for name in ("attic", "cellar", "shed")]
+    mesh.link_all()
+    mesh.run(2)
+    for machine in machines:
+        machine.runner = lambda member, run: None
+    for _ in range(3):  # the first is known better than the others
+        shell(alice, "x", ring="own", peer=["attic"])
+        mesh.run(1)
+        end_one(mesh, machines[0], 10.0)
+    for _ in range(48):
+        shell(alice, "x", ring="own", deadline_s=3_000)
+    mesh.run(1)
+    parts = [sum(job.state in ("queued", "running") for job in m.node.rooms.jobs.jobs.values()) for m in machines]
+    assert sum(parts) == 48 and min(parts) >= 10, parts
 
 
 # --- laws

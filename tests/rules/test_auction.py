@@ -13,7 +13,6 @@ from clawnet.config import Config
 from clawnet.errors import ConfigError
 from clawnet.market.auction import (
     Auction,
-    AwardOrder,
     Candidate,
     Weights,
     decode_record,
@@ -22,6 +21,7 @@ from clawnet.market.auction import (
     score,
     weights_from,
 )
+from clawnet.market.awarded import AwardOrder
 from clawnet.wire.messages import Bid
 
 CREDIT = 1_000_000
@@ -280,7 +280,7 @@ def test_equal_offers_share_the_work() -> None:
         for peer in ("a", "b", "c"):
             offer(room, peer, 1_001)
         winner = room.ranking(order.of)[0][0].peer
-        order.note(winner)
+        order.note(winner, 1.0)
         wins[winner] += 1
     assert wins == {"a": 10, "b": 10, "c": 10}
 
@@ -294,7 +294,7 @@ def test_of_equal_offers_never_awarded_the_earlier_wins() -> None:
 
 def test_a_better_score_beats_recency() -> None:
     order = AwardOrder()
-    order.note("a")
+    order.note("a", 1.0)
     room = auction("a", "b")
     offer(room, "a", 1_001, bid(CREDIT))
     offer(room, "b", 1_002, bid(CREDIT * 11 // 10))
