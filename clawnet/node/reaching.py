@@ -54,6 +54,15 @@ class Reaching:
         """Dialled from here and not kept by the switch: it does not dial them again when the link breaks."""
         self._dialling: set[str] = set()
         self._turned_ms = 0
+        self.reloaded()
+
+    def reloaded(self) -> None:
+        """How many links there may be is read anew. In a large mesh half as many are wanted, so that others find room,
+        but not fewer than the least.
+        """
+        config = self._ctx.config
+        self._links_max = config.integer("node.max_peers")
+        self._links_wanted = min(self._links_max, max(self._links_max // 2, config.integer("node.min_peers")))
 
     # --- who could be reached
 
@@ -71,10 +80,17 @@ class Reaching:
     def can_dial(self, peer: str) -> bool:
         """Whether a task may be offered to this member though it is not connected."""
         record = self._rooms.members.records.get(peer)
-        if record is None or not record.addresses or not self.lively(record):
-            return False
-        failed = self._unreachable.get(peer)
-        return failed is None or failed.until_ms <= self._ctx.now
+        return record is not None and self.lively(record) and self._may_dial(record)
+
+    def _may_dial(self, record: PeerRecord) -> bool:
+        """Whether there is where to dial it, and it did not fail just now."""
+        failed = self._unreachable.get(record.peer)
+        return (
+            bool(record.addresses)
+            and not record.muted
+            and not self._rooms.members.banned(record.peer)
+            and (failed is None or failed.until_ms <= self._ctx.now)
+        )
 
     def _serial(self, peer: str) -> int:
         card = self._rooms.members.index.card(peer)
@@ -142,16 +158,16 @@ class Reaching:
     def down(self, peer: str, reason: str) -> None:
         """A link is gone. One that was let go stays a member to call; any other may have been switched off.
 
-        Where work is under way with one that was dialled for it, the link has to come back.
+        Where work is under way the link has to come back, whoever made it: the other side may know of nothing that it
+        would dial for.
         """
         record = self._rooms.members.records.get(peer)
-        visited = peer in self._visited
         self._visited.discard(peer)
         if LET_GO in reason:
             self._ctx.out.append(Hangup(peer, LET_GO))  # else the switch would dial it again for ever
             return
         self._lost[peer] = self._ctx.now
-        if visited and record is not None and record.addresses and peer in self._busy():
+        if record is not None and record.addresses and peer in self._busy():
             self._ctx.out.append(Dial(0, peer, tuple(record.addresses)))
 
     def dial_ended(self, peer: str, reason: str) -> None:
@@ -198,11 +214,12 @@ class Reaching:
 
     def keep_up(self) -> None:
         """Every minute: as many links as are wanted; in a mesh larger than may be connected they turn over."""
-        ctx, members = self._ctx, self._rooms.members
+        ctx = self._ctx
         self._dialling.clear()
         self._make_room(0)
         self._forget()
-        if len(members.records) <= self._links_max:
+        self._call_again()
+        if self.all_fit:
             if len(ctx.links) < ctx.config.integer("node.min_peers"):
                 self.start()
             return
@@ -214,22 +231,29 @@ class Reaching:
             for record in self._drawn([r for r in self.others() if self.can_dial(r.peer)], count):
                 self._visit(record.peer, record.addresses)
 
+    def _call_again(self) -> None:
+        """Members with whom something is under way and who let the link go, some a minute: what is owed must arrive."""
+        ctx, members = self._ctx, self._rooms.members
+        away = [
+            record
+            for peer in self._busy()
+            if peer not in ctx.links and (record := members.records.get(peer)) is not None and self._may_dial(record)
+        ]
+        for record in self._drawn(sorted(away, key=lambda record: record.peer), limits.LINKS_DIALLED_PER_MINUTE):
+            self._visit(record.peer, record.addresses)
+
     def connect(self, record: PeerRecord) -> None:
         """A member that may be connected for good, if there is room: kept where all fit, else until it is let go."""
-        if len(self._rooms.members.records) <= self._links_max:
+        if self.all_fit:
             if len(self._ctx.links) < self._links_max:
                 self._ctx.out.append(Dial(0, record.peer, tuple(record.addresses)))
         elif len(self._ctx.links) + len(self._dialling) < self._links_wanted:
             self._visit(record.peer, record.addresses)
 
     @property
-    def _links_max(self) -> int:
-        return self._ctx.config.integer("node.max_peers")
-
-    @property
-    def _links_wanted(self) -> int:
-        """In a large mesh: half of what may be, so that others find room, but not fewer than the least."""
-        return min(self._links_max, max(self._links_max // 2, self._ctx.config.integer("node.min_peers")))
+    def all_fit(self) -> bool:
+        """Whether a node can be connected to all members that it knows."""
+        return len(self._rooms.members.records) <= self._links_max
 
     def _drawn(self, records: list[PeerRecord], count: int) -> list[PeerRecord]:
         by_peer = {record.peer: record for record in records}

@@ -161,6 +161,31 @@ def test_a_link_that_breaks_while_its_work_goes_on_is_dialled_until_it_is_back(m
     mesh.run(1)
 
 
+@pytest.mark.parametrize("reason", ["timed out", LET_GO])
+def test_whoever_owes_a_message_makes_the_link_again_also_one_that_it_never_made(mesh: Mesh, reason: str) -> None:
+    """Alice called carol for a task and has all of it; that she has, carol has not heard when the link is lost."""
+    alice, _, carol = row(mesh, "alice", "bob", "carol", bob=LAZY)
+    dials = Dials(mesh)
+    kept: list[e.Dial] = []
+    carol._do_dial = lambda dial: kept.append(dial) if not dial.call else mesh.dialled(carol, dial)  # type: ignore[method-assign]
+    mesh.fate = lambda sender, receiver, message: int(type(message).__name__ != "Ack")
+    compute(alice)
+    mesh.run(2)
+    assert dials.made == [("alice", "carol")] and only(alice).state == "settled" and carol.node.rooms.outbox.rows
+    mesh.fate = lambda sender, receiver, message: 1
+    mesh.cut(alice, carol, reason)
+    mesh.run(1)
+    if reason == LET_GO:
+        assert not kept, "she was asked not to redial at once"
+        mesh.run(limits.HEADS_EVERY_MS / 1000 + 1)
+        assert dials.made[1:] == [("carol", "alice")] and not carol.node.rooms.outbox.rows
+    else:
+        assert [dial.peer for dial in kept] == [alice.peer]
+        mesh.link(alice, carol)
+        mesh.run(1)
+    assert not carol.node.rooms.outbox.rows
+
+
 def test_who_is_let_go_does_not_dial_back_for_ever(mesh: Mesh) -> None:
     alice, others = crowd(mesh, 3)
     mesh.link(alice, others[0])
