@@ -169,14 +169,14 @@ class CapabilityIndex:
         fresh = (peer for peer in reversed(self._cards) if self._cards[peer].serial >= since_ms)
         return list(islice(fresh, count))
 
-    def heard_since(self, mark: int, count: int) -> list[tuple[str, int]]:
-        """The `count` peers heard of longest ago since the mark `mark`, each with the mark that follows it."""
+    def heard_since(self, mark: int) -> list[tuple[str, int]]:
+        """The peers heard of since the mark `mark`, longest ago first, each with the mark that follows it."""
         news = []
         for peer in reversed(self._cards):
             if self._heard[peer] <= mark:
                 break
             news.append((peer, self._heard[peer]))
-        return news[: -count - 1 : -1]
+        return news[::-1]
 
     def stale(self, before_ms: int) -> list[str]:
         """Peers whose cards are from before this time."""

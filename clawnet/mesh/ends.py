@@ -155,6 +155,10 @@ class Ends:
         """What another node needs to find out which buckets differ; empty when there is nothing."""
         return list(self._buckets) if self._raw else []
 
+    def agrees(self, digest: list[int]) -> bool:
+        """Whether another node with this digest holds the same."""
+        return digest == self.digest()
+
     def differing(self, digest: list[int]) -> list[bytes]:
         """The statements held here in the buckets that differ from another node's digest."""
         theirs = digest if len(digest) == BUCKETS else [0] * BUCKETS

@@ -72,6 +72,8 @@ def secret_hash(secret: bytes) -> bytes:
 
 def clean_name(name: str) -> str:
     """A name as it may be shown at a terminal: printable, no control characters, bounded, never empty."""
+    if name.isalnum() and name.isascii():
+        return name[: limits.NAME_CHARS_MAX]
     text = "".join(c for c in name if ord(c) >= _PRINTABLE_MIN and c.isprintable() and c not in "~/\\")
     return text[: limits.NAME_CHARS_MAX].strip() or "unnamed"
 

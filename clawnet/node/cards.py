@@ -10,11 +10,12 @@ from clawnet import __version__, limits
 from clawnet.errors import ClawnetError, WireError
 from clawnet.identity.keys import peer_id_of
 from clawnet.identity.membership import verify_keys
-from clawnet.market.capability import AI, capability_hash
+from clawnet.market.capability import AI, capability_hash, draw
 from clawnet.market.machine import MILLI, Amounts
 from clawnet.market.taskspec import WASM
 from clawnet.mesh.roster import PeerRecord
 from clawnet.node.context import Context
+from clawnet.node.gossiping import Rate
 from clawnet.wire.codec import decode_struct, encode
 from clawnet.wire.events import CapacityChanged, Listening, MessageIn
 from clawnet.wire.messages import RELAYED_BYTES_MAX, Kind, PeerCard, PeerInfo, Relayed
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
 FIRST_HOP = limits.RELAY_HOPS_MAX - limits.CARD_HOPS
-"""A card's first `hops`: it is passed on CARD_HOPS times, so one change costs a hundred messages at most.
+"""A card's first `hops`, to CARD_HEARERS of those connected: they pass it on. To the others it is theirs alone, so that
+one change costs a message a link and CARD_HEARERS squared more, however large the mesh.
 
 Who is farther off hears of it by introductions.
 """
@@ -40,6 +42,11 @@ class Cards:
         self._serial = 0
         self._made_ms = 0
         self._stated_ms = 0
+        self._hearers = 0
+        """How many more may be asked to pass the present card on."""
+        self._greeting: dict[str, None] = {}
+        """Connected peers whose first card on this link has not come yet."""
+        self._introduced = Rate(limits.CARDS_INTRODUCED_PER_MINUTE, 1)
         self._told: dict[str, int] = {}
         """By connected peer: up to which mark of the index the cards here were told to it."""
         self._statement = b""
@@ -90,7 +97,9 @@ class Cards:
         self.own = self._make()
         self.own_hash = capability_hash(self.own)
         self._statement, self._signature = self._rooms.relay.state(Kind.PEER_INFO, encode(self.own))
-        for peer in ctx.links:
+        self._hearers = limits.CARD_HEARERS
+        hearers = draw(list(ctx.links), limits.CARD_HEARERS, self._rooms.members.pick)
+        for peer in dict.fromkeys((*hearers, *ctx.links)):
             self.tell(peer)
 
     def tell(self, peer: str) -> None:
@@ -102,7 +111,9 @@ class Cards:
         if self._stated_ms != self._made_ms:
             self._stated_ms = self._made_ms
             self._rooms.twins.stated(self._made_ms)
-        self._ctx.send(peer, PeerInfo(self._statement, self._signature, FIRST_HOP))
+        hops = FIRST_HOP if self._hearers > 0 else limits.RELAY_HOPS_MAX
+        self._hearers -= 1
+        self._ctx.send(peer, PeerInfo(self._statement, self._signature, hops))
 
     def capacity_changed(self, event: CapacityChanged) -> None:
         """The execution adapters have probed what they can do."""
@@ -139,21 +150,35 @@ class Cards:
             record.card = record.signature = b""
 
     def introduce(self, newcomer: str, count: int) -> None:
-        """Some of the cards known here, picked at random, as they are: whoever hears them passes them on no further."""
+        """Some of the cards known here, picked at random, as they are: whoever hears them passes them on no further.
+
+        Where many connect within a minute the later ones get fewer, and hear the rest as news.
+        """
         members, ctx = self._rooms.members, self._ctx
         since_ms = ctx.now - limits.CARD_AGE_MS
         known = [peer for peer in members.index.newest(4 * limits.CARDS_PER_MINUTE, since_ms) if peer != newcomer]
         for _ in range(min(count, len(known))):
+            if not self._introduced.take("", ctx.now):
+                return
             at = members.pick(len(known))
             known[at], known[-1] = known[-1], known[at]
             record = members.records.get(known.pop())
             if record is not None and record.card and not members.banned(record.peer):
                 ctx.send(newcomer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
 
-    def show_own(self, peer: str) -> None:
-        """The newest card of `peer` that is known here: one that it did not make tells it of a twin (twins.py)."""
+    def greet(self, peer: str) -> None:
+        """A peer is connected: it is told our card, and its own comes."""
+        self._greeting[peer] = None
+        self.tell(peer)
+
+    def _show_own(self, peer: str, statement: bytes) -> None:
+        """The first card of a link is not the one that is known here of `peer`: it is shown that one.
+
+        One that it did not make tells it of a twin (twins.py).
+        """
+        del self._greeting[peer]
         record = self._rooms.members.records.get(peer)
-        if record is not None and record.card:
+        if record is not None and record.card and record.card != statement:
             self._ctx.send(peer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
 
     def outdo(self, read: Relayed) -> None:
@@ -162,24 +187,38 @@ class Cards:
             self._serial = max(self._serial, decode_struct(PeerCard, read.body).serial)
 
     def keep_up(self) -> None:
-        """Every minute: news to one random peer that lacks them; old cards go, the own one is made anew in time."""
+        """Every minute: news to a peer that lacks most of them; old cards go, the own one is made anew in time."""
         ctx, index = self._ctx, self._rooms.members.index
         for peer in index.stale(ctx.now - limits.CARD_AGE_MS):
             if peer not in ctx.links:
                 index.remove(peer)
         self._told = {peer: mark for peer, mark in self._told.items() if peer in ctx.links}
+        self._greeting = {peer: None for peer in self._greeting if peer in ctx.links}
         lacking = [peer for peer in ctx.links if self._told.get(peer, 0) < index.heard_total]
         if lacking:
+            least = min(self._told.get(peer, 0) for peer in lacking)
+            lacking = [peer for peer in lacking if self._told.get(peer, 0) == least]
             self._tell_news(lacking[self._rooms.members.pick(len(lacking))])
         if self._statement and ctx.now - self._made_ms >= limits.CARD_REFRESH_MS:
             self.refresh()
 
     def _tell_news(self, hearer: str) -> None:
-        """The cards that came since this peer was told last, some a time: each goes to it once."""
+        """The cards that came since this peer was told last, some a time: each goes to it once.
+
+        Where enough are known, a few of members met here: so what a node is told does not grow with the mesh.
+        """
         members = self._rooms.members
-        for peer, mark in members.index.heard_since(self._told.get(hearer, 0), limits.CARDS_PER_MINUTE):
-            self._told[hearer] = mark
-            record = members.records.get(peer)
+        index, records = members.index, members.records
+        all_of_them = len(index) <= limits.CARDS_ENOUGH
+        news = [
+            (peer, mark)
+            for peer, mark in index.heard_since(self._told.get(hearer, 0))
+            if all_of_them or ((record := records.get(peer)) is not None and record.last_ms)
+        ]
+        most = limits.CARDS_PER_MINUTE if all_of_them else limits.CARDS_MET_PER_MINUTE
+        self._told[hearer] = news[most - 1][1] if len(news) > most else index.heard_total
+        for peer, _ in news[:most]:
+            record = records.get(peer)
             if peer != hearer and record is not None and record.card and not members.banned(peer):
                 self._ctx.send(hearer, PeerInfo(record.card, record.signature, limits.RELAY_HOPS_MAX))
 
@@ -189,8 +228,14 @@ class Cards:
         Raises WireError or SignatureRefused for what no member may send.
         """
         relay, members = self._rooms.relay, self._rooms.members
+        if event.peer in self._greeting:
+            self._show_own(event.peer, message.statement)
         read = relay.read(Kind.PEER_INFO, message)
         if read is None:
+            return
+        travels = message.hops < limits.RELAY_HOPS_MAX
+        held = members.records.get(self._ctx.ids.inner(read.author))
+        if held is not None and held.card == message.statement and not travels and members.index.card(held.peer):
             return
         card = decode_struct(PeerCard, read.body)
         if card.peer != read.author:
@@ -198,7 +243,6 @@ class Cards:
         keys = self._rooms.successions.keys_shown(card.peer, card.rotations)
         card = msgspec.structs.replace(card, peer=peer_id_of(keys[0]))
         known = members.index.card(card.peer)
-        travels = message.hops < limits.RELAY_HOPS_MAX
         if known is not None and (known.serial > card.serial or (known.serial == card.serial and not travels)):
             return
         if card.serial > self._ctx.now + limits.MESSAGE_AGE_MS or card.serial < self._ctx.now - limits.CARD_AGE_MS:
@@ -211,9 +255,10 @@ class Cards:
         record = members.records.get(card.peer) or self._meet(card, keys)
         if record is None or record.banned or record.ended:
             return
-        self._rooms.successions.learn(keys, card.rotations)
+        if card.rotations:
+            self._rooms.successions.learn(keys, card.rotations)
         if travels and relay.fresh(read):
-            relay.pass_on(message, card.peer, event.peer)
+            relay.pass_on(message, card.peer, event.peer, degree=limits.CARD_HEARERS)
         if members.index.put(card, record.ring) or not record.card:
             record.card, record.signature, record.addresses = message.statement, message.signature, _merge(card, record)
             members.save(record)

@@ -349,12 +349,20 @@ class Chains:
             ctx.send(peer, LedgerPush(head.account, [], [Head(head.account, *held)]))
 
     def _wanted(self, peer: str, account: bytes) -> bool:
-        """Chains worth holding before anybody works for them: this peer's own, those held already, of whom we paid."""
-        return (
-            self._rooms.members.account_of(peer) == account
-            or self._books.book.head(account) is not None
-            or bool(self._books.book.payables(self._ctx.account, account))
-        )
+        """Chains worth following before anybody works for them: of whom we paid, or who still owes us a line.
+
+        Where all members fit into the links of a node, every chain that it hears of; in a larger mesh this peer's own,
+        if it is held (by its keepers, above all). Any other is asked for when there is work with its author: what a
+        node holds and asks for does not grow with the mesh.
+        """
+        book, members = self._books.book, self._rooms.members
+        held = book.head(account) is not None
+        own = members.account_of(peer) == account
+        if held if own else held and self._rooms.reaching.all_fit:
+            return True
+        if book.payables(self._ctx.account, account) or (held and book.exposure_ucr(account, self._ctx.account)):
+            return True
+        return own and (self._rooms.reaching.all_fit or members.ring_of(peer) == "own")
 
     def _own_head(self, peer: str, head: Head) -> None:
         """What a peer holds of the own chain: less is pushed when it asks; more, or another hash, must be shown."""

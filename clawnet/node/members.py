@@ -179,12 +179,11 @@ class Members:
             ctx.now,
         )
         ctx.log("info", "peer.up", peer=event.peer, name=record.shown, ring=record.ring, inbound=event.inbound)
-        self._rooms.cards.tell(event.peer)
-        self._rooms.cards.show_own(event.peer)
+        self._rooms.cards.greet(event.peer)
         self._rooms.reaching.up(event.peer)
         if missed_ms > limits.CARDS_MISSED_MS:
             self._rooms.cards.introduce(event.peer, limits.CARDS_INTRODUCED)
-        self._rooms.removals.peer_up(event.peer)
+        self._rooms.removals.peer_up(event.peer, event.inbound)
         self._rooms.books.peer_up(event.peer)
         self._rooms.outbox.peer_up(event.peer)
         self._rooms.auctions.peer_back(event.peer)
@@ -293,6 +292,7 @@ class Members:
         self.name = self._ctx.config.text("node.name")
         self.reputation.fade(self._ctx.config.number("market.reputation_decay_rate"))
         self._rooms.bidding.reloaded()
+        self._rooms.reaching.reloaded()
         self._rooms.auctions.reloaded()
         self._rooms.cards.refresh()
 

@@ -98,8 +98,15 @@ class Relay:
             ctx.put("meta", FLOOR_KEY, str(self.window.floor_ms).encode())
         return taken
 
-    def pass_on(self, message: Carrier, author: str, sender: str, among: Iterable[str] | None = None) -> None:
-        """One hop more, to RELAY_DEGREE connected peers at random that are neither author nor sender.
+    def pass_on(
+        self,
+        message: Carrier,
+        author: str,
+        sender: str,
+        among: Iterable[str] | None = None,
+        degree: int = limits.RELAY_DEGREE,
+    ) -> None:
+        """One hop more, to `degree` connected peers at random that are neither author nor sender.
 
         `among`: to none but these.
         """
@@ -107,5 +114,5 @@ class Relay:
             return
         peers = [peer for peer in (self._ctx.links if among is None else among) if peer not in (author, sender)]
         onward = msgspec.structs.replace(message, hops=message.hops + 1)
-        for peer in draw(peers, limits.RELAY_DEGREE, self._rooms.members.pick):
+        for peer in draw(peers, degree, self._rooms.members.pick):
             self._ctx.send(peer, onward)

@@ -32,6 +32,7 @@ class Removals:
         """Why this node's own membership is over; "" while it is not."""
         self._gone: set[str] = set()
         self._answered_ms: dict[str, int] = {}
+        self._asked_ms: dict[str, int] = {}
 
     # --- start-up
 
@@ -147,19 +148,28 @@ class Removals:
                 self._obey(learned.body)
         self._ctx.durable()
 
-    def peer_up(self, peer: str) -> None:
-        """What we hold is summed up for whoever is connected; it answers with what we lack."""
+    def peer_up(self, peer: str, inbound: bool) -> None:
+        """Whoever dialled sums up what it holds; the other answers with what it lacks, and asks for what it has more.
+
+        (Who was dialled may have been told of a removal that nobody else here knows: it asks by itself in a minute.)
+        """
+        if not inbound:
+            self._ask(peer)
+
+    def _ask(self, peer: str) -> None:
+        self._asked_ms[peer] = self._ctx.now
         self._ctx.send(peer, Membership([], self.ends.digest()))
 
     def peer_down(self, peer: str) -> None:
         """A new connection is answered at once."""
         self._answered_ms.pop(peer, None)
+        self._asked_ms.pop(peer, None)
 
     def keep_up(self) -> None:
-        """Every minute to one random peer, for what was lost on the way."""
+        """Every minute one random peer is asked, for what was lost on the way."""
         links = list(self._ctx.links)
         if links:
-            self.peer_up(links[self._rooms.members.pick(len(links))])
+            self._ask(links[self._rooms.members.pick(len(links))])
 
     def told(self, event: MessageIn, message: Membership) -> None:
         """Statements from a member, or its question for those it lacks. Raises NotPermittedError for bad ones."""
@@ -189,15 +199,17 @@ class Removals:
         ctx = self._ctx
         if ctx.now - self._answered_ms.get(peer, -limits.MEMBERSHIP_ANSWER_MS) < limits.MEMBERSHIP_ANSWER_MS:
             return
-        lacking = self.ends.differing(digest)
-        if not lacking:
+        if self.ends.agrees(digest):
             return
+        lacking = self.ends.differing(digest)
         self._answered_ms[peer] = ctx.now
         at_most = ANSWER_MESSAGES_MAX * limits.MEMBERSHIP_MESSAGE_STATEMENTS
         start = self._rooms.members.pick(len(lacking)) if len(lacking) > at_most else 0
         part = [*lacking[start:], *lacking[:start]][:at_most]
         for at in range(0, len(part), limits.MEMBERSHIP_MESSAGE_STATEMENTS):
             ctx.send(peer, Membership(part[at : at + limits.MEMBERSHIP_MESSAGE_STATEMENTS]))
+        if ctx.now - self._asked_ms.get(peer, -limits.MEMBERSHIP_ANSWER_MS) >= limits.MEMBERSHIP_ANSWER_MS:
+            self._ask(peer)
 
     def _pass_on(self, statements: list[bytes], sender: str) -> None:
         message = Membership(statements)

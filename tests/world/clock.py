@@ -34,14 +34,13 @@ class Clock:
     def after(self, delay_us: int, work: Callable[..., None], *args: Any) -> None:
         """Does `work` when `delay_us` have passed."""
         self._count += 1
-        heapq.heappush(self._heap, (self.now_us + max(0, delay_us), self._count, work, args))
+        heapq.heappush(self._heap, (self.now_us + delay_us if delay_us > 0 else self.now_us, self._count, work, args))
 
     def run(self, until_us: int) -> None:
         """Everything that happens up to then."""
-        heap = self._heap
+        heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= until_us:
-            at_us, _, work, args = heapq.heappop(heap)
-            self.now_us = at_us
+            self.now_us, _, work, args = pop(heap)
             self.events_total += 1
             work(*args)
         self.now_us = max(self.now_us, until_us)

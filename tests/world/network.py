@@ -79,7 +79,7 @@ class Network:
         self.of: dict[str, list[Edge]] = {}
         self._ids = 0
         self.messages_total = 0
-        self.told: Callable[[Machine, str, Any], None] = lambda machine, peer, message: None
+        self.told: Callable[[Machine, str, Any], None] | None = None
         """Hears of every message that leaves: for whoever counts them."""
         self.loss = 0.0
         self.bytes_total = 0
@@ -263,7 +263,8 @@ class Network:
         sending, told = machine.world.sending, self.told
         for message, reply_to, obligation in items:
             kind, payload = encode_payload(message)
-            told(machine, peer, message)
+            if told is not None:
+                told(machine, peer, message)
             if type(message) is Result:
                 sending(machine, peer, message, payload)
             batch.append((int(kind), payload, reply_to, obligation))
