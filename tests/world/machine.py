@@ -23,6 +23,7 @@ from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from tests.node.meshruns import Entropy
 from tests.world.clock import Killed, LawBroken, Loop
+from tests.world.story import fields_shown, shown
 
 if TYPE_CHECKING:
     from tests.world.world import World
@@ -220,7 +221,7 @@ class Watched:
         machine = self._machine
         machine.steps_total += 1
         world = machine.world
-        world.clock.tell(machine.name, _shown(stimulus, world.names))
+        world.clock.tell(machine.name, shown(stimulus, world.names))
         return self.node.step(now_ms, stimulus)
 
     def end_turn(self, now_ms: int) -> list[e.Effect]:
@@ -474,29 +475,10 @@ class Machine:
     def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """Observer: what production only logs as a defect of ours fails here."""
         if level in ("error", "security"):
-            self.world.clock.tell(self.name, f"logs {event} {_fields(fields)}")
+            self.world.clock.tell(self.name, f"logs {event} {fields_shown(fields)}")
         if event in ("node.defect", "node.cannot_start", "runtime.effect_failed", "result.missing"):
             raise LawBroken(f"{self.name}: {event}: {fields.get('traceback') or fields}")
         self.world.logged(self, level, event, fields)
 
     def count(self, name: str, label: str, by: int) -> None:
         """Observer: counters."""
-
-
-def _fields(fields: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in fields.items())[:300]
-
-
-def _shown(stimulus: e.Stimulus, names: dict[str, str]) -> str:
-    """A stimulus in a few words."""
-    if type(stimulus) is e.MessageIn:
-        return f"<- {names.get(stimulus.peer, '?')}: {type(stimulus.message).__name__}"
-    if isinstance(stimulus, e.TimerFired):
-        key = stimulus.key
-        what = key[1].hex()[:8] if len(key) > 1 and isinstance(key[1], bytes) else ""
-        return f"timer {key[0]} {what}"
-    if isinstance(stimulus, e.RpcCall):
-        return f"call {stimulus.method}"
-    if isinstance(stimulus, e.PeerUp | e.PeerDown):
-        return f"{type(stimulus).__name__} {names.get(stimulus.peer, '?')}"
-    return type(stimulus).__name__

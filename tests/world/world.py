@@ -310,7 +310,7 @@ class World:
             if item.amount_ucr != delivery.amount_ucr:
                 raise LawBroken(f"{where} for {item.amount_ucr}; the note asks {delivery.amount_ucr}")
             row = machine.disk.tables["results"].get((delivery.task_id, delivery.attempt))
-            held = machine.blobs.has(delivery.blob) or (row is not None and blob_id(row[-1]) == delivery.blob)
+            held = delivery.blob in machine.blobs.data or (row is not None and blob_id(row[-1]) == delivery.blob)
             if not held:
                 raise LawBroken(f"{where}, and the sealed result is not on its disk")
 
