@@ -225,3 +225,28 @@ def test_another_threshold_holds_nothing_that_was_accepted_and_frees_nothing(mes
     call = compute(alice, budget="6")
     mesh.run(2)
     assert alice.replies[call]["held"] is None
+
+
+def test_a_command_that_waits_is_no_reason_to_forget_its_task(mesh: Mesh) -> None:
+    alice, _ = pair(mesh, **{ABOVE: "5"})
+    alice.power_cut = True
+    spec = {"type": "compute", "op": "primes", "op_args": {"limit": 10}, "ring": "member", "budget": "6"}
+    task = asked(mesh, alice, "task.submit", spec=spec, awaited=True)["task_id"]
+    alice.restart()
+    mesh.run(1)
+    assert view(mesh, alice, task)["held"]
+
+
+def test_what_waits_is_counted_again_after_a_restart(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HELD_TASKS_MAX", 1)
+    alice, _ = pair(mesh, **{ABOVE: "5"})
+    task = held(mesh, alice, budget="6")
+    alice.restart()
+    mesh.run(1)
+    (finding,) = alice.node.rooms.approvals.findings()
+    assert finding["message"].startswith("1 task waits")
+    refused = compute(alice, budget="6")
+    mesh.settle()
+    assert alice.replies[refused]["code"] == "busy"
+    asked(mesh, alice, "task.cancel", task=task)
+    assert alice.node.rooms.approvals.findings() == []
