@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wasmtime
 
 from clawnet import limits
 from clawnet.execution import bundle
@@ -17,8 +18,6 @@ from clawnet.execution.archive import Member, Writing
 from clawnet.execution.spec import InputRef
 from clawnet.wire.events import CapacityChanged, TaskExited
 from tests.adapters.execution_bench import Bench, with_bench
-
-wasmtime = pytest.importorskip("wasmtime", reason="wasmtime has no engine for this system")
 
 OFF = {"shell_own": "off", "shell_member": "off"}
 HERE = Path(__file__).parent

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wasmtime
 
 from tests.cli.harness import Node, checked
-
-wasmtime = pytest.importorskip("wasmtime", reason="wasmtime has no engine for this system")
 
 pytestmark = pytest.mark.slow
 
