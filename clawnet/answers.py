@@ -59,6 +59,8 @@ class ErrorAnswer(Answer):
 class BatchLine(Answer):
     """One line of `market batch`: the task of `line` has ended with `exit_code`, or `error` says why it has none.
 
+    With both, `error` is why its output files are not in their directory.
+
     `resumed`: the task had been submitted before, by an earlier run over the same lines or under the same key.
     """
 

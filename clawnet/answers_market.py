@@ -44,12 +44,19 @@ class Held(Answer):
 
 
 class Submitted(Answer):
-    """The task is durably accepted by the local node. `created` is false when an idempotency key found it."""
+    """The task is durably accepted by the local node. `created` is false when an idempotency key found it.
+
+    Of the input directories `left_out` are the first of the `left_out_count` entries that cannot travel (sockets, links
+    that lead outside, clawnet's own home), and `ignored` entries stayed behind for --gitignore.
+    """
 
     task_id: str
     created: bool
     deadline: str = ""
     held: Held | None = None
+    left_out: list[str] = []
+    left_out_count: int = 0
+    ignored: int = 0
 
 
 class Party(Answer):

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ from clawnet.errors import (
     UsageError,
 )
 
-from . import accepting, approving, following, submission
+from . import accepting, approving, following, outputs, submission
 from . import options as o
 from .app import report
 from .batch_lines import Keys, Line, Reader, Source
@@ -114,7 +115,7 @@ def batch(
         retries=retries,
         priority=priority,
     )
-    source = Source(file)
+    source = Source(file, invocation.home)
     run = Batch(invocation, source, defaults, name, in_flight, keep_going=keep_going, retry_failed=retry_failed)
     try:
         code = run.all()
@@ -125,12 +126,14 @@ def batch(
 
 
 class Flight:
-    """A line on its way: submitted when `task_id` is known, followed from then on."""
+    """A line on its way: submitted when `task_id` is known, followed from then on, its files saved when `task` is."""
 
-    __slots__ = ("derived", "key", "number", "resumed", "sent", "spec", "task_id")
+    __slots__ = ("derived", "files", "key", "number", "resumed", "sent", "spec", "task", "task_id")
 
     def __init__(self, number: int, spec: dict[str, Any], *, derived: bool) -> None:
         self.number = number
+        self.files: Path | None = spec.pop("_files", None)
+        self.task: dict[str, Any] | None = None
         self.spec = spec
         self.key: str = spec["idempotency_key"]
         self.derived = derived
@@ -230,6 +233,7 @@ class Batch:
                 bad.append(line)
             else:
                 size += len(line.spec.pop("_content"))
+                line.spec.pop("_files", None)
                 together.append(line)
             if len(together) >= limits.BATCH_CHECKED_TOGETHER or size > limits.BATCH_LINE_BYTES_MAX:
                 bad += self._checked(together)
@@ -303,7 +307,9 @@ class Batch:
     def _send(self, flight: Flight) -> None:
         flight.sent = True
         try:
-            if flight.task_id:
+            if flight.task is not None and flight.files is not None:
+                call = self._client.send("task.save", outputs.wish(flight.task_id, flight.files))
+            elif flight.task_id:
                 call = self._client.send("task.follow", {"task": flight.task_id, "output": False, "from": "end"})
             else:
                 params = {"spec": flight.spec, "retry_failed_before_ms": self._retry_before_ms}
@@ -345,10 +351,16 @@ class Batch:
             # The daemon stops: what it had is asked for again from the next.
             self._again.append(flight)
             raise event.error
-        if event.error is not None:
+        if flight.task is not None:
+            self._saved(flight, event)
+        elif event.error is not None:
             self._failed(flight, event.error)
         elif flight.task_id:
             self._moved_on()
+            if flight.files is not None and event.value.get("result") and not event.value.get("error"):
+                flight.task = event.value
+                self._send(flight)
+                return
             self._view.done(flight.number, flight.key, event.value, resumed=flight.resumed)
         else:
             self._moved_on()
@@ -357,6 +369,16 @@ class Batch:
             if event.value.get("held"):
                 self._view.above(lambda: approving.tell(self._invocation, event.value))
             self._send(flight)
+
+    def _saved(self, flight: Flight, event: Event) -> None:
+        """The files of a task that has ended are in their directory, or cannot be: then the line has failed."""
+        assert flight.task is not None
+        task, error = flight.task, event.error
+        if error is None:
+            self._view.above(lambda: outputs.tell(self._invocation, task, event.value))
+        else:
+            error = self._placed(flight.number, error)
+        self._view.done(flight.number, flight.key, task, resumed=flight.resumed, error=error)
 
     def _moved_on(self) -> None:
         self._moved, self._pause_s = time.monotonic(), limits.BATCH_AGAIN_MIN_S

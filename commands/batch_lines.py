@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from clawnet import limits, units
 from clawnet.errors import ClawnetError, DataError, NotFoundError, UsageError
+from clawnet.paths import Home
 
-from . import submission
+from . import outputs, submission
 
 WORK = ("type", "op", "model", "accept")
 """Defaults that say what is done, not how: with another of these a line is another task."""
@@ -33,7 +34,8 @@ class Line(NamedTuple):
 class Source:
     """The file or standard input. A regular file can be read twice, so it can be checked before anything is done."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, home: Home) -> None:
+        self._home = home
         self.name = "standard input" if name == "-" else name
         if name == "-" and sys.stdin is None:
             raise UsageError("- reads the tasks from standard input, which is closed")
@@ -87,8 +89,7 @@ class Source:
         except ClawnetError as error:
             return Line(number, {}, error)
 
-    @staticmethod
-    def _task(data: bytes, defaults: dict[str, Any]) -> dict[str, Any]:
+    def _task(self, data: bytes, defaults: dict[str, Any]) -> dict[str, Any]:
         if len(data) > limits.BATCH_LINE_BYTES_MAX:
             raise DataError(f"the line is longer than {units.format_size(limits.BATCH_LINE_BYTES_MAX)}")
         try:
@@ -108,6 +109,11 @@ class Source:
         # What a line is, whatever the options are today: by this a batch that goes on knows what is done.
         own |= {name: spec[name] for name in WORK if name in spec}
         submission.complete(spec, None)
+        directory = outputs.taken(spec)
+        if directory and not spec.get("outputs"):
+            raise DataError("output_dir goes with outputs")
+        if directory:
+            spec["_files"] = outputs.checked(self._home, directory)
         spec["_content"] = json.dumps(own, sort_keys=True, separators=(",", ":"))
         return spec
 

@@ -67,12 +67,15 @@ class View:
         print_it()
         self._bar.start()
 
-    def done(self, number: int, key: str, task: dict[str, Any], *, resumed: bool) -> None:
-        """A task has ended (or its executor was lost and it may still end)."""
-        code = waiting.exit_code(task)
+    def done(
+        self, number: int, key: str, task: dict[str, Any], *, resumed: bool, error: ClawnetError | None = None
+    ) -> None:
+        """A task has ended (or its executor was lost and it may still end); `error` kept its files from being saved."""
+        code = waiting.exit_code(task) or (error.exit_code if error is not None else 0)
         self.failed += code != 0
         self.resumed += resumed
-        self._line({"line": number, "idempotency_key": key, "resumed": resumed, "exit_code": code, "task": task})
+        value = {"line": number, "idempotency_key": key, "resumed": resumed, "exit_code": code, "task": task}
+        self._line({**value, "error": None if error is None else _told(error)})
 
     def refused(self, number: int, key: str | None, error: ClawnetError) -> None:
         """A line has no task: it is no good (64 to 66), or the node would not take it now."""
@@ -81,8 +84,7 @@ class View:
         else:
             self.failed += 1
         value = {"line": number, "idempotency_key": key, "resumed": False, "exit_code": error.exit_code, "task": None}
-        told = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        self._line({**value, "error": told})
+        self._line({**value, "error": _told(error)})
 
     def _line(self, value: dict[str, Any]) -> None:
         self.ended += 1
@@ -105,3 +107,7 @@ class View:
         parts += [f"{self.resumed} of them from before"] if self.resumed else []
         rate = f" ({self.ended / took_s:.0f} a second)" if took_s > 0 and self.ended > 1 else ""
         self._invocation.say(f"{', '.join(parts)}; {took_s:.1f} s{rate}")
+
+
+def _told(error: ClawnetError) -> dict[str, Any]:
+    return {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}

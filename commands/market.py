@@ -121,6 +121,7 @@ def submit(
                     client, task_spec, awaited=wait, deadline=limit, say=invocation.say, bar=bar
                 )
             approving.tell(invocation, accepted)
+            outputs.tell_inputs(invocation, accepted)
             if not wait:
                 show(invocation, accepted, bare=accepted["task_id"])
                 _already_over(client, task_spec, accepted)
@@ -411,7 +412,7 @@ def result(context: typer.Context, task: o.TASK, output_dir: RESULT_DIR = None) 
     With --output-dir its output files are put there, all of them, verified, or none.
     """
     invocation = here(context)
-    files = outputs.checked(invocation, output_dir) if output_dir else None
+    files = outputs.checked(invocation.home, output_dir) if output_dir else None
     with invocation.client() as client:
         found = client.call("task.get", {"task": task})
         if found["state"] not in FINAL:

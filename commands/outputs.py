@@ -1,4 +1,4 @@
-"""--output and --output-dir: where a task's files go, whether that can be, and putting them there at the end."""
+"""Files in and out, for people: what stays behind; --output-dir, whether it can be, and its files at the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from clawnet import rpc
 from clawnet.api import Client
 from clawnet.errors import ClawnetError, DataError, NotPermittedError, TimedOutError, UnreachableError, UsageError
+from clawnet.paths import Home
 
 from . import following
 from .invocation import Invocation
@@ -21,18 +22,23 @@ def place(invocation: Invocation, spec: dict[str, Any], named: str | None) -> Pa
 
     Raises UsageError, DataError or NotPermittedError before anything is submitted.
     """
-    own = spec.pop("output_dir", None)
-    if own is not None and (not isinstance(own, str) or not own):
-        raise DataError("output_dir in the task is no path")
-    directory = named or own
+    directory = named or taken(spec)
     if not spec.get("outputs"):
         if directory:
             raise UsageError("--output-dir goes with --output", hint="--output 'dist/*' --output-dir .")
         return None
-    return checked(invocation, directory or ".")
+    return checked(invocation.home, directory or ".")
 
 
-def checked(invocation: Invocation, name: str) -> Path:
+def taken(spec: dict[str, Any]) -> str | None:
+    """The directory that a task's own output_dir names; it is for this command, and taken out of what is submitted."""
+    own = spec.pop("output_dir", None)
+    if own is not None and (not isinstance(own, str) or not own):
+        raise DataError("output_dir is no path")
+    return own
+
+
+def checked(home: Home, name: str) -> Path:
     """The same directory from wherever it is looked at; raises NotPermittedError or DataError where it is no good."""
     directory = Path(name).expanduser().absolute()
     there = directory
@@ -42,10 +48,22 @@ def checked(invocation: Invocation, name: str) -> Path:
         raise DataError(f"--output-dir {name}: {there} is not a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise NotPermittedError(f"--output-dir {name}: {there} cannot be written to", hint="check its owner and mode")
-    home, real = invocation.home.dir.resolve(), directory.resolve()
-    if real == home or home in real.parents:
+    secret, real = home.dir.resolve(), directory.resolve()
+    if real == secret or secret in real.parents:
         raise NotPermittedError(f"--output-dir {name} lies in clawnet's own home", hint="name another directory")
     return directory
+
+
+def tell_inputs(invocation: Invocation, accepted: dict[str, Any]) -> None:
+    """What of the input directories stays behind, for people."""
+    left, ignored = accepted.get("left_out") or [], accepted.get("ignored") or 0
+    more = (accepted.get("left_out_count") or 0) - len(left)
+    for name in left:
+        invocation.say(f"{clean(name)} stays behind: it is no file, or a link that leads outside")
+    if more > 0:
+        invocation.say(f"{more} more stay behind")
+    if ignored:
+        invocation.say(f"{ignored} that Git ignores {'stays' if ignored == 1 else 'stay'} behind")
 
 
 def save(
@@ -56,9 +74,7 @@ def save(
     patience: following.Patience | None = None,
 ) -> dict[str, Any]:
     """Has the daemon put the files of a finished task there, and tells what is missing. Raises ClawnetError."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    params = {"task": task["task_id"], "directory": str(directory), "umask": umask}
+    params = wish(task["task_id"], directory)
     saved: dict[str, Any]
     while True:
         try:
@@ -69,8 +85,15 @@ def save(
             if patience is None or not following.is_loss(error):
                 raise
             patience.again(error)
-    _tell(invocation, task, saved)
+    tell(invocation, task, saved)
     return saved
+
+
+def wish(task_id: str, directory: Path) -> dict[str, Any]:
+    """The params of task.save: new files get the modes that this process would give them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return {"task": task_id, "directory": str(directory), "umask": umask}
 
 
 def _asked(invocation: Invocation, client: Client, params: dict[str, Any], bar: Bar) -> dict[str, Any]:
@@ -93,7 +116,7 @@ def _asked(invocation: Invocation, client: Client, params: dict[str, Any], bar: 
             bar.moved(event.value)
 
 
-def _tell(invocation: Invocation, task: dict[str, Any], saved: dict[str, Any]) -> None:
+def tell(invocation: Invocation, task: dict[str, Any], saved: dict[str, Any]) -> None:
     """How many came; a pattern that matched nothing, and a file that could not travel, must not be missed."""
     result = task.get("result") or {}
     for pattern in result.get("outputs_missing") or []:

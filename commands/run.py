@@ -107,7 +107,7 @@ def run(
     invocation = here(context)
     with waiting.status_file(invocation, status_file) as note:
         if attach is not None or from_end:
-            files = outputs.checked(invocation, output_dir) if output_dir else None
+            files = outputs.checked(invocation.home, output_dir) if output_dir else None
             task, code = _attach(context, invocation, attach, files, from_end=from_end, as_lines=stream)
             note(task)
             raise typer.Exit(code)
@@ -172,6 +172,7 @@ def _run(
         with piped.handed_over(client, spec, data):
             limit, bar = invocation.deadline(), Bar(invocation)
             accepted = following.submit(client, spec, awaited=True, deadline=limit, say=invocation.say, bar=bar)
+        outputs.tell_inputs(invocation, accepted)
         printer = following.Printer(invocation, client, as_lines=invocation.json)
         return _follow(invocation, client, accepted, printer, files, as_lines=as_lines)
 

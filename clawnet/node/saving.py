@@ -58,6 +58,15 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def left_behind(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What of a submission's directories did not go along (execution/inputs.py)."""
+    return {
+        "left_out": [f"{item['name']}/{name}" for item in inputs for name in item.get("left_out", [])],
+        "left_out_count": sum(item.get("left_out_count", 0) for item in inputs),
+        "ignored": sum(item.get("ignored", 0) for item in inputs),
+    }
+
+
 class Saving:
     """The call task.save: {task, directory, umask}."""
 

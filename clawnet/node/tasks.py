@@ -307,7 +307,8 @@ class Tasks:
     def _submitted(self, call: int, task: Task, *, created: bool) -> None:
         deadline = self._rooms.views.time(task.deadline_ms)
         held = self._rooms.approvals.view(task)
-        self._ctx.reply(call, {"task_id": task.task_id.hex(), "created": created, "deadline": deadline, "held": held})
+        told = {"task_id": task.task_id.hex(), "created": created, "deadline": deadline, "held": held}
+        self._ctx.reply(call, {**told, **saving.left_behind(task.inputs)})
 
     def _budget(self, normal: dict[str, Any]) -> tuple[list[str], int]:
         """The rings to ask, and the most that may be paid; raises what the balance or a spend limit forbids."""

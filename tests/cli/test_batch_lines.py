@@ -10,6 +10,7 @@ import pytest
 
 from clawnet import limits
 from clawnet.commands.batch_lines import Keys, Line, Source
+from clawnet.paths import Home
 
 DEFAULTS = {"type": "compute", "op": "sha256", "budget_ucr": 2_000_000}
 
@@ -17,7 +18,7 @@ DEFAULTS = {"type": "compute", "op": "sha256", "budget_ucr": 2_000_000}
 def read(path: Path, data: bytes, **defaults: Any) -> list[Line]:
     """The lines of a file with this content."""
     path.write_bytes(data)
-    source = Source(str(path))
+    source = Source(str(path), Home(path.parent))
     try:
         return list(source.lines({**DEFAULTS, **defaults}))
     finally:
