@@ -19,6 +19,7 @@ from clawnet.market.records import FINAL_STATES, Task
 from clawnet.market.waiting import Waiting
 from clawnet.money import format_credits
 from clawnet.node.context import Context
+from clawnet.node.widening import Widening
 from clawnet.wire.messages import Bid, Decline
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 RESUME_MS = 5_000
-SET_ENDPOINT = "give this one an AI endpoint (clawnet config set openclaw.api_endpoint http://127.0.0.1:11434)"
 SPEND = "spend"
 """Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
 
@@ -49,6 +49,7 @@ class Auctions:
         self._rooms = rooms
         self.live: dict[bytes, Auction] = {}
         self.waiting = Waiting()
+        self._widening = Widening(ctx, rooms)
         self._order = AwardOrder()
         self._missed: dict[str, None] = {}
         self._expected: dict[str, None] = {}
@@ -424,41 +425,14 @@ class Auctions:
         if short is not None and {SPEND, "price"} & set(refusals):
             self._rooms.tasks.finish(task, "failed", short)
             return
-        reasons = ", ".join(f"{count} {word}" for word, count in sorted(refusals.items()))
+        unfit = self._widening.unfit(task)
+        told = refusals or unfit
+        reasons = ", ".join(f"{count} {word}" for word, count in sorted(told.items()))
         asked = f"nobody can take it ({reasons})" if reasons else "nobody allowed to see it can do it"
         if task.attempts:
             last = task.attempts[-1]
             asked += f"; attempt {len(task.attempts)} had ended before: {last.reason or last.state}"
-        error_hint = self._widen(task, refusals)
+        error_hint = self._widening.hint(task, refusals, unfit)
         self._rooms.tasks.finish(
             task, "no_bids", NoBidError(f"no acceptable bid: {asked}", hint=error_hint, refusals=refusals)
         )
-
-    def _no_endpoint(self, task: Task) -> str:
-        """Nobody answers prompts: what this node's own endpoint lacks, how one is set, and what works without one."""
-        trouble = self._rooms.cards.capacity.prompt_trouble
-        lacking = f"the AI endpoint here does not serve: {trouble}" if trouble else "no connected node serves prompts"
-        wider = "--ring member asks members too; " if task.spec["ring"] == "own" else ""
-        if task.spec["requirements"]["model"]:
-            wider += "--model asks for one model alone, without it any will do; "
-        own = "clawnet doctor tells more" if trouble else SET_ENDPOINT
-        return f"{lacking}; {wider}{own}; or run a command with --type shell"
-
-    def _widen(self, task: Task, refusals: dict[str, int]) -> str:
-        """What the requester could change so that somebody may take it."""
-        why = f"clawnet market why {task.task_id.hex()[:8]} explains"
-        if task.kind == "prompt" and not set(refusals) - {"no_capability"} and not task.spec["peer"]:
-            return f"{self._no_endpoint(task)}; {why}"
-        if "no_model" in refusals:
-            return f"--model names one model; leave it out to widen the choice; {why}"
-        if "price" in refusals:
-            return f"a higher --budget may help; {why}"
-        if task.spec["peer"]:
-            return f"--peer restricts who is asked; leave it out to widen the choice; {why}"
-        if task.spec["ring"] == "own":
-            return f"--ring member asks members too; {why}"
-        if task.spec["requirements"]["os"] and "os" in refusals:
-            return f"--os any asks every operating system; {why}"
-        if not self._ctx.links:
-            return f"no peer is connected (clawnet peer list); {why}"
-        return f"fewer --require, --label or a lower --min-reputation widen the choice; {why}"
