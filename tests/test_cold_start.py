@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"asyncio", "sqlite3", "yaml", "nacl", "cryptography", "msgspec", "rich", "httpx", "noise", "sqlite_utils"}
+HEAVY = {
+    *("asyncio", "sqlite3", "yaml", "nacl", "cryptography", "msgspec", "rich", "httpx", "noise", "sqlite_utils"),
+    "wasmtime",
+}
 NODE = {
     f"clawnet.{room}"
     for room in (

@@ -97,18 +97,21 @@ class Computing:
         self._loop = loop
         self._on_change = on_change
         self.trouble = engine_trouble()
+        self._walled: bool | None = None
 
     def sweep(self) -> None:
         """Makes the cache's directory, and removes what runs of an earlier life left; raises OSError, ConfigError."""
         remove_tree(self._home.wasm_runs_dir)
         if not self.trouble:
             make_private_dir(self._home.wasm_cache_dir)
+            make_private_dir(self._home.wasm_runs_dir)
 
     def finding(self) -> dict[str, str]:
         """What `doctor` tells."""
         if self.trouble:
             return {"check": WASM, "level": "warn", "message": self.trouble, "remedy": NO_WASM_REMEDY}
-        return {"check": WASM, "level": "ok", "message": "WebAssembly modules run", "remedy": ""}
+        walls = {None: "", True: ", walled in by Landlock", False: "; this system has no Landlock to wall them in"}
+        return {"check": WASM, "level": "ok", "message": f"WebAssembly modules run{walls[self._walled]}", "remedy": ""}
 
     def start(self, spec: JobSpec, ended: Callable[[Computed], None]) -> None:
         """Begins a compute task; `ended` is called once unless the pool forgets the job. Raises DataError."""
@@ -187,6 +190,7 @@ class Computing:
                 ended(Computed(bundle.Usage(took_s, cpu_s, 0), how, said(reason, request, wall_s), close=close))
                 return
             found = _decode(data)
+            self._walled = found.walled
             usage = bundle.Usage(took_s, cpu_s, found.memory_bytes)
             head = bundle.Head(found.exit_code, None, found.stdout_bytes, found.stderr_bytes, "", usage)
             files = delivery.Files(directory / "files", list(run.outputs), run.outputs_bytes_max)
@@ -208,9 +212,9 @@ class Computing:
             raise DataError("two inputs have the same name")
         if run.cwd_input and not any(item.name == run.cwd_input and item.kind == "tree" for item in run.files):
             raise DataError(f"no directory among the inputs is called {run.cwd_input[:60]!r}")
-        settings = self._settings()
+        settings, module = self._settings(), self._blobs.path(run.module.blob)
         return WasmRequest(
-            module=str(self._blobs.path(run.module.blob)),
+            module=str(module),
             key=run.module.blob.hex(),
             argv=[MODULE_NAME, *run.argv],
             env=run.env,
@@ -223,7 +227,8 @@ class Computing:
             output_bytes_max=run.output_bytes_max,
             directory=str(directory),
             outputs=list(run.outputs),
-            cache=str(self._home.wasm_cache_dir) if settings.wasm_cache_bytes_max else "",
+            blobs=str(module.parent.parent),
+            cache=str(self._home.wasm_cache_dir),
             cache_bytes_max=settings.wasm_cache_bytes_max,
         )
 

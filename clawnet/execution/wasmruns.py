@@ -36,7 +36,8 @@ class WasmRequest(Struct, frozen=True, array_like=True, gc=False):
     """One run. `key` names the module's content and `module` is its file; `argv` begins with the program's name.
 
     Standard input is `stdin`, or the file `stdin_path` whose content `stdin_key` names. `directory` is the run's own;
-    it is made when long streams, or files that match `outputs`, are to be left in it.
+    it is made when long streams, or files that match `outputs`, are to be left in it. All files that
+    are read lie in `blobs`, compiled modules in `cache`.
     """
 
     module: str
@@ -52,12 +53,16 @@ class WasmRequest(Struct, frozen=True, array_like=True, gc=False):
     output_bytes_max: int = limits.RUN_OUTPUT_BYTES_MAX
     directory: str = ""
     outputs: list[str] = []
+    blobs: str = ""
     cache: str = ""
     cache_bytes_max: int = 0
 
 
 class WasmEnded(Struct, frozen=True, array_like=True, gc=False):
-    """How a run ended: streams are bytes, or None when they lie in the run's directory as stream-1 and stream-2."""
+    """How a run ended: streams are bytes, or None when they lie in the run's directory as stream-1 and stream-2.
+
+    `walled` tells whether the process had given up what it does not need (execution/landlock.py).
+    """
 
     exit_code: int
     stdout_bytes: int
@@ -66,6 +71,7 @@ class WasmEnded(Struct, frozen=True, array_like=True, gc=False):
     stderr: bytes | None
     fuel: int
     memory_bytes: int
+    walled: bool = False
 
 
 def engine_trouble() -> str:

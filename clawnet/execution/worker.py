@@ -209,13 +209,29 @@ def _perform_wasm(args: Any, time_s: float) -> tuple[bytes, str]:
     request = msgspec.convert(args, WasmRequest)
     _allow_memory(request.memory_bytes_max)
     try:
-        return _encode(wasm.runner().run(request, time_s)), ""
+        walled = _walled(request)
+        ended = wasm.runner().run(request, time_s)
+        return _encode(msgspec.structs.replace(ended, walled=walled)), ""
     except wasm.Failed as error:
         return b"", str(error)
     except MemoryError:
         return b"", "memory_limit"
     except OSError as error:
         return b"", f"the module or an input cannot be read: {error.strerror or error}"
+
+
+_walls: list[bool] = []
+
+
+def _walled(request: WasmRequest) -> bool:
+    """Gives up, with the first module, what no module's process needs; whether that could be done here."""
+    if not _walls:
+        from clawnet.execution.landlock import confine
+
+        program = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        runs = os.path.dirname(request.directory)
+        _walls.append(confine([*filter(None, sys.path), program, request.blobs], [request.cache, runs]))
+    return _walls[0]
 
 
 def _may_take_long(request: list[Any]) -> bool:
