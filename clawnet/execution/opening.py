@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from typing import IO, Any, Final
 
 from clawnet import limits
-from clawnet.errors import ClawnetError
+from clawnet.errors import ClawnetError, StorageError
 from clawnet.execution import bundle, verify
 from clawnet.execution.product import of_summary
 from clawnet.execution.spec import BlobPort
-from clawnet.wire.events import Open, Opened, Stimulus
+from clawnet.wire.events import STORAGE, Open, Opened, Stimulus
 from clawnet.wire.verdict import Verdict
 
 _READ_BYTES: Final = 256 * limits.KIB
@@ -38,10 +38,12 @@ class Opener:
         def done(future: Future[bundle.Summary]) -> None:
             try:
                 self._opened(effect, future.result())
+            except StorageError as error:
+                self._deliver(Opened(effect.request, error.message, fault=STORAGE))
             except ClawnetError as error:
                 self._deliver(Opened(effect.request, error.message))
             except OSError as error:
-                self._deliver(Opened(effect.request, f"the result cannot be read: {error.strerror or error}"))
+                self._deliver(Opened(effect.request, error.strerror or str(error), fault=STORAGE))
 
         if len(effect.inline) > limits.RUN_INLINE_WORK_BYTES_MAX or not effect.inline:
             self._in_thread(done, self._unpacked, effect)

@@ -25,7 +25,7 @@ from clawnet.errors import ClawnetError, DataError, NotFoundError, NotPermittedE
 from clawnet.execution.archive import Member, Reader
 from clawnet.execution.beneath import Beneath, move, second_name
 from clawnet.execution.outputs import check, new_names
-from clawnet.execution.workdirs import remove_tree
+from clawnet.execution.removing import remove_tree
 from clawnet.paths import Home
 from clawnet.wire.blobid import BlobHasher
 from clawnet.wire.globs import Globs

@@ -423,6 +423,8 @@ class Node:
             rooms.jobs.timer(key[1])
         elif what == "fetch":
             rooms.fetches.timer(key[1])
+        elif what == "open":
+            rooms.results.timer(key[1])
         elif what == "outbox":
             rooms.outbox.timer()
         elif what == "output":

@@ -34,6 +34,7 @@ class Results:
         self._ctx = ctx
         self._rooms = rooms
         self.sealed: dict[bytes, bytes] = {}
+        self._tries: dict[bytes, int] = {}
 
     def result(self, event: MessageIn, message: Result) -> None:
         """The sealed result (LEDGER.md section 6, step 5), or in ring own the plain one."""
@@ -235,6 +236,10 @@ class Results:
             return
         task, attempt = found
         rooms = self._rooms
+        if event.fault == STORAGE and self._again(event.request):
+            self._ctx.log("warn", "result.cannot_be_stored", task=task.task_id.hex(), reason=event.reason)
+            return
+        self._tries.pop(event.request, None)
         error, outcome = rooms.verdicts.opened(task, attempt, event)
         if error is not None and not attempt.inline:
             self._ctx.hold(task.task_id, attempt.blob)  # sealed as it came, it is part of the proof
@@ -247,6 +252,21 @@ class Results:
         elif event.bundle is not None and task.result is None:
             self._keep(task, attempt, event.bundle, proof=error is not None)
         rooms.tasks.touch(task)
+
+    def _again(self, name: bytes) -> bool:
+        """There is no room here for what is in the result: later there may be, so often and no more."""
+        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        if tries >= limits.FETCH_TRIES_MAX:
+            return False
+        wait_ms = min(limits.FETCH_AGAIN_MIN_MS << (tries - 1), limits.FETCH_AGAIN_MAX_MS)
+        self._ctx.wake(("open", name), self._ctx.now + wait_ms)
+        return True
+
+    def timer(self, name: bytes) -> None:
+        """The pause before a result is opened again is over."""
+        found = self._rooms.awards.of_about(name)
+        if found is not None and found[1].state == "claimed":
+            self.open(*found)
 
     def _keep(self, task: Task, attempt: Attempt, bundle: Any, *, proof: bool) -> None:
         """The opened result: small output in the task's row, larger in a row of its own in place of the sealed one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clawnet.errors import ClawnetError, ExecutorLostError, VerificationError, WireError
+from clawnet.errors import ClawnetError, ExecutorLostError, StorageFullError, VerificationError, WireError
 from clawnet.ledger import taskdoc
 from clawnet.market import contracts
 from clawnet.market.capability import SHELL
@@ -14,7 +14,7 @@ from clawnet.node.awards import about
 from clawnet.node.context import Context
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire import verdict as v
-from clawnet.wire.events import Opened, StopJudging
+from clawnet.wire.events import STORAGE, Opened, StopJudging
 from clawnet.wire.jobspec import InputRef
 from clawnet.wire.messages import PeerCard
 
@@ -118,6 +118,9 @@ class Verdicts:
         """What an opened result means: the error that its task ends with, if any, and what it says of its executor."""
         name = self._rooms.members.name_of(attempt.peer)
         hint = "it was paid, and the proof is kept with the task" if attempt.released_ucr else "nothing was paid for it"
+        if event.fault == STORAGE:
+            text = f"the result of {name} is here and cannot be stored: {event.reason}"
+            return StorageFullError(text, hint="make room on the disk; the sealed result is kept"), Outcome.TASK_FAULT
         if event.reason:
             return VerificationError(
                 f"the result of {name} does not open: {event.reason}", hint=hint
