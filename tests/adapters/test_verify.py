@@ -1,4 +1,4 @@
-"""Contracts judged by a real executor: real sandbox, real schemas, real modules; what crashes, hangs or is cancelled."""
+"""Contracts judged by a real executor: sandbox, schemas, modules; and verifiers that crash, hang or are cancelled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import wasmtime
 
 from clawnet import limits
 from clawnet.execution import bundle
@@ -52,7 +53,6 @@ def schema(text: str) -> Check:
 
 
 def module(bench: Bench) -> Check:
-    wasmtime = pytest.importorskip("wasmtime")
     data = bytes(wasmtime.wat2wasm(READER))
     return Check(v.VERIFIER_WASM, module=InputRef("accept-1.wasm", "file", bench.blobs.put_bytes(data), len(data)))
 
@@ -271,7 +271,7 @@ def test_no_verifier_outlives_a_cancel(sandbox: str) -> None:
         assert (exited.ended, exited.report) == ("cancelled", b"")
         assert running(mark) == [] and _left(bench) == []
 
-    with_bench(body, **here(sandbox))
+    with_bench(body, verifier_s_max=3_600.0, **here(sandbox))
 
 
 def test_no_module_outlives_a_cancel() -> None:
@@ -284,7 +284,7 @@ def test_no_module_outlives_a_cancel() -> None:
         assert (await bench.exited(job)).ended == "cancelled"
         assert await judge(bench, "echo yes", module(bench), sandbox="host") == ()
 
-    with_bench(body, shell_own="host")
+    with_bench(body, shell_own="host", verifier_s_max=3_600.0)
 
 
 def test_nothing_is_judged_when_no_time_is_left() -> None:
@@ -303,7 +303,7 @@ def test_the_end_of_the_node_ends_its_verifiers(sandbox: str) -> None:
         bench.start(kind="shell", argv=["true"], sandbox=sandbox, acceptance=(command(f"sleep {mark}; true"),))
         await _runs(mark)
 
-    with_bench(body, **here(sandbox))
+    with_bench(body, verifier_s_max=3_600.0, **here(sandbox))
     assert running(mark) == []
 
 
@@ -381,7 +381,7 @@ def test_who_asked_stops_judging() -> None:
         )
         assert {each.verdict for each in ends} == {()} and running(mark) == [] and _left(bench) == []
 
-    with_bench(body)
+    with_bench(body, verifier_s_max=3_600.0)
 
 
 @needs_bubblewrap
