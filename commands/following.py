@@ -160,6 +160,18 @@ class Patience:
         return time.monotonic() + max(0.0, left_s)
 
 
+def first_look(client: Client, names: list[str]) -> list[dict[str, Any]]:
+    """The tasks as they stand. A daemon that goes away just then is asked once more, started where that is allowed."""
+    try:
+        return [client.call("task.get", {"task": name}) for name in names]
+    except UnreachableError as error:
+        if not is_loss(error) or isinstance(error, StoppedError):
+            raise
+        client.close()
+        client.connect()
+        return [client.call("task.get", {"task": name}) for name in names]
+
+
 def is_loss(error: ClawnetError) -> bool:
     """Whether asking again may help: nobody answers, or the daemon stops, begins again, or has too much to do."""
     return isinstance(error, UnreachableError) and "rpc_version" not in error.details

@@ -446,7 +446,7 @@ def wait(context: typer.Context, task: TASKS) -> None:
     """Wait until tasks have ended. One task: its exit code; several: 0 when all succeeded, else 1."""
     invocation = here(context)
     with waiting.terminable(), invocation.client() as client:
-        tasks = [client.call("task.get", {"task": one}) for one in task]
+        tasks = following.first_look(client, task)
         for one in tasks:
             approving.tell(invocation, one)
         patience = _patience(invocation, client, max(one["deadline"] for one in tasks))

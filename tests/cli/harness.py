@@ -50,6 +50,7 @@ class Done(NamedTuple):
 
     def json(self, kind: str | None = None) -> Any:
         """The object on stdout; with `kind` checked against the struct that documents that command's answer."""
+        assert self.out, f"nothing on stdout, exit code {self.code}: {self.err}"
         value = json.loads(self.out)
         return value if kind is None else checked(value, ANSWERS[kind])
 

@@ -74,7 +74,7 @@ def test_what_does_not_finish_goes_elsewhere_where_it_may(nodes: Nodes) -> None:
     alice, carol = nodes("alice").start(), nodes("carol").start()
     bob.start()
     join(alice, bob)
-    task = submit(alice, "sleep 3; echo again", "--retries", "1")
+    task = submit(alice, "sleep 6; echo again", "--retries", "1")
     runs_at(alice, task, name="bob")
     join(alice, carol)
     with alice.popen("market", "wait", task) as waiting:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clawnet.errors import FundsError
+from clawnet.errors import FundsError, UnreachableError
 from tests.cli.conftest import TASK_ID, Program, Script, failure, task
 
 pytestmark = pytest.mark.slow
@@ -354,3 +354,15 @@ def test_a_named_peer_is_resolved_and_told(clawnet: Program, accepting: Script) 
     done = clawnet("run", "-v", "--peer", "bob", "--", "x")
     assert "--peer bob is 12D3KooWBobsWholeId" in done.stderr
     assert accepting.params("task.submit")["spec"]["peer"] == ["12D3KooWBobsWholeId"]
+
+
+def test_a_daemon_that_goes_away_at_the_first_look_is_asked_once_more(clawnet: Program, accepting: Script) -> None:
+    def look(params: dict[str, Any]) -> Any:
+        asked = [name for name, _ in accepting.calls].count("task.get")
+        return UnreachableError("the daemon begins again") if asked == 1 else task(state="settled")
+
+    accepting.answers["task.get"] = look
+    done = clawnet("market", "wait", TASK_ID)
+    assert (done.returncode, done.stderr) == (0, "")
+    accepting.answers["task.get"] = UnreachableError("the daemon begins again and again")
+    assert clawnet("market", "wait", TASK_ID).returncode == 69
