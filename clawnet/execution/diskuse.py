@@ -52,7 +52,9 @@ def disk_used(root: Path, members: Sequence[int], files_max: int) -> Used:
 
 
 def _allocated(info: os.stat_result) -> int:
-    return info.st_size if sys.platform == "win32" else info.st_blocks * _BLOCK
+    if sys.platform == "win32":
+        return info.st_size
+    return info.st_blocks * _BLOCK
 
 
 def _levels(root: Path) -> Iterator[tuple[str, list[os.stat_result]]]:

@@ -1,9 +1,32 @@
-"""How the end of a run is told to the node: with a packed result, or with the reason why there is none."""
+"""How a run ended and what the start-up probe found, and how the node is told: with a result, or why there is none."""
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from clawnet.execution import bundle
 from clawnet.wire.events import TaskExited
+
+
+class Ended(Struct, frozen=True, gc=False):
+    """How a run ended, in TaskExited's words, and what it cost."""
+
+    how: str
+    reason: str
+    exit_code: int | None
+    signal: int | None
+    duration_s: float
+    cpu_s: float
+    memory_bytes_max: int
+
+
+class ProbeResult(Struct, frozen=True):
+    """What the probe found. `passed`: shell may be offered beyond ring own; else `reason` and `remedy` say why not."""
+
+    passed: bool
+    reason: str = ""
+    remedy: str = ""
+    checks: dict[str, str] = {}
 
 
 def with_result(job: bytes, head: bundle.Head, packed: bundle.Packed) -> TaskExited:

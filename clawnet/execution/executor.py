@@ -7,7 +7,6 @@ RUN_INLINE_WORK_BYTES_MAX bytes goes to a few threads.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -17,14 +16,14 @@ from clawnet.errors import ClawnetError, DataError
 from clawnet.execution import bundle, delivery, feeding, gpu, inputs, verify
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.computing import Computed, Computing
-from clawnet.execution.endings import without_result
+from clawnet.execution.endings import Ended, ProbeResult, without_result
 from clawnet.execution.endpoint import Answer
 from clawnet.execution.hardware import memory_for_runs, processors
 from clawnet.execution.localfiles import LocalFiles
 from clawnet.execution.opening import Opener
 from clawnet.execution.outgoing import Contents, Outgoing
-from clawnet.execution.probe import ProbeResult
 from clawnet.execution.prompt import PromptRunner, finding, prompt_text
+from clawnet.execution.shells import Places, ShellRun
 from clawnet.execution.spec import COMPUTE, OPERATIONS, PROMPT, SHELL, BlobPort, ExecutionSettings, JobSpec, check
 from clawnet.execution.wasmruns import WASM
 from clawnet.execution.workdirs import JobDirs, WorkDirs
@@ -40,10 +39,6 @@ from clawnet.wire.events import (
     TaskOutput,
 )
 from clawnet.wire.fileevents import SaveOutputs
-
-if sys.platform != "win32":
-    from clawnet.execution.places import Places
-    from clawnet.execution.shell import Ended, ShellRun
 
 _THREADS: Final = 4
 T = TypeVar("T")
@@ -99,16 +94,14 @@ class Executor:
         )
         self._computer = Computing(self._pool, self._home, self._blobs, lambda: self.settings, self._loop, self._retell)
         self._gpus = await gpu.find()
-        if sys.platform != "win32":
-            self._places = Places(self.settings, self._home, self._gpus.gpus)
-            self._dirs: WorkDirs = self._places.dirs
-        places = None if sys.platform == "win32" else self._places
+        self._places = Places(self.settings, self._home, self._gpus.gpus)
+        self._dirs: WorkDirs = self._places.dirs
         self._judge = verify.Judge(
             verify.Bench(
                 self._pool,
                 self._in_thread,
                 self.shell_mode,
-                places,
+                self._places,
                 self._note_idle,
                 lambda: self.settings,
                 self._loop,
@@ -127,10 +120,7 @@ class Executor:
         self._started = True
         if COMPUTE in self.settings.offers:
             self._pool.start()
-        if sys.platform != "win32":
-            self.probe = await self._places.open()
-        else:
-            self.probe = ProbeResult(False, "shell tasks on Windows come with a later version", "use --type compute")
+        self.probe = await self._places.open()
         await self._prompts.start()
         return self._tell()
 
@@ -167,12 +157,11 @@ class Executor:
             await self._idle.wait()
         self._pool.stop()
         self._threads.shutdown(wait=True)
-        if sys.platform != "win32":
-            self._places.close()
+        self._places.close()
 
     def shell_mode(self, ring: str) -> str:
         """How a shell task from this ring runs here: sandboxed, host or off; before the start, off."""
-        if not self._started or sys.platform == "win32" or SHELL not in self.settings.offers:
+        if not self._started or SHELL not in self.settings.offers:
             return "off"
         return self._places.mode(ring)
 

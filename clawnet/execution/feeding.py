@@ -45,66 +45,68 @@ def stdin_path(spec: JobSpec, blobs: BlobPort) -> Path | None:
     raise DataError(f"no file among the inputs is called {spec.stdin_input[:60]!r}, which was to be standard input")
 
 
-class Feed:
-    """A file on its way into a pipe, as fast as the command reads. `reading` is the command's end.
+if sys.platform != "win32":
 
-    `on_error` is called once when the file cannot be read on. Whoever starts the command closes `reading`; `close`
-    ends the rest at any time. POSIX.
-    """
+    class Feed:
+        """A file on its way into a pipe, as fast as the command reads. `reading` is the command's end.
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, on_error: Callable[[str], None]) -> None:
-        """Raises OSError."""
-        self._loop = loop
-        self._on_error = on_error
-        self._source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._sink = -1
-        try:
-            self.reading, self._sink = os.pipe()
-        except OSError:
-            os.close(self._source)
-            raise
-        os.set_blocking(self._sink, False)
-        if sys.platform == "linux":
-            import fcntl
+        `on_error` is called once when the file cannot be read on. Whoever starts the command closes `reading`; `close`
+        ends the rest at any time. POSIX.
+        """
 
-            with contextlib.suppress(OSError):  # a user may own so many pages of pipes: then it is a short one
-                fcntl.fcntl(self._sink, _F_SETPIPE_SZ, _PIPE_BYTES)
-            os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def start(self) -> None:
-        """Begins; the command need not run yet."""
-        self._loop.add_writer(self._sink, self._push)
-
-    def _push(self) -> None:
-        try:
-            moved = self._move()
-        except (BlockingIOError, InterruptedError):
-            return
-        except BrokenPipeError:
-            moved = 0  # the command has closed its standard input, or has ended
-        except OSError as error:
-            self.close()
-            self._on_error(f"its standard input cannot be read: {error.strerror or error}")
-            return
-        if not moved:
-            self.close()
-
-    def _move(self) -> int:
-        if sys.platform == "linux":
-            return os.splice(self._source, self._sink, _PIPE_BYTES)
-        data = os.read(self._source, limits.OUTPUT_CHUNK_BYTES_MAX)
-        written = os.write(self._sink, data) if data else 0
-        if written < len(data):
-            os.lseek(self._source, written - len(data), os.SEEK_CUR)
-        return written
-
-    def close(self) -> None:
-        """Lets go of file and pipe."""
-        if self._sink >= 0:
-            self._loop.remove_writer(self._sink)
-            os.close(self._sink)
-            os.close(self._source)
+        def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, on_error: Callable[[str], None]) -> None:
+            """Raises OSError."""
+            self._loop = loop
+            self._on_error = on_error
+            self._source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._sink = -1
+            try:
+                self.reading, self._sink = os.pipe()
+            except OSError:
+                os.close(self._source)
+                raise
+            os.set_blocking(self._sink, False)
+            if sys.platform == "linux":
+                import fcntl
+
+                with contextlib.suppress(OSError):  # a user may own so many pages of pipes: then it is a short one
+                    fcntl.fcntl(self._sink, _F_SETPIPE_SZ, _PIPE_BYTES)
+                os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+        def start(self) -> None:
+            """Begins; the command need not run yet."""
+            self._loop.add_writer(self._sink, self._push)
+
+        def _push(self) -> None:
+            try:
+                moved = self._move()
+            except (BlockingIOError, InterruptedError):
+                return
+            except BrokenPipeError:
+                moved = 0  # the command has closed its standard input, or has ended
+            except OSError as error:
+                self.close()
+                self._on_error(f"its standard input cannot be read: {error.strerror or error}")
+                return
+            if not moved:
+                self.close()
+
+        def _move(self) -> int:
+            if sys.platform == "linux":
+                return os.splice(self._source, self._sink, _PIPE_BYTES)
+            data = os.read(self._source, limits.OUTPUT_CHUNK_BYTES_MAX)
+            written = os.write(self._sink, data) if data else 0
+            if written < len(data):
+                os.lseek(self._source, written - len(data), os.SEEK_CUR)
+            return written
+
+        def close(self) -> None:
+            """Lets go of file and pipe."""
+            if self._sink >= 0:
+                self._loop.remove_writer(self._sink)
+                os.close(self._sink)
+                os.close(self._source)
+                self._sink = -1
 
 
 # --- the client's file

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-ALL_PIDS, PGRP_ONLY, PPID_ONLY = 1, 2, 6
+ALL_PIDS, UID_ONLY, PPID_ONLY = 1, 4, 6
 TASK_INFO: Final = 4
 FILTER_PATH, NO_REPORT = 1, 0x4000_0000
 NOWHERE: Final = "/private/var/empty/clawnet-nowhere"
@@ -63,7 +63,7 @@ if sys.platform == "darwin":
     _libc.sandbox_check.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
 
     def listed(which: int, of: int = 0) -> list[int]:
-        """Process ids: all, those of a process group, or the children of a process."""
+        """Process ids: all, those of a user, or the children of a process."""
         buffer = (ctypes.c_int32 * _PIDS_MAX)()
         filled = _libc.proc_listpids(which, of, buffer, ctypes.sizeof(buffer))
         return pids_in(list(buffer[: max(0, filled) // 4]), filled)

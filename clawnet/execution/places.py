@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 
 from clawnet.errors import ConfigError
-from clawnet.execution import probe, process, seccomp
+from clawnet.execution import probe, probe_macos, process, seccomp
+from clawnet.execution.endings import ProbeResult
 from clawnet.execution.gpu import Gpu
-from clawnet.execution.probe import ProbeResult
 from clawnet.execution.sandbox_bwrap import Bubblewrap
+from clawnet.execution.sandbox_macos import Seatbelt
 from clawnet.execution.shell import Place
 from clawnet.execution.spec import ExecutionSettings
 from clawnet.execution.workdirs import WorkDirs
 from clawnet.paths import Home
 
 NOBODY = 65_534
+Probing = Callable[[Place, Place, tuple[Path, Path], Path, Path], Awaitable[ProbeResult]]
 
 
 def run_as(user: str) -> int | None:
@@ -67,20 +72,32 @@ class Places:
         impossible = probe.unsupported()
         if impossible is not None:
             return impossible
+        hidden = tuple({self._home.dir.resolve(), self._home.data_dir.resolve()})
+        assert self._host is not None
+        if sys.platform == "darwin":
+            if not probe_macos.find():
+                return ProbeResult(False, "there is no sandbox-exec here", probe_macos.REMEDY)
+            seatbelt = Seatbelt(hidden, uid=self.uid)
+            return await self._tried(msgspec.structs.replace(self._host, seatbelt=seatbelt), probe_macos.probe)
         program, said = probe.find_bubblewrap()
         if not program:
             missing = "not installed" in said
             return probe.not_installed() if missing else ProbeResult(False, said, probe.remedy_for(said))
         base = self.dirs.base
-        hidden = tuple({self._home.dir.resolve(), self._home.data_dir.resolve()})
         sandbox = Bubblewrap(program, base, uid=self.uid, hidden=hidden)
         sandbox.prepare(said)
         self._filter = process.memory_file(seccomp.build(seccomp.machine()) or b"")
+        return await self._tried(
+            msgspec.structs.replace(self._host, sandbox=sandbox, seccomp=self._filter), probe.probe
+        )
+
+    async def _tried(self, inside: Place, probing: Probing) -> ProbeResult:
+        """The sandbox is what sandboxed runs get from now on, if its probe passes."""
         assert self._host is not None
-        inside = msgspec.structs.replace(self._host, sandbox=sandbox, seccomp=self._filter)
         pair = [self.dirs.make(os.urandom(16)) for _ in range(2)]
         try:
-            result = await probe.probe(self._host, inside, (pair[0].work, pair[1].work), self._home.dir, base)
+            where = (pair[0].work, pair[1].work)
+            result = await probing(self._host, inside, where, self._home.dir, self.dirs.base)
         finally:
             for dirs in pair:
                 dirs.remove()

@@ -16,21 +16,14 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from msgspec import Struct
-
 from clawnet import limits
 from clawnet.execution import seccomp
+from clawnet.execution.endings import Ended, ProbeResult
 from clawnet.execution.sandbox_bwrap import PATH
-from clawnet.execution.shell import STDOUT, Ended, Place, ShellRun
+from clawnet.execution.shell import STDOUT, Place, ShellRun
 from clawnet.execution.spec import JobSpec
 
-_SCRIPT: Final = r"""
-say() { printf '%s=%s\n' "$1" "$2"; }
-say file "$(cat "$1" 2>/dev/null)"
-say home "$(cat "$2" 2>/dev/null)"
-say pids "$(readlink /proc/self/ns/pid)"
-say usr "$( (: > /usr/.clawnet-probe) 2>/dev/null && echo written && rm -f /usr/.clawnet-probe)"
-say listed "$(grep -c -i ":$4 " /proc/self/net/tcp 2>/dev/null)"
+REACH: Final = r"""
 for client in \
   "bash -c 'exec 3<>/dev/tcp/127.0.0.1/$3; read -r x <&3; echo \$x'" \
   "python3 -c 'import socket; print(socket.create_connection((\"127.0.0.1\", $3), 2).recv(64).decode())'" \
@@ -41,10 +34,24 @@ do
   [ -z "$reached" ] || break
 done
 say loopback "$reached"
-say nested "$(unshare -U true 2>/dev/null && echo possible)"
+"""
+"""Shell text: the listener at port $3 of the loopback is asked by whatever client there is."""
+
+_SCRIPT: Final = (
+    r"""
+say() { printf '%s=%s\n' "$1" "$2"; }
+say file "$(cat "$1" 2>/dev/null)"
+say home "$(cat "$2" 2>/dev/null)"
+say pids "$(readlink /proc/self/ns/pid)"
+say usr "$( (: > /usr/.clawnet-probe) 2>/dev/null && echo written && rm -f /usr/.clawnet-probe)"
+say listed "$(grep -c -i ":$4 " /proc/self/net/tcp 2>/dev/null)"
+"""
+    + REACH
+    + r"""say nested "$(unshare -U true 2>/dev/null && echo possible)"
 : > mine
 grep -E '^(CapEff|CapPrm|NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\t' | tr ':' '='
 """
+)
 
 _INSTALL: Final = (
     ("apt-get", "apt install bubblewrap"),
@@ -53,15 +60,6 @@ _INSTALL: Final = (
     ("zypper", "zypper install bubblewrap"),
     ("apk", "apk add bubblewrap"),
 )
-
-
-class ProbeResult(Struct, frozen=True):
-    """What the probe found. `passed`: shell may be offered beyond ring own; else `reason` and `remedy` say why not."""
-
-    passed: bool
-    reason: str = ""
-    remedy: str = ""
-    checks: dict[str, str] = {}
 
 
 def find_bubblewrap() -> tuple[str, str]:
@@ -92,6 +90,8 @@ def not_installed() -> ProbeResult:
 
 def unsupported() -> ProbeResult | None:
     """Why this machine cannot have the sandbox at all, if so."""
+    if sys.platform == "darwin":
+        return None
     if not sys.platform.startswith("linux"):
         return ProbeResult(
             False,
@@ -130,12 +130,12 @@ async def probe(outside: Place, inside: Place, job_dirs: tuple[Path, Path], home
         for path in canaries:
             path.write_text(token)
             path.chmod(0o644)
-        server = await asyncio.start_server(lambda _, writer: _greet(writer, token), "127.0.0.1", 0)
+        server = await asyncio.start_server(lambda _, writer: greet(writer, token), "127.0.0.1", 0)
         try:
             port = server.sockets[0].getsockname()[1]
             words = [str(canaries[0]), str(canaries[1]), str(port), f"{port:04X}"]
-            ended_out, found_out, said_out = await _run(outside, job_dirs[0], words)
-            ended_in, found_in, said_in = await _run(inside, job_dirs[1], words)
+            ended_out, found_out, said_out = await run_script(outside, job_dirs[0], _SCRIPT, words)
+            ended_in, found_in, said_in = await run_script(inside, job_dirs[1], _SCRIPT, words)
         finally:
             server.close()
         home_readable = canaries[1].read_text() == token
@@ -160,16 +160,16 @@ def judge(token: str, outside: dict[str, str], inside: dict[str, str], owner: in
     if not reached and not listed:
         return ProbeResult(False, "no way was found to show that the loopback can be reached outside", "install bash")
     checks = {
-        "host file": _refused(inside.get("file") == token),
-        "clawnet's home": _refused(inside.get("home") == token),
-        "loopback": _refused(inside.get("loopback") == token or inside.get("listed", "") not in ("", "0")),
-        "host processes": _refused(not inside.get("pids") or inside.get("pids") == outside.get("pids")),
-        "writing below /usr": _refused(bool(inside.get("usr"))),
-        "nested user namespaces": _refused(bool(inside.get("nested"))),
-        "root towards host files": _refused(owner == 0),
-        "capabilities": _refused(set(inside.get("CapEff", "1") + inside.get("CapPrm", "1")) != {"0"}),
-        "new privileges": _refused(inside.get("NoNewPrivs") != "1"),
-        "unfiltered system calls": _refused(inside.get("Seccomp") != "2"),
+        "host file": refused(inside.get("file") == token),
+        "clawnet's home": refused(inside.get("home") == token),
+        "loopback": refused(inside.get("loopback") == token or inside.get("listed", "") not in ("", "0")),
+        "host processes": refused(not inside.get("pids") or inside.get("pids") == outside.get("pids")),
+        "writing below /usr": refused(bool(inside.get("usr"))),
+        "nested user namespaces": refused(bool(inside.get("nested"))),
+        "root towards host files": refused(owner == 0),
+        "capabilities": refused(set(inside.get("CapEff", "1") + inside.get("CapPrm", "1")) != {"0"}),
+        "new privileges": refused(inside.get("NoNewPrivs") != "1"),
+        "unfiltered system calls": refused(inside.get("Seccomp") != "2"),
     }
     open_ones = [name for name, state in checks.items() if state != "refused"]
     if open_ones:
@@ -178,11 +178,13 @@ def judge(token: str, outside: dict[str, str], inside: dict[str, str], owner: in
     return ProbeResult(True, checks=checks)
 
 
-def _refused(possible: bool) -> str:
+def refused(possible: bool) -> str:
+    """The word for a check."""
     return "possible" if possible else "refused"
 
 
-async def _greet(writer: asyncio.StreamWriter, token: str) -> None:
+async def greet(writer: asyncio.StreamWriter, token: str) -> None:
+    """Says the token to a client of the probe's listener."""
     writer.write(token.encode() + b"\n")
     try:
         await writer.drain()
@@ -192,14 +194,15 @@ async def _greet(writer: asyncio.StreamWriter, token: str) -> None:
         writer.close()
 
 
-async def _run(place: Place, directory: Path, words: list[str]) -> tuple[Ended, dict[str, str], str]:
+async def run_script(place: Place, directory: Path, script: str, words: list[str]) -> tuple[Ended, dict[str, str], str]:
+    """How a script of `name=value` lines ended at a place, what it told, and the last of its stderr."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Ended] = loop.create_future()
     streams = {1: bytearray(), 2: bytearray()}
     spec = JobSpec(
         job=os.urandom(16),
         kind="shell",
-        argv=["sh", "-c", _SCRIPT, "probe", *words],
+        argv=["sh", "-c", script, "probe", *words],
         wall_s=limits.SANDBOX_PROBE_TIMEOUT_S,
         memory_bytes_max=512 * limits.MIB,
         output_bytes_max=64 * limits.KIB,

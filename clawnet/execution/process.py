@@ -223,7 +223,9 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def threads_of(uid: int) -> int:
-    """How many threads run under `uid` now: what RLIMIT_NPROC counts against outside a user namespace of its own."""
+    """How many threads (macOS: processes) `uid` has: what RLIMIT_NPROC counts outside a user namespace of its own."""
+    if sys.platform == "darwin":
+        return len(libproc.listed(libproc.UID_ONLY, uid))
     count = 0
     for name in os.listdir("/proc") if LINUX else ():
         if name.isdigit():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -57,8 +58,17 @@ def drop_words(uid: int | None) -> list[str]:
     """The command in front that gives up root for `uid` (None: nothing to give up)."""
     if uid is None:
         return []
+    if sys.platform == "darwin":
+        return [sys.executable, "-I", "-S", "-c", _DROP, str(uid)]
     setpriv = shutil.which("setpriv", path=PATH) or "/usr/bin/setpriv"
     return [setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all", "--no-new-privs"]
+
+
+# macOS has no setpriv.
+_DROP: Final = (
+    "import os, sys; uid = int(sys.argv[1]); os.setgroups([]); os.setgid(uid); os.setuid(uid); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
 class Bubblewrap:

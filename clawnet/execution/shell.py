@@ -19,7 +19,8 @@ from typing import Any, Final
 from msgspec import Struct
 
 from clawnet import limits
-from clawnet.execution import gpu, process, sandbox_bwrap
+from clawnet.execution import gpu, process, sandbox_bwrap, sandbox_macos
+from clawnet.execution.endings import Ended
 from clawnet.execution.feeding import Feed
 from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
 from clawnet.execution.spec import JobSpec
@@ -43,23 +44,11 @@ _HOST_SCRIPT: Final = (
 )
 
 
-class Ended(Struct, frozen=True, gc=False):
-    """How a run ended, in TaskExited's words, and what it cost."""
-
-    how: str
-    reason: str
-    exit_code: int | None
-    signal: int | None
-    duration_s: float
-    cpu_s: float
-    memory_bytes_max: int
-
-
 class Place(Struct, frozen=True):
-    """Where and how runs happen: the sandbox (None: on the host, as `uid` if that is not None).
+    """Where and how runs happen: in bubblewrap (`sandbox`), in a seatbelt, or with neither on the host.
 
-    `seccomp` is the descriptor of the filter (-1: none); `mark` begins the mark that host runs carry, so that a node
-    finds what an earlier life of its own left behind.
+    Outside bubblewrap they run as `uid` if that is not None. `seccomp` is the descriptor of the filter (-1: none);
+    `mark` begins the mark that such runs carry, so that a node finds what an earlier life of its own left behind.
     """
 
     sandbox: Bubblewrap | None
@@ -70,6 +59,7 @@ class Place(Struct, frozen=True):
     processes: int = limits.RUN_PROCESSES_MAX
     backlog: Callable[[], bool] = lambda: False
     gpus: tuple[gpu.Gpu, ...] = ()
+    seatbelt: sandbox_macos.Seatbelt | None = None
 
 
 def environment_of(spec: JobSpec, place: Place, directory: Path) -> dict[str, str]:
@@ -77,11 +67,13 @@ def environment_of(spec: JobSpec, place: Place, directory: Path) -> dict[str, st
     if place.sandbox is not None:
         base = {"PATH": PATH, "HOME": JOB_DIR, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
         return {**base, **spec.env, **gpu.variables(place.gpus, spec.gpus)}
+    mark = {process.MARK: place.mark + spec.job.hex()}
+    if place.seatbelt is not None:
+        return {**sandbox_macos.environment(spec.env, directory), **mark}
     # Of a root node the run is somebody else, for whom root's own PATH means little.
     path = PATH if place.uid is not None else os.environ.get("PATH", PATH)
     base = {"PATH": path, "HOME": str(directory), "LANG": "C.UTF-8"}
     base["TMPDIR"] = str(directory.parent / "tmp")
-    mark = {process.MARK: place.mark + spec.job.hex()}
     return {**base, **spec.env, **gpu.variables(place.gpus, spec.gpus), **mark}
 
 
@@ -205,7 +197,7 @@ class ShellRun:
         if self._feed is not None:
             self._feed.start()
         self._later(spec.wall_s, self.stop, "wall_limit", f"the run took longer than {spec.wall_s:g} s")
-        if process.LINUX:
+        if process.WATCHED:
             bounds = Bounds(spec.memory_bytes_max, self._disk_bytes_max)
             self._watchdog = Watchdog(bounds, self._directory.parent, members=self._members, end=self.stop)
             self._watchdog.start()
@@ -239,6 +231,8 @@ class ShellRun:
             )
             return argv, clean
         argv = ["/bin/sh", "-c", _HOST_SCRIPT.format(**limit), "sh", str(self._directory), *command_of(spec)]
+        if place.seatbelt is not None:
+            argv = place.seatbelt.argv(self._directory, argv)
         if place.uid is None:
             return argv, environment
         words = [f"{name}={value}" for name, value in environment.items()]
@@ -321,6 +315,8 @@ class ShellRun:
         if self._child is None or self._child.ended:
             return []
         found = process.tree(self._child.pid, limits.RUN_PROCESSES_MAX)
+        if self._place.seatbelt is not None:
+            return list(dict.fromkeys([*found, *self._place.seatbelt.members(self._directory)]))
         return found[2:] if self._place.sandbox is not None else found
 
     def _kill(self) -> None:
@@ -339,7 +335,7 @@ class ShellRun:
         self._later(limits.RUN_DRAIN_S, child.kill)
 
     def _kill_host(self) -> None:
-        """Kills the process group, what descends from it, and what left it but still carries the run's mark."""
+        """Kills the process group, what descends from it, and what left it but has the run's mark or its sandbox."""
         child = self._child
         if child is None:
             return
@@ -347,7 +343,10 @@ class ShellRun:
             process.send(pid, signal.SIGKILL)
         child.signal_group(signal.SIGKILL)
         for _ in range(3):
-            found = [pid for pid in process.marked(self._place.mark + self.spec.job.hex()) if pid != child.pid]
+            found = process.marked(self._place.mark + self.spec.job.hex())
+            if self._place.seatbelt is not None:
+                found += self._place.seatbelt.members(self._directory)
+            found = [pid for pid in found if pid != child.pid]
             if not found:
                 break
             for pid in found:

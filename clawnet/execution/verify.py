@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,30 +20,27 @@ from clawnet import limits
 from clawnet.errors import ClawnetError, DataError
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.computing import Computed, Computing, WasmRun
+from clawnet.execution.endings import Ended
 from clawnet.execution.product import STDERR_NAME, STDOUT_NAME, Product, digest, lay_out, prepare, span
+from clawnet.execution.sandbox_bwrap import JOB_DIR
+from clawnet.execution.shells import Places, ShellRun
 from clawnet.execution.spec import ExecutionSettings, JobSpec
 from clawnet.execution.wasmruns import TRAPPED, InputFile
-from clawnet.execution.workdirs import remove_tree
+from clawnet.execution.workdirs import JobDirs, remove_tree
 from clawnet.wire import verdict as v
 from clawnet.wire.verdict import Check, Judged, judged
-
-if sys.platform != "win32":
-    from clawnet.execution.places import Places
-    from clawnet.execution.sandbox_bwrap import JOB_DIR
-    from clawnet.execution.shell import Ended, ShellRun
-    from clawnet.execution.workdirs import JobDirs
 
 _NOT_FOUND: Final = (126, 127)
 _STEP_S: Final = 0.05
 
 
 class Bench(Struct, frozen=True):
-    """What judging needs of the executor: its worker processes, threads, shell places (none on Windows), its policy."""
+    """What judging needs of the executor: its worker processes, threads, shell places, its policy."""
 
     pool: ComputePool
     in_thread: Callable[..., None]
     shell_mode: Callable[[str], str]
-    places: Places | None
+    places: Places
     note_idle: Callable[[], None]
     settings: Callable[[], ExecutionSettings]
     loop: asyncio.AbstractEventLoop
@@ -304,7 +300,6 @@ class Judge:
             self._waiting.append(trial)
             return
         places = self._bench.places
-        assert places is not None, "there is a mode, hence a place"
         number = self._number(trial)
         try:
             dirs = places.dirs.make(number)
@@ -352,7 +347,6 @@ class Judge:
             self._remove(trial, dirs)
 
         places = self._bench.places
-        assert places is not None
         run = ShellRun(
             spec,
             dirs.work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import os
@@ -36,7 +37,9 @@ def test_all_of_it_arrives_and_lies_nowhere(sandbox: str) -> None:
         for script in ("true", "head -c 10 > /dev/null", "exec 0<&-; sleep 0.01", "cat > /dev/null", "kill -9 $$"):
             exited, _ = await bench.run(kind="shell", script=script, sandbox=sandbox, **_given(bench, data))
             assert exited.ended == "exit", script
-        assert _descriptors() == before, "file and pipe are closed, however much was read"
+        async with asyncio.timeout(20):
+            while _descriptors() > before:  # a thread may still be at the removal of the last directory
+                await asyncio.sleep(0)
 
     with_bench(body)
 
