@@ -11,6 +11,7 @@ import pytest
 
 from clawnet import limits
 from clawnet.errors import MessageTooOld, SignatureRefused, WireError
+from clawnet.net.blobs import BlobAnswer, BlobRequest
 from clawnet.wire.batch import Frames, decode_batch, verify_evidence
 from clawnet.wire.codec import decode_payload, decode_struct
 from clawnet.wire.envelope import decode_envelope
@@ -57,7 +58,7 @@ def _hello(raw: bytes) -> None:
 
 
 def _structs(raw: bytes) -> None:
-    for struct in (Hello, JoinAsk, JoinAnswer, PeerCard, Relayed, SignedHello):
+    for struct in (Hello, JoinAsk, JoinAnswer, PeerCard, Relayed, SignedHello, BlobRequest, BlobAnswer):
         try:
             decode_struct(struct, raw, limits.HELLO_BYTES_MAX)
         except WireError:
