@@ -48,18 +48,16 @@ class Usage(Struct, frozen=True, array_like=True, gc=False):
     finish_reason: str = ""
 
 
-_Patterns = Annotated[list[str], Meta(max_length=limits.OUTPUT_GLOBS_MAX)]
 _Told = Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=NAMED_MAX)]
 
 
 class Outputs(Struct, frozen=True, array_like=True, gc=False):
-    """What the executor says of the output files: the archive's length, patterns that matched nothing, what it left.
+    """What the executor says of the output files: the archive's length, and what it left.
 
     `left_out` tells the first of `left_out_count` files that cannot travel, each with the reason.
     """
 
     bytes: Annotated[int, Meta(ge=0, le=limits.OUTPUTS_BYTES_MAX)] = 0
-    missing: _Patterns = []
     left_out: _Told = []
     left_out_count: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
@@ -347,7 +345,7 @@ def unpack(
         outputs_blob=files_blob,
         outputs_count=found.count,
         outputs_bytes=found.bytes,
-        outputs_missing=[pattern for pattern in outputs if pattern in head.outputs.missing],
+        outputs_missing=found.missing,
         outputs_left_out=head.outputs.left_out,
         outputs_left_out_count=max(head.outputs.left_out_count, len(head.outputs.left_out)),
     )
@@ -355,7 +353,7 @@ def unpack(
 
 def _listed(blobs: BlobPort, blob: bytes, outputs: Sequence[str], bytes_max: int) -> Listing:
     if not blob:
-        return Listing([], 0, 0)
+        return Listing([], 0, 0, list(outputs))
     try:
         with blobs.path(blob).open("rb") as file:
             return listing(file, outputs, bytes_max=bytes_max)

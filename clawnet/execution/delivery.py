@@ -41,7 +41,7 @@ def pack(
     """
     if files is not None:
         found = collect(files.work, files.patterns, bytes_max=files.bytes_max, owner=files.owner)
-        told = Outputs(found.size, found.missing, found.left_out, found.left_out_count)
+        told = Outputs(found.size, found.left_out, found.left_out_count)
         head, streams = msgspec.structs.replace(head, outputs=told), chain(streams, found.parts())
     return head, bundle.pack(head, streams, key, entropy, blobs)
 

@@ -93,7 +93,6 @@ class Collected:
         self._owner = owner
         self.members: list[Member] = []
         self.size = 0
-        self.missing: list[str] = []
         self.left_out: list[str] = []
         self.left_out_count = 0
 
@@ -185,9 +184,7 @@ def collect(work_dir: Path, patterns: Sequence[str], *, bytes_max: int, owner: i
     search = _Search(globs, found, bytes_max)
     with Beneath.opened(work_dir) as root:
         start = globs.start
-        search.seen |= globs.matched(start)
         search.walk(root, "", start, bool(globs.matched(start)))
-    found.missing = [pattern for number, pattern in enumerate(globs.patterns) if number not in search.seen]
     if found.members:
         found.size += len(archive.end(found.size))
     return found
@@ -195,7 +192,6 @@ def collect(work_dir: Path, patterns: Sequence[str], *, bytes_max: int, owner: i
 
 class _Search:
     def __init__(self, globs: Globs, found: Collected, bytes_max: int) -> None:
-        self.seen: set[int] = set()
         self._globs = globs
         self._found = found
         self._bytes_max = bytes_max
@@ -209,9 +205,8 @@ class _Search:
             self._looked += 1
             if self._looked > limits.OUTPUTS_LOOKED_THROUGH_MAX:
                 raise OverLimit(f"the outputs lie among more than {limits.OUTPUTS_LOOKED_THROUGH_MAX} files")
-            after = state if whole else self._globs.step(state, entry.name)
-            matched = set() if whole else self._globs.matched(after)
-            self.seen |= matched
+            after = self._globs.step(state, entry.name)
+            matched = self._globs.matched(after)
             wanted = self._globs.inside(entry.name) if whole else bool(matched)
             if not wanted and (whole or not after):
                 continue
@@ -285,29 +280,35 @@ class _Search:
 
 
 class Listing(Struct):
-    """What is in an archive of outputs: the first files as the task's JSON shows them, and how many there are."""
+    """What is in an archive of outputs: the first files as the task's JSON shows them, and how many there are.
+
+    `missing` are the patterns that nothing in it matches.
+    """
 
     files: list[dict[str, Any]]
     count: int
     bytes: int
+    missing: list[str]
 
 
 def listing(source: Source, patterns: Sequence[str], *, bytes_max: int) -> Listing:
     """Reads an archive through; raises DataError for the first thing in it that a set of outputs cannot hold."""
     globs, names = Globs(patterns), _Names()
-    found = Listing([], 0, 0)
+    found, seen = Listing([], 0, 0, []), set[int]()
     tar = Reader(source, files_max=limits.TREE_FILES_MAX, bytes_max=bytes_max)
     for member in tar:
         check(member, globs, names)
+        seen |= globs.seen(member.name.split("/"))
         if member.kind != "file":
             continue
-        hasher = sha256()
-        for piece in tar.content():
-            hasher.update(piece)
         found.count += 1
         found.bytes += member.size
         if len(found.files) < limits.OUTPUTS_LISTED_MAX:
+            hasher = sha256()
+            for piece in tar.content():
+                hasher.update(piece)
             found.files.append({"name": member.name, "bytes": member.size, "sha256": hasher.hexdigest()})
+    found.missing = [pattern for number, pattern in enumerate(globs.patterns) if number not in seen]
     return found
 
 

@@ -89,6 +89,8 @@ class Saving:
             )
         if task.error_code == VerificationError.code:
             raise VerificationError(f"the result of task {name} did not pass; its files stay where they are")
+        if not task.spec.get("outputs"):
+            raise NotFoundError(f"task {name} has no output files", hint="it was submitted without --output")
         if task.result is None:
             raise NotFoundError(f"task {name} left no result", hint=f"`clawnet market show {name}` says why")
         blob = task.result.get("outputs_blob") or b""

@@ -118,6 +118,15 @@ class Globs:
             whole = bool(self.matched(state))
         return whole
 
+    def seen(self, path: Sequence[str]) -> set[int]:
+        """The patterns (by number) that this path matches, or a directory around it."""
+        state = self.start
+        found = self.matched(state)
+        for name in path:
+            state = self.step(state, name)
+            found |= self.matched(state)
+        return found
+
     def on_the_way(self, path: Sequence[str]) -> bool:
         """Whether something below this path could be asked for."""
         state = self.start
