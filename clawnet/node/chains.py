@@ -349,7 +349,8 @@ class Chains:
             ctx.send(peer, LedgerPush(head.account, [], [Head(head.account, *held)]))
 
     def _wanted(self, peer: str, account: bytes) -> bool:
-        """Chains worth following before anybody works for them: of whom we paid, or who still owes us a line.
+        """Chains worth following before anybody works for them: of whom we paid, who still owes us a line, or whose
+        grant we have not seen.
 
         Where all members fit into the links of a node, every chain that it hears of; in a larger mesh this peer's own,
         if it is held (by its keepers, above all). Any other is asked for when there is work with its author: what a
@@ -360,9 +361,16 @@ class Chains:
         own = members.account_of(peer) == account
         if held if own else held and self._rooms.reaching.all_fit:
             return True
-        if book.payables(self._ctx.account, account) or (held and book.exposure_ucr(account, self._ctx.account)):
+        if self._may_pay(account, held):
             return True
         return own and (self._rooms.reaching.all_fit or members.ring_of(peer) == "own")
+
+    def _may_pay(self, account: bytes, held: bool) -> bool:
+        """Whether a key, a release, or the grant to this node may be in what is new of that chain."""
+        book, me, issuers = self._books.book, self._ctx.account, self._books.terms.issuers
+        if book.payables(me, account) or (held and book.exposure_ucr(account, me)):
+            return True
+        return account in issuers and me not in issuers and book.cursor(me, account) is None
 
     def _own_head(self, peer: str, head: Head) -> None:
         """What a peer holds of the own chain: less is pushed when it asks; more, or another hash, must be shown."""

@@ -196,3 +196,16 @@ def test_who_is_let_go_does_not_dial_back_for_ever(mesh: Mesh) -> None:
     mesh.run(1)
     assert [effect.peer for effect in hung] == [alice.peer]
     assert others[0].node.rooms.reaching.can_dial(alice.peer), "it lives, and may be called for a task"
+
+
+def test_a_grant_arrives_in_a_mesh_larger_than_may_be_connected(mesh: Mesh) -> None:
+    """Bob is connected to others before he meets the founder, of whose chain he holds nothing and wants this alone."""
+    alice, others = crowd(mesh, 3)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"node.max_peers": "2", "node.min_peers": "1"})
+    for one in (*others, alice):
+        mesh.link(bob, one)
+        mesh.run(1)
+    assert not bob.node.rooms.reaching.all_fit
+    assert bob.node.rooms.books.available() == CREDIT
+    books = bob.node.rooms.books.book
+    assert all(books.head(one.account) is None for one in others[2:]), "there is no work with them"

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--liars", default="", help="NAME+NAME or all: members that lie; implies --ed25519")
     parser.add_argument("--power", action="store_true", help="every seed has power cuts, not one in four")
     parser.add_argument("--late", action="store_true", help="clocks 120 s off either way, results at the last moment")
+    parser.add_argument("--links", type=int, default=0, help="links a node may have: fewer than there are members")
     parser.add_argument("--plant", default="", help="put a known bug in and look for it; 'list' names them")
     parser.add_argument("--story", type=int, default=60, help="lines of the story to print")
     parser.add_argument("--keep-going", action="store_true", help="name every seed that breaks a law, tell no story")
@@ -87,6 +88,7 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
                 faults=not args.calm,
                 tasks_per_minute=args.tasks,
                 power=args.power,
+                links_max=args.links,
                 **(SETTINGS.get(args.plant) or {"lies": lies_of(seed, args.liars), "late": args.late}),
             )
             world.run()

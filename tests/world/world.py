@@ -64,7 +64,8 @@ class Delivery:
 
 
 class World:
-    """`faults` False: a calm mesh, for figures. `rest_s`: so long nobody asks for anything. All follows from the seed
+    """`faults` False: a calm mesh, for figures. `rest_s`: so long nobody asks for anything.
+    `links_max`: so many links a node, that not all members may be connected. All follows from the seed
     and these figures."""
 
     def __init__(
@@ -80,6 +81,7 @@ class World:
         power: bool = False,
         rest_s: float = 0.0,
         each_issues: bool = False,
+        links_max: int = 0,
     ) -> None:
         self.seed = seed
         self.seconds = seconds
@@ -88,6 +90,7 @@ class World:
         self.rng = rng
         self.sends = nodes <= LARGE
         self.large = nodes > LARGE
+        self.links_max = links_max or (16 if nodes > LARGE else 0)
         self.each_issues = each_issues
         self.away_us_max = 1_200_000_000 if nodes <= LARGE else 200_000_000
         self.run_s = rng.choice((0.05, 1.0, 8.0)) if faults else 0.2
@@ -167,8 +170,8 @@ class World:
 
     def _add(self, name: str, key: KeyPair, owner: KeyPair, local: LocalMembership) -> None:
         words = {"node.name": name, "market.self": "fallback" if self.rng.random() < 0.1 else "never"}
-        if self.large:
-            words["node.max_peers"] = "16"
+        if self.links_max:
+            words["node.max_peers"] = str(self.links_max)
         machine = Machine(self, name, key, owner, local, Config.defaults(words))
         self.machines.append(machine)
         self.by_peer[machine.peer] = machine
