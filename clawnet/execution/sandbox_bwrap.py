@@ -32,11 +32,12 @@ SCRIPT: Final = (
 )
 
 
-def limit_words(*, wall_s: float, memory_bytes_max: int, processes: int) -> dict[str, int]:
+def limit_words(*, wall_s: float, memory_bytes_max: int, processes: int, gpu: bool = False) -> dict[str, int]:
     """The rlimits of a run, in the units of `ulimit`, never above what this process may set.
 
     Address space is bounded at four times the memory: it is reserved far more than used; the watchdog counts what is
-    used. Processor time is what all processors could give in the time allowed.
+    used. CUDA reserves as much as there is, so a run with a GPU has the watchdog alone. Processor time is what all
+    processors could give in the time allowed.
     """
     import resource
 
@@ -48,7 +49,7 @@ def limit_words(*, wall_s: float, memory_bytes_max: int, processes: int) -> dict
     return {
         "cpu_s": cut(resource.RLIMIT_CPU, cpu_s),
         "file_blocks": cut(resource.RLIMIT_FSIZE, limits.RUN_FILE_BYTES_MAX) // 512,
-        "address_kib": cut(resource.RLIMIT_AS, 4 * memory_bytes_max) // 1024,
+        "address_kib": cut(resource.RLIMIT_AS, limits.GPU_ADDRESS_BYTES_MAX if gpu else 4 * memory_bytes_max) // 1024,
         "files": cut(resource.RLIMIT_NOFILE, limits.RUN_FILES_OPEN_MAX),
         "processes": cut(resource.RLIMIT_NPROC, processes),
     }

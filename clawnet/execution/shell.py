@@ -216,7 +216,7 @@ class ShellRun:
         if place.sandbox is None:
             processes += process.threads_of(os.getuid() if place.uid is None else place.uid)
         limit = sandbox_bwrap.limit_words(
-            wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes
+            wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes, gpu=bool(spec.gpus)
         )
         clean = {"PATH": PATH, "LANG": "C.UTF-8"}
         if place.sandbox is not None:

@@ -49,7 +49,7 @@ class Jobs:
     def resized(self, capacity: Amounts) -> None:
         """What the machine has, as the execution adapters found it; what it no longer has room for is handed back."""
         for job in self._rooms.placing.resize(capacity):
-            self._give_up(job, "capacity", "this machine no longer has what the task needs")
+            self._return(job, "capacity", "this machine no longer has what the task needs")
 
     # --- running
 
@@ -294,12 +294,13 @@ class Jobs:
                 self._ctx.wake(("job", job.job), self._ctx.now + PULLS_MS[0])
 
     def drain(self) -> None:
-        """Hands back what has not started: by a REJECT where it never did, so that the slot may move at once."""
+        """Hands back what has not started."""
         for job in [job for job in self.jobs.values() if job.state in ("fetching", "queued")]:
-            if job.starts:
-                self._give_up(job, "draining", "the executor is stopping")
-            else:
-                self._hand_back(job, "draining", "the executor is stopping")
+            self._return(job, "draining", "the executor is stopping")
+
+    def _return(self, job: Job, reason: str, text: str) -> None:
+        """A job that does not run now: by a REJECT where it never did, so that the slot may move at once."""
+        (self._give_up if job.starts else self._hand_back)(job, reason, text)
 
     def _hand_back(self, job: Job, reason: str, text: str) -> None:
         """Durably not started, and never to be."""

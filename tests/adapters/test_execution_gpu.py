@@ -126,6 +126,22 @@ def test_a_sandboxed_run_has_its_own_gpus_and_no_others(
     with_bench(body)
 
 
+@needs_bubblewrap
+def test_a_run_with_a_gpu_may_reserve_addresses_but_not_use_more_memory(install: Install) -> None:
+    install(f"echo '{TWO}'")
+
+    async def body(bench: Bench) -> None:
+        bounded = await bench.shell("ulimit -v", memory_bytes_max=64 * limits.MIB)
+        assert int(bounded.stdout) == 4 * 64 * limits.KIB
+        wide = await bench.shell("ulimit -v", memory_bytes_max=64 * limits.MIB, gpus=(0,))
+        assert wide.stdout == b"unlimited\n" or int(wide.stdout) >= 2**36
+        hold = "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo ${#x}"
+        exited, _ = await bench.run(kind="shell", script=hold, memory_bytes_max=64 * limits.MIB, gpus=(0,), wall_s=60)
+        assert exited.ended == "memory_limit", exited
+
+    with_bench(body)
+
+
 def test_a_run_on_the_host_is_shown_its_own_gpus(install: Install) -> None:
     install(f"echo '{TWO}'")
 

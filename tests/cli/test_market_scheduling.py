@@ -22,7 +22,7 @@ FAMILY = {"Linux": "linux", "Darwin": "darwin", "Windows": "windows"}[platform.s
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
-    """alice, who never works herself; bob, a gpu-box with two GPUs and one slot; carol, who has a terabyte of label."""
+    """alice, who never works herself; bob, a gpu-box with two GPUs and one slot; carol, another."""
     if FAMILY == "linux" and shutil.which("bwrap") is None:
         pytest.skip("bubblewrap not installed")
     tools = tmp_path_factory.mktemp("tools")
@@ -30,26 +30,27 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
     (tools / "nvidia-smi").chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     nodes = Nodes()
-    alice = nodes("alice", CLAWNET_MARKET_SELF="never")
-    bob = nodes(
-        "bob",
-        PATH=path,
-        CLAWNET_NODE_LABELS="gpu-box,zone=a",
-        CLAWNET_EXECUTION_SLOTS="1",
-        CLAWNET_EXECUTION_CPUS="1",
-        CLAWNET_EXECUTION_MEMORY_TOTAL="512MiB",
-    )
-    carol = nodes("carol", CLAWNET_NODE_LABELS="big-disk", CLAWNET_EXECUTION_MEMORY_TOTAL="1GiB")
-    made = [alice, bob, carol]
-    for node in made:
-        node.start()
-    for node in made[1:]:
-        join(alice, node)
-    for node in made:
-        node.until("sees all", lambda node=node: len(connected(node)) == 2)
-    alice.until("bob is known", lambda: alice.ask("peer.show", peer="bob").get("labels") or True)
-    yield made
-    nodes.close()
+    try:
+        alice = nodes("alice", CLAWNET_MARKET_SELF="never")
+        bob = nodes(
+            "bob",
+            PATH=path,
+            CLAWNET_NODE_LABELS="gpu-box,zone=a",
+            CLAWNET_EXECUTION_SLOTS="1",
+            CLAWNET_EXECUTION_CPUS="1",
+            CLAWNET_EXECUTION_MEMORY_TOTAL="512MiB",
+        )
+        carol = nodes("carol", CLAWNET_NODE_LABELS="big-disk", CLAWNET_EXECUTION_MEMORY_TOTAL="1GiB")
+        made = [alice, bob, carol]
+        for node in made:
+            node.start()
+        for node in made[1:]:
+            join(alice, node)
+        for node in made:
+            node.until("sees all", lambda node=node: len(connected(node)) == 2)
+        yield made
+    finally:
+        nodes.close()
 
 
 def ran_at(alice: Node, *options: str) -> str:
