@@ -228,6 +228,26 @@ def test_more_than_is_allowed_ends_the_task_and_writes_nothing(pair: tuple[Node,
     assert not (tmp_path / "x").exists()
 
 
+def test_a_daemon_that_dies_while_it_saves_leaves_all_or_nothing(pair: tuple[Node, Node], tmp_path: Path) -> None:
+    alice, _ = pair
+    script = "mkdir d; for i in $(seq 60); do head -c 2000000 /dev/urandom > d/$i; done"
+    name = alice("market", "submit", "--type", "shell", "--output", "d/*", script).line
+    assert alice.reaches(name, "settled")["result"]["outputs_count"] == 60
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "1").write_text("old")
+    with alice.popen("market", "result", name, "--output-dir", str(tmp_path)) as saving:
+        alice.until("saves", lambda: list(tmp_path.glob(".clawnet-saving-*/new/d/2*")))
+        alice.kill()
+        assert saving.wait(60) == 69
+    alice.start()
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left in (["1", "d"], sorted(["d", *map(str, range(1, 61))])), "all of it, or what was there"
+    assert not list((alice.dir / "saving").iterdir())
+    assert alice("market", "result", name, "--output-dir", str(tmp_path)).code == 0
+    assert len(list((tmp_path / "d").iterdir())) == 60
+    assert not list(tmp_path.glob(".clawnet-saving-*"))
+
+
 def test_git_decides_what_stays_at_home(pair: tuple[Node, Node], tmp_path: Path) -> None:
     alice, bob = pair
     root = tmp_path / "repo"
