@@ -419,7 +419,10 @@ class Judge:
         )
 
         def ended(computed: Computed) -> None:
-            trial.verdict.append(_told_by_module(trial, computed))
+            if trial.again and computed.head is None and self._bench.computer.trouble:
+                trial.verdict.append(judged(trial.n, "skipped", self._bench.computer.trouble))
+            else:
+                trial.verdict.append(_told_by_module(trial, computed))
             computed.close()
             self._clear(trial, directory)
 
