@@ -22,20 +22,20 @@ from clawnet.execution.compute import ComputePool
 from clawnet.execution.spec import BlobPort, ExecutionSettings, InputRef, JobSpec
 from clawnet.execution.wasmruns import (
     ENGINE_TROUBLE,
+    LIMIT_WORDS,
     NO_WASM_REMEDY,
     WASM,
     InputFile,
     WasmEnded,
     WasmRequest,
     engine_trouble,
-    said,
+    told,
 )
 from clawnet.execution.workdirs import remove_tree
 from clawnet.paths import Home, make_private_dir
 
 MODULE_NAME: Final = "module"
 """What a module finds as its own name, wherever and under whatever name it came."""
-LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit", "fuel_limit"))
 _READ_BYTES: Final = 256 * limits.KIB
 _decode: Final = msgspec.msgpack.Decoder(WasmEnded).decode
 
@@ -186,8 +186,8 @@ class Computing:
                 if reason.startswith(ENGINE_TROUBLE) and not self.trouble:
                     self.trouble = reason
                     self._on_change()
-                how = reason if reason in LIMIT_WORDS else "failed"
-                ended(Computed(bundle.Usage(took_s, cpu_s, 0), how, said(reason, request, wall_s), close=close))
+                how, sentence = told(reason, request, wall_s)
+                ended(Computed(bundle.Usage(took_s, cpu_s, 0), how, sentence, close=close))
                 return
             found = _decode(data)
             self._walled = found.walled

@@ -25,7 +25,7 @@ from clawnet.errors import DataError
 from clawnet.execution.wasi import Exited, TooMuchOutput, Wasi, perform
 from clawnet.execution.wasiabi import CALLS, MODULE
 from clawnet.execution.wasmcache import Cache
-from clawnet.execution.wasmruns import TRAPPED, WasmEnded, WasmRequest
+from clawnet.execution.wasmruns import BAD_INPUT, TRAPPED, WasmEnded, WasmRequest
 from clawnet.modulefile import LOOK_BYTES, magic_trouble
 from clawnet.wire.globs import Globs
 
@@ -48,7 +48,14 @@ _TRAPS: Final = {
 
 
 class Failed(Exception):
-    """The module cannot be run, or was stopped: the text is a word of TaskExited.ended or a sentence."""
+    """The module was stopped: the text is a word of TaskExited.ended."""
+
+
+class Bad(Failed):
+    """The module cannot be run, here or elsewhere; a sentence says why."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"{BAD_INPUT}: {sentence}")
 
 
 class _Watch:
@@ -170,7 +177,7 @@ class Runner:
         if memory is None:
             found = caller.get("memory")
             if not isinstance(found, wasmtime.Memory):
-                raise Failed('the module exports no memory named "memory", through which WASI speaks with it')
+                raise Bad('the module exports no memory named "memory", through which WASI speaks with it')
             memory = self._memory = found
         size = memory.data_len(caller)
         address = ctypes.addressof(memory.data_ptr(caller).contents) if size else 0
@@ -220,11 +227,11 @@ class Runner:
             code = file.read(limits.WASM_MODULE_BYTES_MAX + 1)
         trouble = magic_trouble(code[:LOOK_BYTES], len(code))
         if trouble:
-            raise Failed(f"the module {trouble}")
+            raise Bad(f"the module {trouble}")
         try:
             module = wasmtime.Module(self._engine, code)
         except wasmtime.WasmtimeError as error:
-            raise Failed(f"the module is not valid WebAssembly: {_brief(error)}") from error
+            raise Bad(f"the module is not valid WebAssembly: {_brief(error)}") from error
         self._check(module)
         return module
 
@@ -238,13 +245,13 @@ class Runner:
         ]
         if missing:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise Failed(
+            raise Bad(
                 f"the module imports what is not given here: {', '.join(missing[:8])[:500]}{more}"
                 " (a module gets WASI preview 1 and nothing else)"
             )
         start = next((each.type for each in module.exports if each.name == _START), None)
         if not isinstance(start, wasmtime.FuncType) or start.params or start.results:
-            raise Failed(
+            raise Bad(
                 f"the module exports no function {_START} without parameters: build it as a WASI command (a program"
                 " with a main function), not as a library"
             )
@@ -285,7 +292,7 @@ class Runner:
                 else:
                     wasi.files.add_file(each.name, each.path, each.size, executable=bool(each.mode & 0o111))
         except DataError as error:
-            raise Failed(error.message) from error
+            raise Bad(error.message) from error
 
     def _execute(
         self, module: wasmtime.Module, wasi: Wasi, output: _Output, request: WasmRequest, deadline_s: float
@@ -332,7 +339,7 @@ class Runner:
             text = _brief(error)
             if "exceeds" in text and "limit" in text:
                 raise Failed("memory_limit") from error
-            raise Failed(f"the module cannot be started: {text}") from error
+            raise Bad(f"the module cannot be started: {text}") from error
         return 0
 
 

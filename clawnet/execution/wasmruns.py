@@ -11,7 +11,10 @@ from msgspec import Struct
 from clawnet import limits
 
 WASM: Final = "wasm"
+LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit", "fuel_limit"))
 ENGINE_TROUBLE: Final = "the engine for WebAssembly does not load here: "
+BAD_INPUT: Final = "bad_input"
+"""The word of TaskExited.ended for a module that cannot be run anywhere: its requester's fault."""
 TRAPPED: Final = 134
 """The exit code of a module that trapped, as of a program that was aborted."""
 NO_WASM: Final = "wasmtime is not installed here, so WebAssembly modules do not run"
@@ -87,6 +90,14 @@ def engine_trouble() -> str:
     library = _LIBRARIES.get(system, "_wasmtime.dll")
     path = os.path.join(os.path.dirname(spec.origin), f"{system}-{machine}", library)
     return "" if os.path.isfile(path) else NOT_HERE
+
+
+def told(reason: str, request: WasmRequest, time_s: float) -> tuple[str, str]:
+    """A worker's reason as the word of TaskExited.ended and a sentence."""
+    if reason in LIMIT_WORDS:
+        return reason, said(reason, request, time_s)
+    word, colon, sentence = reason.partition(": ")
+    return (word, sentence) if colon and word == BAD_INPUT else ("failed", reason)
 
 
 def said(word: str, request: WasmRequest, time_s: float) -> str:

@@ -85,7 +85,9 @@ EFFECTS: Final[dict[Outcome, Effect]] = {
     Outcome.FRAUD: Effect(_E, disputed=1, meaning="signed two histories: proven, counts in both roles, never fades"),
 }
 
-_TASK_FAULTS: Final = frozenset(("wall_limit", "memory_limit", "disk_limit", "output_limit", "contract", "bad_input"))
+_TASK_FAULTS: Final = frozenset(
+    ("wall_limit", "memory_limit", "disk_limit", "output_limit", "fuel_limit", "contract", "bad_input")
+)
 
 
 def outcome_of_waiver(reason: str) -> Outcome:

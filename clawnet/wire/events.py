@@ -91,9 +91,10 @@ class TaskExited(Stimulus, frozen=True, gc=False):
     """A job ended; its bundle is packed and, with a seal key given in Run, sealed.
 
     `ended` is "exit" (the command ran; see exit_code and signal), or why there is no result: "cancelled",
-    "wall_limit", "memory_limit", "disk_limit", "output_limit", "failed" (`reason` says it), or "contract": the result
-    did not pass its acceptance contract, as `report` tells (wire/verdict.py). `inline` holds the bundle up to
-    RESULT_INLINE_BYTES_MAX, else it is the stored blob `blob`. `plain_hash` is SHA-256 of the unsealed bundle.
+    "wall_limit", "memory_limit", "disk_limit", "output_limit", "fuel_limit", "bad_input" (no executor could run it),
+    "failed" (`reason` says it), or "contract": the result did not pass its acceptance contract, as `report` tells
+    (wire/verdict.py). `inline` holds the bundle up to RESULT_INLINE_BYTES_MAX, else it is the stored blob `blob`.
+    `plain_hash` is SHA-256 of the unsealed bundle.
     """
 
     job: bytes
