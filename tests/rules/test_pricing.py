@@ -180,7 +180,7 @@ def test_load_and_queue_wait_follow_the_slots() -> None:
         ({"requirements": Requirements(gpu=1)}, {}, Reason.NO_GPU),
         ({"requirements": Requirements(os="windows")}, {}, Reason.OS),
         ({"kind": "shell_task", "requirements": Requirements()}, {"ring": "stranger"}, Reason.POLICY),
-        ({"input_bytes": 2**26 + 1}, {}, Reason.TOO_LARGE),
+        ({"input_bytes": 2**34 + 1}, {}, Reason.TOO_LARGE),
         ({"input_bytes": 11}, {"input_bytes_max": 10}, Reason.TOO_LARGE),
         ({"payload_bytes": 2**18 + 1}, {}, Reason.TOO_LARGE),
         ({"deadline_ms": NOW}, {}, Reason.DEADLINE),
