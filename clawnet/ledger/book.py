@@ -120,7 +120,7 @@ class Book(Records):
         if state is None:
             if not self.has_room():
                 return Rejected("more accounts than a book can hold")
-            state = Account(entry.account)
+            state = self._new(entry.account)
         if entry.seq <= state.seq:
             return self._behind(state, entry)
         if verified_by != state.key and not signed_by(entry, state.key, self._verify):

@@ -39,7 +39,14 @@ class Records:
         return 0 if state is None else state.seq + 1
 
     def _of(self, account: bytes) -> Account:
-        return self._accounts.get(account) or Account(account)
+        return self._accounts.get(account) or self._new(account)
+
+    def _new(self, account: bytes) -> Account:
+        """A chain that begins here: where its author is known to have forked, nothing of it was here before that."""
+        state = Account(account)
+        if account in self._proofs:
+            state.distrust("a fork was proven before anything of the chain was here")
+        return state
 
     def _note(self, state: Account, *, urgent: bool) -> None:
         account = state.account

@@ -249,3 +249,22 @@ def test_ended_and_forked_chains_survive_a_restart() -> None:
         assert again.view(account) == dave.view(account)
     good = next_of(bob, Send(f.m["carol"].account, 1, ZERO))
     assert isinstance(again.apply(good.raw, NOW), Forked)
+
+
+def test_nothing_of_a_forkers_chain_is_good_that_came_after_the_proof_also_not_after_a_restart() -> None:
+    """World seed 7 (liars, 8 nodes, 3 links): a node that held nothing of a forker's chain heard of the fork first."""
+    f = Fork()
+    dave = f.m["dave"].book
+    assert isinstance(dave.apply(f.held.raw, NOW), Added)
+    proof = looked_up(dave, f.other, f.held).proof
+    late = f.m.fresh_book()
+    assert isinstance(late.learn_proof(proof), Forked)
+    feed(late, [*f.m.log, f.held])
+    alice = f.held.account
+    assert late.head(alice) == (f.held.seq, f.held.hash)
+    assert (late.view(alice).refuse, late.view(alice).good_seq) == ("forked", -1)
+    again = f.m.fresh_book()
+    for _, snapshot in late.snapshots():
+        again.restore(snapshot)
+    again.learn_proof(proof, trusted=True)
+    assert again.view(alice) == late.view(alice)
