@@ -106,8 +106,8 @@ def hash_files(root: Path) -> tuple[Hashes, int]:
     size = 0
     for path in _regular_files(root):
         try:
-            if size + path.stat().st_size > limits.INPUT_BYTES_MAX or len(hashes) >= limits.TREE_FILES_MAX:
-                most = f"{units.format_size(limits.INPUT_BYTES_MAX)} in {limits.TREE_FILES_MAX} files"
+            if size + path.stat().st_size > limits.DEMO_BYTES_MAX or len(hashes) >= limits.TREE_FILES_MAX:
+                most = f"{units.format_size(limits.DEMO_BYTES_MAX)} in {limits.TREE_FILES_MAX} files"
                 raise DataError(f"{root} holds more than can travel with a task ({most})", hint="name a smaller one")
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
