@@ -45,6 +45,8 @@ class BlobStore:
         self._grants: dict[bytes, set[tuple[str, bytes]]] = {}
         self._uses: dict[bytes, int] = {}
         self._sources: dict[bytes, set[str]] = {}
+        # Blobs written by this node's own work since their last grant.
+        self._new: set[bytes] = set()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._temporary.mkdir(mode=0o700, exist_ok=True)
@@ -68,6 +70,7 @@ class BlobStore:
     def put_bytes(self, data: bytes) -> bytes:
         """Stores a blob held in memory; its id."""
         blob = blob_id(data)
+        self.note_new(blob)
         if not self.has(blob):
             writer = self.writer(len(data))
             try:
@@ -76,6 +79,11 @@ class BlobStore:
             finally:
                 writer.abort()
         return blob
+
+    def note_new(self, blob: bytes) -> None:
+        """A grant is about to be asked for this blob: it stays until then, whoever lets it go meanwhile."""
+        with self._lock:
+            self._new.add(blob)
 
     def writer(self, size: int = 0) -> BlobWriter:
         """A new blob, of `size` bytes where that is known; StorageFullError when there is no room for it."""
@@ -217,10 +225,13 @@ class BlobStore:
 
     # --- forgetting
 
-    def delete(self, blob: bytes) -> None:
-        """Removes the blob; nothing happens when it is not here."""
+    def delete(self, blob: bytes, *, forced: bool = True) -> None:
+        """Removes the blob; nothing happens when it is not here, or, unless `forced`, waits for its first grant."""
         path = self.path(blob)
         with self._lock:
+            if blob in self._new and not forced:
+                return
+            self._new.discard(blob)
             try:
                 size = path.stat().st_size
                 if size < limits.BLOB_UNLINKED_APART_FROM:
@@ -275,6 +286,8 @@ class BlobStore:
 
     def grant(self, task_id: bytes, peer: str, blob: bytes) -> None:
         """From now on `peer` may fetch `blob` by naming `task_id`; a second grant changes nothing."""
+        with self._lock:
+            self._new.discard(blob)
         granted = self._grants.setdefault(task_id, set())
         if (peer, blob) not in granted:
             granted.add((peer, blob))
@@ -295,7 +308,7 @@ class BlobStore:
                 del self._uses[blob]
                 # In this order: a fetch that ends between the two sees the one, or is seen by the other.
                 self.parts.forget(blob)
-                self.delete(blob)
+                self.delete(blob, forced=False)
 
     def succeeded(self, old: str, new: str) -> None:
         """A peer goes by another id: what was granted under the old one is granted under the new one instead."""
@@ -377,6 +390,8 @@ class BlobWriter:
             raise DataError(f"the content is blob {blob.hex()}, not {expected.hex()}")
         durable = expected is not None if durable is None else durable
         target = self._store.path(blob)
+        if expected is None:
+            self._store.note_new(blob)
         try:
             self._file.flush()
             if durable:

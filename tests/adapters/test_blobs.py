@@ -145,6 +145,33 @@ def test_a_revoked_task_takes_along_the_blobs_that_no_other_task_uses(store: Blo
     assert not store.has(shared)
 
 
+def test_a_blob_that_is_written_again_outlives_the_task_that_lets_it_go(store: BlobStore) -> None:
+    """The next task of the same file finds it here, and has its grant a turn later."""
+    for again in (lambda: store.put_bytes(b"a module"), lambda: _written(store, b"a module")):
+        blob = store.put_bytes(b"a module")
+        store.grant(b"1" * 16, "alice", blob)
+        assert again() == blob
+        store.revoke(b"1" * 16)
+        assert store.has(blob), "the second task is about to be granted it"
+        store.grant(b"2" * 16, "alice", blob)
+        store.revoke(b"2" * 16)
+        assert not store.has(blob)
+    left = store.put_bytes(b"of a draft that became no task")
+    store.grant(b"3" * 16, "alice", left)
+    store.put_bytes(b"of a draft that became no task")
+    store.revoke(b"3" * 16)
+    assert store.has(left)
+    os.utime(store.path(left), (1, 1))
+    assert store.sweep(1_000_000_000_000) == 1
+    assert (store.has(left), store.total_bytes) == (False, 0)
+
+
+def _written(store: BlobStore, data: bytes) -> bytes:
+    writer = store.writer()
+    writer.write(data)
+    return writer.commit()
+
+
 def test_the_sweep_spares_what_is_granted_kept_or_young(store: BlobStore) -> None:
     granted, kept, old, young = (store.put_bytes(name) for name in (b"granted", b"kept", b"old", b"young"))
     store.grant(TASK, "alice", granted)
