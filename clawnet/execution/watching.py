@@ -18,7 +18,7 @@ from clawnet import limits
 from clawnet.execution import process
 from clawnet.execution.diskuse import Used, disk_used, free_bytes, over
 
-FIRST_LOOK_S: Final = 0.01
+FIRST_LOOK_S: Final = 0.02
 _GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
 _WALK_SHARE: Final = 20
 
