@@ -131,8 +131,8 @@ def submit(
             except (TimedOutError, KeyboardInterrupt) as error:
                 _note_present(invocation, accepted["task_id"], error, note)
                 raise
-            note(task)
             kept = outputs.after(invocation, client, task, files, _patience(invocation, client, task["deadline"]))
+            note(outputs.noted(task, kept))
             code = outputs.ended(invocation, waiting.finish(invocation, task), kept)
     raise typer.Exit(code)
 

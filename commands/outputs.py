@@ -151,6 +151,14 @@ def after(
     return None
 
 
+def noted(task: dict[str, Any], error: ClawnetError | None) -> dict[str, Any]:
+    """The task for a status file: a result whose files are not in their place is not all that was wanted."""
+    if error is None:
+        return task
+    told = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    return {**task, "error": told}
+
+
 def ended(invocation: Invocation, code: int, error: ClawnetError | None) -> int:
     """Reports what kept the files; the exit code is that of the task unless it was good."""
     from .app import report

@@ -248,7 +248,7 @@ def _follow(
             _leave_interrupted(invocation, task, interrupts.signal)
             return task, 128 + interrupts.signal
     kept = outputs.after(invocation, client, task, files, patience)
-    return task, outputs.ended(invocation, waiting.finish(invocation, task), kept)
+    return outputs.noted(task, kept), outputs.ended(invocation, waiting.finish(invocation, task), kept)
 
 
 def _leave_late(invocation: Invocation, task: dict[str, Any], error: TimedOutError) -> int:

@@ -228,6 +228,22 @@ def test_more_than_is_allowed_ends_the_task_and_writes_nothing(pair: tuple[Node,
     assert not (tmp_path / "x").exists()
 
 
+def test_files_that_cannot_be_placed_are_told_and_the_old_ones_stay(pair: tuple[Node, Node], tmp_path: Path) -> None:
+    alice, _ = pair
+    status, where = tmp_path / "status.json", tmp_path / "here"
+    (where / "d" / "a").mkdir(parents=True)
+    command = ("run", "--output", "d/*", "--output-dir", str(where), "--status-file", str(status), "--", "sh", "-c")
+    alice(*command, "mkdir d; echo 1 > d/a; echo 2 > d/b").failed(65, "'d/a' is a directory there")
+    told = checked(json.loads(status.read_text()))
+    assert (told["state"], told["result"]["exit_code"], told["error"]["exit_code"]) == ("settled", 0, 65)
+    assert (_files(where), list((where / "d" / "a").iterdir())) == ({}, [])
+    failed = alice(*command, "mkdir d; echo 1 > d/a; exit 9")
+    assert failed.code == 9 and "is a directory there" in failed.err, "the command's own code tells more"
+    as_json = alice(command[0], "--json", *command[1:], "mkdir d; echo 1 > d/a")
+    assert (as_json.code, as_json.json()["error"]) == (65, None)
+    assert json.loads(as_json.err)["error"]["code"] == "bad_input"
+
+
 def test_a_daemon_that_dies_while_it_saves_leaves_all_or_nothing(pair: tuple[Node, Node], tmp_path: Path) -> None:
     alice, _ = pair
     script = "mkdir d; for i in $(seq 60); do head -c 2000000 /dev/urandom > d/$i; done"
