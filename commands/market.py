@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +13,21 @@ from . import accepting, approving, batch, following, outputs, paging, piped, su
 from . import options as o
 from .invocation import Invocation, NodeCommand, group, here
 from .progress_bar import Bar
-from .render import clean, clean_lines, json_line, on_terminal, pairs, seconds, short, show, size, table, who, write
+from .render import (
+    Column,
+    clean,
+    clean_lines,
+    json_line,
+    on_terminal,
+    pairs,
+    seconds,
+    short,
+    show,
+    size,
+    table,
+    who,
+    write,
+)
 
 FINAL = ["settled", "refunded", "no_bids", "cancelled", "failed", "timed_out"]
 OPEN = [
@@ -212,14 +226,16 @@ _COLUMNS = (
     ("EXIT", lambda task: task["exit_code"]),
     ("CREATED", lambda task: task["created_at"]),
     ("DESCRIPTION", lambda task: task["description"][:60]),
-    ("HELD", lambda task: task["held"] and f"until {task['held']['until']}: {task['held']['reason']}"),
 )
+_HELD = ("HELD", lambda task: task.get("held") and f"until {task['held']['until']}: {task['held']['reason']}")
 
 
 @app.command("list", cls=NodeCommand)
 def list_(context: typer.Context, limit: o.LIMIT = 100) -> None:
-    """Open tasks, newest first."""
-    _list(here(context), OPEN, limit, "no open task; `clawnet market history` shows those that ended")
+    """Open tasks, newest first; of one that waits for approval until when, and why."""
+    _list(
+        here(context), OPEN, limit, (*_COLUMNS, _HELD), "no open task; `clawnet market history` shows those that ended"
+    )
 
 
 @app.command(cls=NodeCommand)
@@ -227,7 +243,7 @@ def history(context: typer.Context, limit: o.LIMIT = 100, role: ROLE = "requeste
     """Tasks that have ended, newest first: those submitted here, or those that this node did for others."""
     invocation = here(context)
     if role == "requester":
-        _list(invocation, FINAL, limit, "no task has ended yet")
+        _list(invocation, FINAL, limit, _COLUMNS, "no task has ended yet")
         return
     if role != "executor":
         raise UsageError(f"--role is {role!r}; it is requester or executor")
@@ -257,10 +273,10 @@ _JOB_COLUMNS = (
 )
 
 
-def _list(invocation: Invocation, states: list[str], limit: int, empty: str) -> None:
+def _list(invocation: Invocation, states: list[str], limit: int, columns: Sequence[Column], empty: str) -> None:
     with invocation.client() as client:
         found = paging.first(client, "task.list", {"states": states}, limit)
-    table(invocation, found, _COLUMNS, empty=empty)
+    table(invocation, found, columns, empty=empty)
 
 
 @app.command(cls=NodeCommand)
@@ -322,8 +338,8 @@ def _usage_lines(usage: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("processor", seconds(usage["cpu_s"])),
         ("peak memory", size(usage["memory_bytes_max"]) if usage["memory_bytes_max"] else "not measured"),
-        ("bytes in", f"{usage['bytes_in']}"),
-        ("bytes out", f"{usage['bytes_out']}"),
+        ("bytes in", str(usage.get("bytes_in", ""))),
+        ("bytes out", str(usage.get("bytes_out", ""))),
     ]
 
 
@@ -364,9 +380,9 @@ def bids(context: typer.Context, task: o.TASK) -> None:
         ("reputation", lambda bid: f"{bid['terms']['reputation']:.4f}"),
         ("latency", lambda bid: f"{bid['terms']['latency']:.4f}"),
         ("confidence", lambda bid: f"{bid['terms']['confidence']:.4f}"),
-        ("WAIT", lambda bid: f"{bid['queue_wait_s'] + bid['own_ahead_s']:.1f}s"),
         ("ROUND", lambda bid: bid["round"]),
         ("WON", lambda bid: bid["won"]),
+        ("WAIT", lambda bid: seconds(bid.get("queue_wait_s", 0.0) + bid.get("own_ahead_s", 0.0))),
     )
     table(invocation, invocation.call("task.bids", {"task": task}), columns, empty="nobody bid")
 

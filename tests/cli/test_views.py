@@ -93,7 +93,7 @@ CASES: list[tuple[str, Any, list[str], str]] = [
         "task.bids",
         {"items": [BID], "next": None},
         ["market", "bids", TASK_ID],
-        "bob (member)\t1.1\t0.7500\t0.4000\t0.1500\t0.1000\t0.1000\t1\tyes\n",
+        "bob (member)\t1.1\t0.7500\t0.4000\t0.1500\t0.1000\t0.1000\t1\tyes\t0 ms\n",
     ),
     ("task.cancel", {"task_id": TASK_ID, "state": "cancelled"}, ["market", "cancel", TASK_ID], "cancelled\n"),
     (
