@@ -190,11 +190,14 @@ def resident_bytes(pids: Sequence[int]) -> int:
     return pages * _PAGE
 
 
-def proportional_bytes(pids: Sequence[int]) -> int:
-    """The memory that these processes hold, shared pages counted once in all; dearer to ask for than resident_bytes."""
+def proportional_bytes(pids: Sequence[int], in_files: int = 0) -> int:
+    """The memory that these processes hold, shared pages counted once in all; dearer to ask for than resident_bytes.
+
+    `in_files` is what they hold in file systems of memory besides, of which what is mapped is not counted twice.
+    """
     if sys.platform != "linux":
-        return resident_bytes(pids)
-    total = 0
+        return resident_bytes(pids) + in_files
+    total = mapped = 0
     for pid in pids:
         try:
             with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
@@ -203,7 +206,20 @@ def proportional_bytes(pids: Sequence[int]) -> int:
             total += resident_bytes((pid,))
             continue
         total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:"))
-    return total
+        mapped += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss_Shmem:"))
+    return total + max(0, in_files - mapped)
+
+
+def mounted_bytes(pid: int, paths: Sequence[str]) -> int:
+    """What is used of the file systems at these paths as `pid` sees them; Linux."""
+    used = 0
+    for path in paths:
+        try:
+            found = os.statvfs(f"/proc/{pid}/root{path}")
+        except OSError:
+            continue  # it has ended
+        used += (found.f_blocks - found.f_bfree) * found.f_frsize
+    return used
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:

@@ -18,6 +18,7 @@ from clawnet import limits
 
 JOB_DIR: Final = "/job"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+IN_MEMORY: Final = ("/tmp", "/dev/shm")
 STATUS_FD, SECCOMP_FD, OPTIONS_FD = 3, 4, 5
 _TOP: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
@@ -84,6 +85,11 @@ class Bubblewrap:
         self._hidden = hidden
         self._fixed: list[str] = []
         self._sizes = False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether /tmp and /dev/shm are the run's own, in memory and bounded."""
+        return self._sizes
 
     def prepare(self, help_text: str) -> None:
         """Writes the made-up /etc and settles what all runs share. `help_text` is what the program says it can do:

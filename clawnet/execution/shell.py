@@ -199,7 +199,9 @@ class ShellRun:
         self._later(spec.wall_s, self.stop, "wall_limit", f"the run took longer than {spec.wall_s:g} s")
         if process.WATCHED:
             bounds = Bounds(spec.memory_bytes_max, self._disk_bytes_max)
-            self._watchdog = Watchdog(bounds, self._directory.parent, members=self._members, end=self.stop)
+            self._watchdog = Watchdog(
+                bounds, self._directory.parent, members=self._members, end=self.stop, in_files=self._in_files
+            )
             self._watchdog.start()
 
     def _standard_input(self) -> int:
@@ -318,6 +320,12 @@ class ShellRun:
         if self._place.seatbelt is not None:
             return list(dict.fromkeys([*found, *self._place.seatbelt.members(self._directory)]))
         return found[2:] if self._place.sandbox is not None else found
+
+    def _in_files(self) -> int:
+        """The memory that lies in the sandbox's own /tmp and /dev/shm."""
+        if self._place.sandbox is None or not self._place.sandbox.in_memory or self._child is None:
+            return 0
+        return sum(process.mounted_bytes(pid, sandbox_bwrap.IN_MEMORY) for pid in process.children(self._child.pid)[:1])
 
     def _kill(self) -> None:
         child = self._child

@@ -47,17 +47,24 @@ class Watchdog:
     """Looks at one run again and again until `stop`; ends it with `end(how, reason)` when it holds too much.
 
     `members` gives its processes, `root` is the directory of the job, on the file system of the working directories.
-    `peak_bytes` and `cpu_s` are the most that was seen.
+    `in_files` tells what they keep in file systems of memory. `peak_bytes` and `cpu_s` are the most that was seen.
     """
 
     def __init__(
-        self, bounds: Bounds, root: Path, *, members: Callable[[], list[int]], end: Callable[[str, str], None]
+        self,
+        bounds: Bounds,
+        root: Path,
+        *,
+        members: Callable[[], list[int]],
+        end: Callable[[str, str], None],
+        in_files: Callable[[], int] = lambda: 0,
     ) -> None:
         self.peak_bytes = 0
         self.cpu_s = 0.0
         self._bounds = bounds
         self._root = root
         self._members = members
+        self._in_files = in_files
         self._end = end
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -83,9 +90,10 @@ class Watchdog:
             return
         members = self._members()
         most = self._bounds.memory_bytes_max
-        used = process.resident_bytes(members)
+        in_files = self._in_files()
+        used = process.resident_bytes(members) + in_files
         if used > most:
-            used = process.proportional_bytes(members)
+            used = process.proportional_bytes(members, in_files)
         self.peak_bytes = max(self.peak_bytes, used)
         self.cpu_s = max(self.cpu_s, process.cpu_seconds(members))
         if used > most:

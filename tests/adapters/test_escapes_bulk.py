@@ -172,6 +172,28 @@ def test_memory_is_bounded_over_all_processes_together(daemon: str) -> None:
     as_daemon(daemon, body)
 
 
+@needs_bubblewrap
+@DAEMON
+def test_files_in_memory_count_as_memory(daemon: str) -> None:
+    script = "head -c 40000000 /dev/zero > {place}/held && echo filled; "
+    hold = 'perl -e \'$x = "x" x 50_000_000; print "held\\n"; sleep 20\''
+    fill = script.format(place="/tmp") + script.format(place="/dev/shm") + hold
+    assert (
+        _plain(fill.replace("/tmp/held", "held").replace("/dev/shm/held", "held").replace("sleep 20", "1")).count(b"\n")
+        == 3
+    )
+
+    async def body(bench: Bench) -> None:
+        job = bench.start(kind="shell", script=fill, memory_bytes_max=170 * limits.MIB, wall_s=15)
+        exited = await bench.exited(job)
+        assert exited.ended == "memory_limit", exited
+        assert bench.output(job).startswith(b"filled\nfilled\n"), "neither alone is too much"
+        mapped = "perl -e 'open F, q(+>), q(/dev/shm/f); print F q(x) x 40_000_000; close F; print qq(fine\\n)'"
+        assert (await bench.shell(mapped, memory_bytes_max=170 * limits.MIB)).stdout == b"fine\n"
+
+    as_daemon(daemon, body)
+
+
 @BOTH
 def test_a_run_is_the_first_that_the_kernel_takes_when_memory_runs_out(sandbox: str) -> None:
     async def body(bench: Bench) -> None:
