@@ -114,6 +114,8 @@ if sys.platform != "win32":
 
 def private_but(home: Home, path: str, private: tuple[Path, ...]) -> tuple[Path, ...]:
     """What never travels, except that the client's file of standard input does."""
+    if not os.path.basename(path).startswith(home.STDIN_PREFIX):
+        return private
     try:
         return () if home.is_stdin_file(Path(path).resolve()) else private
     except (OSError, ValueError, RuntimeError):

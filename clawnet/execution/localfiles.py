@@ -31,6 +31,7 @@ class LocalFiles:
     ) -> None:
         """`from_thread` calls a function with arguments in the loop's thread."""
         self._home = home
+        self._private = (home.dir.resolve(), home.data_dir.resolve())
         self._blobs = blobs
         self._in_thread = in_thread
         self._deliver = deliver
@@ -46,8 +47,6 @@ class LocalFiles:
 
     def pack(self, effect: PackInputs) -> None:
         """Stores local files and directories as blobs; InputsReady tells them, or the first error."""
-        private = (self._home.dir.resolve(), self._home.data_dir.resolve())
-
         def work() -> tuple[dict[str, Any], ...]:
             moved = self._moved("packing", effect.request, 0)
             return tuple(
@@ -55,7 +54,7 @@ class LocalFiles:
                     name,
                     path,
                     self._blobs,
-                    private=feeding.private_but(self._home, path, private),
+                    private=feeding.private_but(self._home, path, self._private),
                     gitignore=effect.gitignore,
                     moved=moved.more,
                 )
