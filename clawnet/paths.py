@@ -302,7 +302,20 @@ def archive(home: Home, stamp: str, *, keep_owner: bool, keys: bool = False) -> 
         names += [home.node_key, home.escrow_seed]
     for path in names:
         if path.exists():
-            os.replace(path, target / path.name)
+            _move(path, target / path.name)
+
+
+def _move(path: Path, target: Path) -> None:
+    """Renames a file; a key or membership of a home whose data lie on another file system is copied first."""
+    import errno
+
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        write_private(target, path.read_bytes())
+        path.unlink()
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -265,3 +266,23 @@ def test_what_is_no_exported_identity(home: Home, fresh_home: Home) -> None:
     for data in (b"", b"{}", b"x" * 100_000, greedy.encode()):
         with pytest.raises(DataError, match="no exported identity"):
             import_identity(empty, data, PASSPHRASE)
+
+
+def test_a_home_whose_data_lie_on_another_file_system_is_archived_there(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(home)
+    before = {path.name: path.read_bytes() for path in (home.mesh_file, home.mesh_key, home.owner_key)}
+    rename = os.replace
+
+    def across(source: Path, target: Path) -> None:
+        if Path(source).suffix != ".tmp" and Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", across)
+    paths.archive(home, "stamp", keep_owner=False)
+    kept = home.archive_dir / "stamp"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in kept.iterdir())
+    assert not any(path.exists() for path in (home.mesh_file, home.mesh_key, home.owner_key))
