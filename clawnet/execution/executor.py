@@ -75,6 +75,8 @@ class Executor:
         self._busy: set[Future[Any]] = set()
         self._gpus = gpu.Found()
         self._started = False
+        self._early: list[Open] = []
+        """Results that the node wants opened at its start, which is before the executor's."""
         self._idle: asyncio.Event
         self._pool: ComputePool
         self._computer: Computing
@@ -122,6 +124,8 @@ class Executor:
             self._pool.start()
         self.probe = await self._places.open()
         await self._prompts.start()
+        while self._early:
+            self._opener.open(self._early.pop(0))
         return self._tell()
 
     def configure(self, settings: ExecutionSettings) -> None:
@@ -394,8 +398,10 @@ class Executor:
 
     def open_result(self, effect: Open) -> None:
         """Unseals a result; Opened tells its Summary (execution/bundle.py) or why it does not open."""
-
-        self._opener.open(effect)
+        if self._started:
+            self._opener.open(effect)
+        else:
+            self._early.append(effect)
 
     def stop_judging(self, request: bytes) -> None:
         """Nobody waits for the verdict on an opened result any longer; Opened follows."""

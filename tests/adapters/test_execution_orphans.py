@@ -1,7 +1,11 @@
-"""Whoever executes may be killed at any moment: nothing that it started outlives it, also what it started just then."""
+"""Whoever executes may be killed at any moment: nothing that it started outlives it, also what it started just then.
+
+Nor does what it was asked for at its start get lost.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -10,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters.execution_bench import needs_bubblewrap, running
+from clawnet.execution import bundle
+from clawnet.wire.events import Open, Opened
+from tests.adapters.execution_bench import Bench, needs_bubblewrap, running
 from tests.cli.harness import until
 
 KILLED = """
@@ -43,3 +49,21 @@ def test_runs_that_are_being_set_up_end_with_who_started_them(sandbox: str) -> N
     shutil.rmtree(public)
     assert passed == "True" or sandbox == "host"
     until("nothing is left behind", lambda: not running(nap))
+
+
+def test_a_result_that_is_to_be_opened_before_the_executor_has_started_is_opened_then() -> None:
+    """A node asks for it as soon as it is loaded; a soak under SIGKILL found a task that was never opened again."""
+
+    async def main() -> None:
+        bench = Bench()
+        plain = bundle.encode(bundle.Bundle(0, None, b"out"))
+        try:
+            bench.executor.open_result(Open(b"early", None, plain, b"", len(plain)))
+            await bench.executor.start()
+            opened = await bench.until(lambda: next((e for e in bench.events if isinstance(e, Opened)), None))
+            assert (opened.request, opened.reason) == (b"early", "")
+        finally:
+            await bench.executor.close()
+            shutil.rmtree(bench.public)
+
+    asyncio.run(main())
