@@ -7,14 +7,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from clawnet import limits
-from clawnet.errors import NoBidError
-from tests.cli.harness import Node, Nodes, connected, until
+from clawnet.errors import NoBidError, TimedOutError
+from tests.cli.harness import Node, Nodes, connected, join, until
 
 pytestmark = pytest.mark.slow
 
@@ -36,10 +40,10 @@ def big_file(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def submit(node: Node, path: Path) -> str:
+def submit(node: Node, path: Path, deadline_s: float = 300) -> str:
     """A task for another node: the hash of the file."""
     spec = {"type": "compute", "op": "sha256", "inputs": [{"name": "big", "path": str(path)}], "ring": "member"}
-    made = node.ask("task.submit", spec={**spec, "prefer": "market", "deadline_s": 300, "budget": "5"})
+    made = node.ask("task.submit", spec={**spec, "prefer": "market", "deadline_s": deadline_s, "budget": "5"})
     return str(made["task_id"])
 
 
@@ -97,14 +101,54 @@ def test_what_does_not_fit_is_declined_with_the_reason(nodes: Nodes, tmp_path: P
         nodes("alice", CLAWNET_MARKET_SELF="never").start(),
         nodes("bob", CLAWNET_EXECUTION_INPUT_MAX_MEMBER="1MiB").start(),
     )
-    token = alice("peer", "invite", "--ring", "member").line
-    assert bob("peer", "join", "-", stdin=token.encode() + b"\n").code == 0
+    join(alice, bob)
     alice.until("sees bob", lambda: connected(alice))
     big_file(tmp_path / "big", limits.MIB + 1)
     done = alice("run", *ABROAD, "--input", str(tmp_path / "big"), "--", "wc", "-c", "big")
     done.failed(NoBidError.exit_code, "too_large")
     assert not alice.ask("wallet.escrows")["items"]
     assert not [file for file in bob.home.blobs_dir.rglob("*") if file.is_file()]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 48 megabytes, of which 16 are the database's."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    with tempfile.TemporaryDirectory(prefix="clawnet-", dir="/tmp") as place:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=48m,mode=0700", "tmpfs", place]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs CAP_SYS_ADMIN")
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_of_the_executor_is_a_reason_to_decline(nodes: Nodes, tmp_path: Path, small_disk: Path) -> None:
+    alice = nodes("alice", CLAWNET_MARKET_SELF="never").start()
+    bob = nodes("bob", CLAWNET_NODE_DATA_DIR=str(small_disk)).start()
+    join(alice, bob)
+    big_file(tmp_path / "big", 40 * limits.MIB)
+    task = submit(alice, tmp_path / "big", deadline_s=5)
+    assert alice.reaches(task, "settled", "failed", "timed_out", "no_bids")["state"] == "timed_out"
+    assert "storage_full" in alice("market", "why", task).out
+    assert not alice.task(task)["attempts"]
+    assert not [file for file in (small_disk / "blobs").rglob("*") if file.is_file()]
+    digest = big_file(tmp_path / "small", limits.MIB)
+    settled(alice, submit(alice, tmp_path / "small"), digest)
+
+
+def test_a_full_disk_of_the_requester_leaves_nothing_of_a_result(nodes: Nodes, small_disk: Path) -> None:
+    alice = nodes("alice", CLAWNET_NODE_DATA_DIR=str(small_disk)).start()
+    bob = nodes("bob").start()
+    join(alice, bob)
+    made = "head -c 40000000 /dev/urandom"
+    done = alice("run", *ABROAD, "--deadline", "8s", "--", "sh", "-c", made)
+    done.failed(TimedOutError.exit_code, "could not be fetched", "is full")
+    assert not [file for file in (small_disk / "blobs").rglob("*") if file.is_file()]
+    assert alice("run", *ABROAD, "--", "echo", "on").out == "on\n"
+    assert not [name for name in bob.log.splitlines() if "defect" in name]
 
 
 class Peaks:
