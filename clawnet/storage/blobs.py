@@ -216,6 +216,8 @@ class BlobStore:
         leaves = [leaf(chunk) for chunk in self.read_chunks(blob)]
         if id_of_leaves(size, leaves) != blob:
             raise DataError(f"the stored blob {blob.hex()[:16]} is damaged", blob=blob.hex())
+        with contextlib.suppress(OSError):
+            self.keep_leaves(blob, size, leaves)
         return leaves
 
     @property

@@ -62,7 +62,11 @@ class MemoryBlobs:
         return len(self.kept[blob])
 
     def came_from(self, blob: bytes, size: int, source: str) -> bool:
-        return len(self.kept.get(blob, b"")) == size and blob in self.kept and (not source or (blob, source) in self.sources)
+        return (
+            len(self.kept.get(blob, b"")) == size
+            and blob in self.kept
+            and (not source or (blob, source) in self.sources)
+        )
 
     def note_source(self, blob: bytes, source: str) -> None:
         self.sources.add((blob, source))

@@ -254,8 +254,10 @@ def test_kept_chunk_hashes_are_used_and_wrong_ones_are_not(store: BlobStore, mon
     monkeypatch.setattr(store, "read_chunks", lambda blob: pytest.fail("the file is read"))
     assert b"".join(store.leaves(BLOB)) == LEAVES
     monkeypatch.undo()
+    monkeypatch.setattr(limits, "BLOB_LEAVES_KEPT_FROM", CHUNK)
     beside.write_bytes(bytes(len(LEAVES)))
     assert b"".join(store.leaves(BLOB)) == LEAVES
+    assert beside.read_bytes() == LEAVES
 
 
 def test_chunk_hashes_of_a_blob_that_is_gone_go_at_the_start(
