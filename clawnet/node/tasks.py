@@ -246,7 +246,7 @@ class Tasks:
             self._drop(draft)
             raise DataError(
                 f"the inputs are {size} bytes, above the limit of {limits.INPUT_BYTES_MAX}",
-                hint="send less; larger inputs come with a later version",
+                hint="send less, or in several tasks",
             )
         self._look_up(draft)
 
