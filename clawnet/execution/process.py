@@ -211,11 +211,14 @@ def proportional_bytes(pids: Sequence[int], in_files: int = 0) -> int:
 
 
 def mounted_bytes(pid: int, paths: Sequence[str]) -> int:
-    """What is used of the file systems at these paths as `pid` sees them; Linux."""
+    """What is used of the file systems at these paths as `pid` sees them, where they are other than ours; Linux."""
     used = 0
     for path in paths:
+        inside = f"/proc/{pid}/root{path}"
         try:
-            found = os.statvfs(f"/proc/{pid}/root{path}")
+            if os.stat(inside).st_dev == os.stat(path).st_dev:
+                continue  # the sandbox is still being set up: this is the host's own
+            found = os.statvfs(inside)
         except OSError:
             continue  # it has ended
         used += (found.f_blocks - found.f_bfree) * found.f_frsize

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clawnet import limits
-from clawnet.execution import bundle, delivery
+from clawnet.execution import bundle, delivery, process
 from clawnet.wire.events import Open, Opened, TaskExited
 from tests.adapters.execution_bench import Bench, needs_bubblewrap, with_bench
 
@@ -97,6 +97,11 @@ def test_a_result_for_which_there_is_no_room_is_no_bad_result() -> None:
         assert "do not fit" in opened.reason
 
     with_bench(body)
+
+
+def test_the_hosts_own_disk_is_no_memory_of_a_run() -> None:
+    # While a sandbox is being set up, its process still sees the host's directories.
+    assert process.mounted_bytes(os.getpid(), ("/tmp", "/dev/shm", "/")) == 0
 
 
 def test_a_run_without_patterns_sends_no_files() -> None:

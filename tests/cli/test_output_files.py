@@ -315,7 +315,7 @@ def test_a_lie_about_files_is_no_result_and_writes_nothing(
         cwd=tmp_path,
     )
     told = checked(done.json("run"))
-    assert (done.code, told["state"], told["error"]["code"]) == (80, "settled", "verification_failed")
+    assert (done.code, told["state"], told["error"]["code"]) == (80, "settled", "verification_failed"), told["error"]
     assert told["escrow"]["state"] == "claimed", "it was paid before it could be opened; the proof is kept"
     assert list(tmp_path.iterdir()) == []
     alice("market", "result", told["task_id"], "--output-dir", str(tmp_path / "later")).failed(80)
