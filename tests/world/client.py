@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SPARE = 0.05
 """So many people more ask for a task more: some calls come to nothing."""
+CONTRACTS = 0.2
+"""The part of the tasks whose results must pass a contract; a tenth of the runs end with another exit code."""
 LAST_CALL_US = 3_000_000
 
 
@@ -85,6 +87,8 @@ class Client:
             spec["idempotency_key"] = f"key {mark}"
         if rng.random() < 0.3:
             spec["budget_ucr"] = rng.randrange(500_000, 5_000_000)
+        if Random(f"{self.world.seed} contract {mark}").random() < CONTRACTS:
+            spec["accept"] = ["exit:0"]
         cancel_us = round(rng.expovariate(1 / 3.0) * 1e6) if rng.random() < 0.1 else 0
         return Wish(mark, machine, spec, cancel_us)
 

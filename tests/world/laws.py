@@ -221,14 +221,25 @@ def _tasks(world: World, machine: Machine) -> None:
         free = any(a.lock_seq < 0 and a.state == "done" for a in task.attempts)
         name = f"{machine.name}: task {task.task_id.hex()[:8]} ({task.state})"
         if task.error_code == "verification_failed":
-            raise LawBroken(f"{name}: the result of an honest executor does not open: {task.error_text}")
+            _unaccepted(name, task, paid)
+            continue
         if task.state == "settled" and not free and len(paid) != 1:
             raise LawBroken(f"{name} was settled, and {len(paid)} of its lines were paid")
         if len(paid) > 1 or (paid and task.result is None):
             raise LawBroken(f"{name} paid {len(paid)} lines and has {'a' if task.result else 'no'} result")
+        if task.spec["accept"] and task.result is not None and task.result["exit_code"]:
+            raise LawBroken(f"{name} was accepted with exit code {task.result['exit_code']}")
         spent = sum(chain.lines[line].released_ucr for line in paid)
         if spent > task.max_budget_ucr:
             raise LawBroken(f"{name} cost {spent}, its budget is {task.max_budget_ucr}")
+
+
+def _unaccepted(name: str, task: Task, paid: list[tuple[int, int]]) -> None:
+    """What honest executors found not to pass the contract was not delivered, and not paid."""
+    if task.state != "failed" or not task.spec["accept"] or not task.attempts[-1].report:
+        raise LawBroken(f"{name}: the result of an honest executor is refused: {task.error_text}")
+    if paid or task.result is not None:
+        raise LawBroken(f"{name} failed its contract, paid {len(paid)} lines and has {task.result and 'a'} result")
 
 
 def _beside_a_liar(machine: Machine, task: Task, released: list[tuple[int, int]]) -> None:

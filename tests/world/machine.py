@@ -21,7 +21,9 @@ from clawnet.runtime import Runtime
 from clawnet.storage.memory import MemoryStore
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
+from clawnet.wire.verdict import CONTRACT, encode_report, failure
 from tests.node.meshruns import Entropy
+from tests.node.outcomes import judge
 from tests.world.clock import Killed, LawBroken, Loop
 from tests.world.story import fields_shown, shown
 
@@ -147,11 +149,15 @@ class Executor:
             return
         del self.runs[job]
         machine = self._machine
-        sealed, plain = b"", b""
+        sealed, plain, report = b"", b"", b""
         if ended == "exit":
             text = b"done " + job.hex().encode()
             usage = bundle.Usage(took_us / 1e6, took_us / 2e6, 4096)
             exit_code = 0 if machine.luck.random() < 0.9 else 3
+            verdict = judge(spec.acceptance, exit_code, text)
+            if failure(verdict) is not None:
+                ended, report = CONTRACT, encode_report(verdict)
+        if ended == "exit":
             plain = bundle.encode(bundle.Bundle(exit_code, None, text, b"", "", usage))
             sealed = plain if spec.seal_key is None else bundle.seal(plain, spec.seal_key, machine.entropy)
         inline, blob, size = sealed, blob_id(sealed) if sealed else b"", len(sealed)
@@ -163,7 +169,7 @@ class Executor:
         code = 0 if ended == "exit" else None
         exited = e.TaskExited(
             job, ended, "" if ended == "exit" else ended, code, None, inline, blob if not inline else b"", size,
-            digest, len(plain), took_us / 1e6, took_us / 2e6, 4096,
+            digest, len(plain), took_us / 1e6, took_us / 2e6, 4096, report=report,
         )  # fmt: skip
         # A later run of the job may have waited for this end and begin here, which is a place to die.
         machine.guard(machine.runtime.feed, (exited,))
@@ -206,7 +212,8 @@ class Executor:
             opened.exit_code, opened.signal, opened.text, opened.usage, [], hashlib.sha256(plain).digest(),
             len(opened.stdout), len(opened.stderr), opened.stdout, opened.stderr,
         )  # fmt: skip
-        machine.world.clock.after(500, machine.deliver, machine.starts, e.Opened(effect.request, "", summary))
+        verdict = judge(effect.acceptance, opened.exit_code, opened.stdout)
+        machine.world.clock.after(500, machine.deliver, machine.starts, e.Opened(effect.request, "", summary, verdict))
 
 
 class Watched:
