@@ -46,7 +46,7 @@ def _mode(platform: str) -> str:
 def test_codes_streams_and_standard_input(platform: str) -> None:
     async def body(bench: Bench) -> None:
         mode = _mode(platform)
-        _, found = await bench.run(kind="shell", script="echo out& echo err>&2& exit 7", sandbox=mode)
+        _, found = await bench.run(kind="shell", script="echo out&& echo err>&2&& exit 7", sandbox=mode)
         assert found is not None
         assert (found.exit_code, found.stdout.split(), found.stderr.split()) == (7, [b"out"], [b"err"])
         _, found = await bench.run(kind="shell", argv=["no-such-command-here"], sandbox=mode)
