@@ -75,10 +75,13 @@ class Entry(Struct, frozen=True, gc=False):
 
 
 class _Run(Struct):
+    """`slots` is the part of the machine that it holds, in slots."""
+
     entry: Entry
     held: Amounts
     started_ms: int
     gpus: tuple[int, ...]
+    slots: float
 
     def remaining_s(self, now_ms: int) -> float:
         """By the estimate; one that is overdue is taken to be overdue as long again."""
@@ -95,6 +98,7 @@ class Machine:
         self.capacity = Amounts()
         self.used = Amounts()
         self._loaded = (self.used, self.capacity, 0)
+        self._measured = (Amounts(), 1.0)
         self.changes = 0
         """Rises with every start and end and every new capacity."""
         self._runs: dict[bytes, _Run] = {}
@@ -108,6 +112,7 @@ class Machine:
     def resize(self, capacity: Amounts) -> None:
         """There is more or less of it from now on; what runs goes on."""
         self.capacity = capacity
+        self._measured = (Amounts(), 1.0)
         self.changes += 1
 
     @property
@@ -140,7 +145,11 @@ class Machine:
 
     def _slots(self, needs: Amounts) -> float:
         """The part of the machine that is set aside for it, in slots."""
-        return max(1.0, needs.share_of(self.capacity) * self.capacity.slots)
+        known, slots = self._measured
+        if known is not needs:
+            slots = max(1.0, needs.share_of(self.capacity) * self.capacity.slots)
+            self._measured = (needs, slots)
+        return slots
 
     def start(self, entry: Entry, now_ms: int) -> tuple[int, ...]:
         """It runs from now on; the numbers of the GPUs that are its own."""
@@ -158,7 +167,7 @@ class Machine:
             taken = {number for run in self._runs.values() for number in run.gpus}
             gpus = tuple(islice((n for n in range(self.capacity.gpu) if n not in taken), entry.needs.gpu))
         self.used = self.used.plus(entry.needs)
-        self._runs[entry.job] = _Run(entry, entry.needs, now_ms, gpus)
+        self._runs[entry.job] = _Run(entry, entry.needs, now_ms, gpus, self._slots(entry.needs))
         return gpus
 
     def end(self, job: bytes) -> Entry | None:
@@ -179,8 +188,7 @@ class Machine:
 
     def work_s(self, now_ms: int) -> float:
         """Slot-seconds until all that runs has ended, by the estimates."""
-        runs = self._runs.values()
-        return self._shorts_s + sum(run.remaining_s(now_ms) * self._slots(run.held) for run in runs)
+        return self._shorts_s + sum([run.remaining_s(now_ms) * run.slots for run in self._runs.values()])
 
     def opening(self, needs: Amounts, now_ms: int) -> tuple[int, Amounts]:
         """When so much should be free, by the estimates, and what would then be free besides."""

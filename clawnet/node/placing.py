@@ -167,8 +167,9 @@ class Placing:
         needs = Amounts(1)
         if line is self._here:
             needs = self._amounts(requirements.cpu, requirements.memory_bytes, requirements.gpu)
-        ahead_s = queue.ahead_s(flow, own=ring == "own")
-        opens_ms, _ = machine.opening(needs, now_ms)
+        ahead_s, opens_ms = queue.ahead_s(flow, own=ring == "own"), now_ms
+        if not ahead_s or needs is not self._share:
+            opens_ms, _ = machine.opening(needs, now_ms)
         return Workload(
             slots,
             committed,
