@@ -47,6 +47,7 @@ class LocalFiles:
 
     def pack(self, effect: PackInputs) -> None:
         """Stores local files and directories as blobs; InputsReady tells them, or the first error."""
+
         def work() -> tuple[dict[str, Any], ...]:
             moved = self._moved("packing", effect.request, 0)
             return tuple(
