@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Disk(Struct):
     proofs: int
     unsettled: int
     grants: int
+    ended_ms: dict[str, int]
+    """When each task got into a final state first."""
 
     @classmethod
     def read(cls, name: str, home: Home) -> Disk:
@@ -68,6 +71,13 @@ class Disk(Struct):
                 count("proofs"),
                 count("unsettled"),
                 count("blob_grants"),
+                {
+                    task_id.hex(): at_ms
+                    for task_id, at_ms in database.execute(
+                        "SELECT task_id, MIN(at_ms) FROM transitions"
+                        f" WHERE state IN ({', '.join(map(repr, sorted(FINAL_STATES)))}) GROUP BY task_id"
+                    )
+                },
             )
 
 
@@ -227,6 +237,23 @@ def _judge_tasks(disks: list[Disk], accepted: list[Accepted], verdict: Verdict) 
             if wrong:
                 verdict.broken.append(f"{wish.disk}: {wrong}: {story(task)}")
     verdict.states = dict(states)
+    for disk in disks:
+        verdict.broken += _one_key_twice(disk, accepted)
+
+
+def _one_key_twice(disk: Disk, accepted: Iterable[Accepted]) -> list[str]:
+    """Tasks of one key that were open together, or the later of two of which the first has a result."""
+    of_key: dict[str, list[Task]] = {}
+    for wish in accepted:
+        if wish.disk == disk.name and wish.task in disk.tasks:
+            of_key.setdefault(wish.key, []).append(disk.tasks[wish.task])
+    return [
+        f"{disk.name}: {key} stands for {before.task_id.hex()[:8]} ({before.state}) and {after.task_id.hex()[:8]}"
+        for key, tasks in of_key.items()
+        for before, after in pairwise(sorted(tasks, key=lambda task: task.created_ms))
+        if (before.state == "settled" and before.result is not None)
+        or disk.ended_ms.get(before.task_id.hex(), after.created_ms + 1) > after.created_ms
+    ]
 
 
 def _wrong_result(task: Task, wish: Accepted) -> str:

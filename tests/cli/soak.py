@@ -389,6 +389,8 @@ class Soak:
                     wish, name = wishes[said["key"]], self._nodes[said["node"]].name
                     fields = (wish["kind"], wish["retries"], wish["sha256"], wish["cancelled"])
                     accepted[name, said["task"]] = Accepted(said["key"], name, said["task"], *fields)
+                elif "twice" in said:
+                    pass  # both are among the accepted (auditor.py, _one_key_twice)
                 elif "refused" in said:
                     self.figures.refused[said["refused"]] = self.figures.refused.get(said["refused"], 0) + 1
                     if said["refused"] not in ("busy",):
