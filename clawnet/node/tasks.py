@@ -68,6 +68,7 @@ class Tasks:
         self.followers = Followers(ctx, self.open.get, lambda call, task: ctx.reply(call, rooms.views.task(task)))
         self._drafts: dict[bytes, _Draft] = {}
         self._dirty: dict[bytes, Task] = {}
+        self._ended: dict[bytes, Task] = {}
         self._unsettled: dict[bytes, None] = {}
 
     # --- loading and saving
@@ -98,8 +99,14 @@ class Tasks:
         self._dirty[task.task_id] = task
 
     def flush(self) -> None:
-        """Writes the rows of all tasks that changed in this turn."""
+        """Answers who waits for tasks that ended, and writes the rows of all that changed in this turn.
+
+        The entries of the turn are written by now: the answer tells what has become of the escrow.
+        """
         ctx = self._ctx
+        for task in self._ended.values():
+            self.answer(task)
+        self._ended.clear()
         for task in self._dirty.values():
             task.updated_ms = ctx.now
             if task.moves and (task.state in FINAL_STATES or len(task.moves) >= MOVES_KEPT_MAX):
@@ -174,7 +181,7 @@ class Tasks:
         self._rooms.approvals.drop(task)
         if state != "settled" or task.result is None:
             self._forget_key(task)
-        self.answer(task)
+        self._ended[task.task_id] = task
         self._rooms.awards.task_final(task)
 
     def _forget_key(self, task: Task) -> None:
