@@ -321,14 +321,18 @@ class Chains:
                 self.forked(outcome)
         if message.account == self._ctx.account and (message.entries or not message.heads):
             self._own_from_peer(peer, message)
-        elif message.entries:
+        stuck = b""
+        if message.account != self._ctx.account and message.entries:
+            before = books.book.head(message.account)
             books.take(peer, message.entries)
             if not message.end:
                 self.pull(peer, message.account)
+            if books.book.head(message.account) == before:
+                stuck = message.account  # they wait for something else: to ask for the same again would never end
         for head in message.heads:
-            self._head(peer, head)
+            self._head(peer, head, follow=head.account != stuck)
 
-    def _head(self, peer: str, head: Head) -> None:
+    def _head(self, peer: str, head: Head, *, follow: bool = True) -> None:
         ctx, book = self._ctx, self._books.book
         if head.account == ctx.account:
             self._own_head(peer, head)
@@ -341,7 +345,7 @@ class Chains:
         if relation in ("differs", "lookup"):
             self.pull(peer, head.account, head.seq, head.seq)
         elif relation == "behind":
-            if self._wanted(peer, head.account):
+            if follow and self._wanted(peer, head.account):
                 self.pull(peer, head.account)
         else:
             held = book.head(head.account)
