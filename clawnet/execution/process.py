@@ -214,13 +214,19 @@ def mounted_bytes(pid: int, paths: Sequence[str]) -> int:
     """What is used of the file systems at these paths as `pid` sees them, where they are other than ours; Linux."""
     used = 0
     for path in paths:
-        inside = f"/proc/{pid}/root{path}"
         try:
-            if os.stat(inside).st_dev == os.stat(path).st_dev:
-                continue  # the sandbox is still being set up: this is the host's own
-            found = os.statvfs(inside)
+            # Opened once: while the sandbox is being set up, the same name is another place from call to call.
+            inside = os.open(f"/proc/{pid}/root{path}", os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             continue  # it has ended
+        try:
+            if os.fstat(inside).st_dev == os.stat(path).st_dev:
+                continue  # the sandbox is still being set up: this is the host's own
+            found = os.fstatvfs(inside)
+        except OSError:
+            continue
+        finally:
+            os.close(inside)
         used += (found.f_blocks - found.f_bfree) * found.f_frsize
     return used
 
