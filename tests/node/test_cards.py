@@ -13,7 +13,7 @@ from clawnet.identity.keys import KeyPair
 from clawnet.node.cards import FIRST_HOP
 from clawnet.wire import events as e
 from clawnet.wire.codec import decode_struct, encode
-from clawnet.wire.messages import Kind, PeerCard, PeerInfo, Relayed
+from clawnet.wire.messages import Kind, Message, PeerCard, PeerInfo, Relayed
 from clawnet.wire.relayed import make_relayed
 from tests.node.meshkit import Member, Mesh
 
@@ -188,3 +188,48 @@ def test_cards_go_round_once_and_old_ones_are_forgotten(mesh: Mesh) -> None:
     mesh.cut(carol, dave)
     mesh.run(limits.CARD_AGE_MS / 1000 + 120)
     assert card_of(alice, dave) is None and card_of(alice, carol) is not None
+
+
+def test_a_change_costs_a_message_a_link_and_a_few_more_however_many_links_there_are(mesh: Mesh) -> None:
+    founder = mesh.found("alice")
+    for number in range(13):
+        mesh.join(founder, f"m{number}")
+    mesh.settle()
+    mesh.link_all()
+    mesh.run(120)
+    heard: list[tuple[str, str]] = []
+
+    def count(sender: Member, receiver: Member, message: Message) -> int:
+        if isinstance(message, PeerInfo) and decode_struct(Relayed, message.statement).author == founder.peer:
+            heard.append((sender.name, receiver.name))
+        return 1
+
+    mesh.fate = count
+    relabel(founder, "blue")
+    mesh.run(1)
+    assert {receiver for _, receiver in heard} >= {f"m{number}" for number in range(13)}
+    assert len(heard) <= 13 + limits.CARD_HEARERS**2
+
+
+def test_who_is_met_by_many_at_once_introduces_so_many_a_minute(mesh: Mesh) -> None:
+    founder = mesh.found("alice")
+    others = [mesh.join(founder, f"m{number}") for number in range(12)]
+    mesh.settle()
+    introduced: list[str] = []
+
+    def count(sender: Member, receiver: Member, message: Message) -> int:
+        if isinstance(message, PeerInfo) and sender is founder:
+            author = decode_struct(Relayed, message.statement).author
+            introduced.extend([author] * (author not in (founder.peer, receiver.peer) and message.hops > FIRST_HOP))
+        return 1
+
+    for one in others[:6]:
+        mesh.link(founder, one)
+    mesh.run(61)
+    mesh.fate = count
+    for one in others[6:]:
+        mesh.link(founder, one)
+    mesh.settle()
+    assert 0 < len(introduced) <= limits.CARDS_INTRODUCED_PER_MINUTE + 6 * limits.CARD_HEARERS
+    mesh.run(1_200)
+    assert all(card_of(others[0], other) is not None for other in others[1:]), "the others as news"
