@@ -104,8 +104,8 @@ def test_what_does_not_fit_is_declined_with_the_reason(nodes: Nodes, tmp_path: P
     join(alice, bob)
     alice.until("sees bob", lambda: connected(alice))
     big_file(tmp_path / "big", limits.MIB + 1)
-    done = alice("run", *ABROAD, "--input", str(tmp_path / "big"), "--", "wc", "-c", "big")
-    done.failed(NoBidError.exit_code, "too_large")
+    asked = ("market", "submit", "--wait", *ABROAD, "--type", "compute", "--op", "sha256")
+    alice(*asked, "--input", str(tmp_path / "big")).failed(NoBidError.exit_code, "too_large")
     assert not alice.ask("wallet.escrows")["items"]
     assert not [file for file in bob.home.blobs_dir.rglob("*") if file.is_file()]
 

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from clawnet import limits
-from clawnet.market.records import Attempt
+from clawnet.market.records import Attempt, Task
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire import events as e
 from tests.node.meshkit import Member, Mesh
@@ -140,7 +140,12 @@ def test_a_result_that_cannot_be_had_is_not_paid_and_the_line_comes_back(
     told: list[Outcome] = []
     members = alice.node.rooms.members
     receipt = members.receipt
-    monkeypatch.setattr(members, "receipt", lambda one, how, task: (told.append(how), receipt(one, how, task)))
+
+    def heard(one: Attempt, how: Outcome, task: Task) -> None:
+        told.append(how)
+        receipt(one, how, task)
+
+    monkeypatch.setattr(members, "receipt", heard)
     compute(alice, deadline_s=600, retries=0)
     mesh.run(200)
     assert len(failing.asked_ms) == tries
