@@ -44,6 +44,7 @@ FIGURES: Final[dict[str, Figure]] = {
     "relayed_refused_total": Figure("Relayed statements that were not taken.", "reason"),
     "relayed_repeated_total": Figure("Relayed statements that came again.", "kind"),
     "security_events_total": Figure("Events of the security log.", "event"),
+    "tasks_held_total": Figure("Own tasks that waited for approval."),
     "tasks_total": Figure("Own tasks, by their final state.", "state"),
     # gauges: their value now
     "auctions_active": Figure("Auctions of own tasks that are open."),
