@@ -87,7 +87,8 @@ class MemoryStore:
                 raise StorageFullError("cannot write to the database: the simulated disk is full")
         for (table, key), row in changes.items():
             held = self.tables[table]
-            self._undo.setdefault((table, key), held.get(key))
+            if not durable:
+                self._undo.setdefault((table, key), held.get(key))
             if row is None:
                 held.drop(key)
             else:
@@ -112,6 +113,9 @@ class MemoryStore:
         for key, row in puts.items():
             if len(row) != width or None in row:
                 raise InternalError(f"a row of {table} has {len(row)} values, or an empty one; {width} are needed")
+            if forever is None and not once:
+                changes[table, key] = row
+                continue
             old = held.get(key) if (table, key) not in changes else None
             if old is not None and forever is not None and old[forever] != row[forever]:
                 raise InternalError(f"a row contradicts one already in the database: {table}")
