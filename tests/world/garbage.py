@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from types import TracebackType
 
-NEW_MIN = 4_000_000
+NEW_MIN = 8_000_000
 """So many containers more than there were, or twice as many if that is more: then dead cycles are looked for."""
 
 

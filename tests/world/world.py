@@ -119,7 +119,8 @@ class World:
         self.warnings: dict[str, int] = {}
         self.seen = self.network.seen
         """What trouble truly happened, each kind counted where it did."""
-        self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.001, 0.01, 0.03)))
+        with SeldomCollected():
+            self._make(nodes, rng, 0.0 if not faults else rng.choice((0.0, 0.001, 0.01, 0.03)))
         self.faults = Faults(self, Random(f"{seed} faults"), enabled=faults and not late)
         self.faults.power = self.faults.power or power
         self.late = late
