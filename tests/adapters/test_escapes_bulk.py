@@ -65,7 +65,12 @@ def test_a_fork_bomb_leaves_the_machine_to_others(daemon: str) -> None:
         bomb = bench.start(kind="shell", argv=["perl", "-e", '$| = 1; print "lit\\n"; while (1) { fork }'], wall_s=20)
         await bench.said(bomb, b"lit\n")
         for sandbox in ("host", "sandboxed"):
-            assert (await bench.shell("echo $(echo fine)", sandbox)).stdout == b"fine\n"
+            # The kernel counts processes by user: of what else that user runs here there may be more at one moment.
+            for _ in range(20):
+                if (await bench.shell("echo $(echo fine)", sandbox)).stdout == b"fine\n":
+                    break
+            else:
+                raise AssertionError(f"nothing runs beside the bomb ({sandbox})")
         bench.executor.stop(bomb)
         assert (await bench.exited(bomb)).ended == "cancelled"
 
