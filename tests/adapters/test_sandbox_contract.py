@@ -270,10 +270,10 @@ def test_a_windows_command_line() -> None:
 
 def test_a_windows_environment_holds_nothing_of_the_nodes() -> None:
     environ = {"SYSTEMROOT": "C:\\Windows", "Path": "C:\\bin", "CLAWNET_OPENCLAW_TOKEN": "secret", "USERNAME": "me"}
-    found = windows_job.environment_of(_spec(argv=["x"], env={"GIVEN": "1"}), Path("/work/0/work"), environ)
+    found = windows_job.environment_of(_spec(argv=["x"], env={"GIVEN": "1"}), Path("/place/0/work"), environ)
     assert found["SystemRoot"] == "C:\\Windows"
     assert found["PATH"] == "C:\\bin"
-    assert (found["GIVEN"], found["TMP"]) == ("1", str(Path("/work/0/tmp")))
+    assert (found["GIVEN"], found["TMP"]) == ("1", str(Path("/place/0/tmp")))
     assert "secret" not in found.values()
     assert "USERNAME" not in found
 
