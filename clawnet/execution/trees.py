@@ -142,13 +142,18 @@ def unpack_tree(source: Source, directory: Path, owner: int | None = None, *, by
     With `owner` all is given to that uid and gid. `bytes_max` bounds the files together (None: as an input's).
     """
     links: list[tuple[Path, str]] = []
+    directories = {""}
     most = limits.INPUT_BYTES_MAX if bytes_max is None else bytes_max
     tar = Reader(source, files_max=limits.TREE_FILES_MAX, bytes_max=most)
     try:
         for member in tar:
             path = directory.joinpath(*components(member.name))
+            # Nothing lies below a link: through one of this tree another could be made anywhere on this machine.
+            if member.name.rpartition("/")[0] not in directories:
+                raise DataError("the tree names a file twice, or one without its directory")
             if member.kind == "dir":
                 make_dir(path, owner)
+                directories.add(member.name)
             elif member.kind == "link":
                 if not stays_inside(member.name, member.target):
                     raise DataError(f"the link {member.name[:60]!r} leads out of its tree")

@@ -196,6 +196,17 @@ def _tar(*members: tuple[tarfile.TarInfo, bytes]) -> io.BytesIO:
         [_member("l", tarfile.SYMTYPE, link="a/../../b")],
         [_member("l", tarfile.SYMTYPE, link=".."), _member("l/x", data=b"1")],
         [_member("l", tarfile.SYMTYPE, link="d"), _member("l/x", data=b"1")],
+        [
+            _member("y", tarfile.DIRTYPE),
+            _member("x", tarfile.SYMTYPE, link="."),
+            _member("x/z", tarfile.SYMTYPE, link="y"),
+        ],
+        [
+            _member("y", tarfile.DIRTYPE),
+            _member("x", tarfile.SYMTYPE, link="."),
+            _member("x/x/y/z", tarfile.SYMTYPE, link="../../.."),
+            _member("y/z/planted", tarfile.SYMTYPE, link="deep"),
+        ],
         [_member("h", tarfile.LNKTYPE, link="/etc/passwd")],
         [_member("d", tarfile.CHRTYPE)],
         [_member("f", tarfile.FIFOTYPE)],
