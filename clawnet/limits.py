@@ -179,6 +179,8 @@ OUTPUTS_LISTED_MAX: Final = 256
 OUTPUTS_BYTES_MAX: Final = 15_360 * MIB
 OUTPUT_DEPTH_MAX: Final = 64
 OUTPUTS_LOOKED_THROUGH_MAX: Final = 1_000_000
+OUTPUTS_COMPARED_MAX: Final = 10_000_000
+"""How often a name may be held against a place in a pattern: a requester may ask for much that is nowhere."""
 INPUT_BYTES_MAX: Final = 16 * GIB
 RESULT_BYTES_MAX: Final = 16 * GIB
 FETCH_TRIES_MAX: Final = 8

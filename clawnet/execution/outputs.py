@@ -196,7 +196,7 @@ class _Search:
         self._found = found
         self._bytes_max = bytes_max
         self._names = _Names()
-        self._looked = 0
+        self._looked = self._compared = 0
         self._parents: list[str] = []
 
     def walk(self, directory: Beneath, prefix: str, state: State, whole: bool) -> None:
@@ -205,6 +205,9 @@ class _Search:
             self._looked += 1
             if self._looked > limits.OUTPUTS_LOOKED_THROUGH_MAX:
                 raise OverLimit(f"the outputs lie among more than {limits.OUTPUTS_LOOKED_THROUGH_MAX} files")
+            self._compared += len(state)
+            if self._compared > limits.OUTPUTS_COMPARED_MAX:
+                raise OverLimit("the output patterns are too many for so many files")
             after = self._globs.step(state, entry.name)
             matched = self._globs.matched(after)
             wanted = self._globs.inside(entry.name) if whole else bool(matched)

@@ -15,6 +15,7 @@ from typing import Final
 from clawnet import limits
 from clawnet.errors import DataError
 
+ANY_DEPTH: Final = "**"
 _GIT: Final = (".git", "git~1")
 State = frozenset[tuple[int, int]]
 """Places in the patterns: (which one, how many of its parts are behind)."""
@@ -34,7 +35,14 @@ def split(pattern: str) -> list[str]:
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     if pattern.startswith(("/", "~")) or ".." in parts or re.match(r"[A-Za-z]:", pattern):
         raise DataError(f"the output pattern {pattern[:60]!r} leads out of the working directory", hint=hint)
-    return [unicodedata.normalize("NFC", part) for part in parts]
+    if sum(part != ANY_DEPTH for part in parts) > limits.OUTPUT_DEPTH_MAX:
+        raise DataError(
+            f"the output pattern {pattern[:60]!r} names what lies more than {limits.OUTPUT_DEPTH_MAX} directories deep",
+            hint=hint,
+        )
+    # Several ** in a row say no more than one.
+    once = [part for n, part in enumerate(parts) if part != ANY_DEPTH or n == 0 or parts[n - 1] != ANY_DEPTH]
+    return [unicodedata.normalize("NFC", part) for part in once]
 
 
 def is_git(name: str) -> bool:
@@ -57,7 +65,7 @@ class Globs:
             raise DataError(f"{len(patterns)} output patterns; at most {limits.OUTPUT_GLOBS_MAX} are allowed")
         self.patterns = tuple(patterns)
         parts = [split(pattern) for pattern in patterns]
-        self._parts = [[None if part == "**" else _matcher(part) for part in each] for each in parts]
+        self._parts = [[None if part == ANY_DEPTH else _Part(part) for part in each] for each in parts]
         self._plain = [[part.startswith(".") for part in each] for each in parts]
         self._git = any(is_git(part) for each in parts for part in each)
 
@@ -137,5 +145,17 @@ class Globs:
         return bool(state)
 
 
-def _matcher(part: str) -> re.Pattern[str]:
-    return re.compile(fnmatch.translate(part), re.DOTALL)
+class _Part:
+    """One part of a pattern, made ready when a name is first held against it: most of a bad pattern's never are."""
+
+    __slots__ = ("_regex", "_text")
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._regex: re.Pattern[str] | None = None
+
+    def match(self, name: str) -> bool:
+        """Whether it means this name."""
+        if self._regex is None:
+            self._regex = re.compile(fnmatch.translate(self._text), re.DOTALL)
+        return self._regex.match(name) is not None

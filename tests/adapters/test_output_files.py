@@ -140,6 +140,10 @@ def test_more_than_may_be_delivered_is_refused_before_it_is_read(
     monkeypatch.setattr(limits, "OUTPUTS_LOOKED_THROUGH_MAX", 2)
     with pytest.raises(OverLimit, match="more than 2"):
         collect(work, ["**/x"], bytes_max=2**50)
+    monkeypatch.setattr(limits, "OUTPUTS_LOOKED_THROUGH_MAX", 1_000)
+    monkeypatch.setattr(limits, "OUTPUTS_COMPARED_MAX", 100)
+    with pytest.raises(OverLimit, match="patterns"):
+        collect(work, [f"**/x{n}" for n in range(limits.OUTPUT_GLOBS_MAX)], bytes_max=2**50)
 
 
 def test_a_file_that_changes_after_it_was_found_is_no_output(tmp_path: Path) -> None:

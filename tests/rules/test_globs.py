@@ -87,6 +87,13 @@ def test_directories_on_the_way_are_known() -> None:
 def test_no_pattern_takes_longer_than_its_path_deserves() -> None:
     globs = Globs(["/".join(["**"] * 40 + ["x"]), "a*" * 300 + "b"])
     assert not globs.covers(["a" * 200] * 60)  # by trying every way through the pattern this would not end at all
+    assert len(globs.step(globs.start, "a")) <= 4  # several ** are one
+
+
+def test_a_pattern_deeper_than_outputs_may_lie_is_refused() -> None:
+    assert Globs(["/".join(["a", "**"] * limits.OUTPUT_DEPTH_MAX)])
+    with pytest.raises(DataError, match="deep"):
+        Globs(["/".join(["a", "**"] * (limits.OUTPUT_DEPTH_MAX + 1))])
 
 
 @given(st.lists(st.sampled_from(["a", "b", ".c", "d.txt"]), min_size=1, max_size=5))
