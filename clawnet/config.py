@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from clawnet import config_file, limits, paths
 from clawnet.config_endpoint import TOKEN_VARIABLE, parse_address, read_token, token_trouble
@@ -15,6 +15,8 @@ from clawnet.config_file import Problem, known_key
 from clawnet.config_keys import KEYS, RESTART, SECTIONS, UNBOUNDED, Key, Value, format_value, parse_value
 from clawnet.errors import ConfigError, DataError, UsageError
 from clawnet.paths import Home
+
+T = TypeVar("T")
 
 _NOT_KEYS = frozenset({"CLAWNET_HOME", "CLAWNET_CONFIG", "CLAWNET_AUTOSTART", "CLAWNET_JOIN", TOKEN_VARIABLE})
 
@@ -34,6 +36,7 @@ class Config:
 
     def __init__(self, settings: Mapping[str, Setting]) -> None:
         self._settings = dict(settings)
+        self._derived: dict[Callable[[Config], Any], Any] = {}
 
     @classmethod
     def defaults(cls, changes: Mapping[str, str] | None = None) -> Config:
@@ -95,6 +98,14 @@ class Config:
         value = self._whole(name, "allowance")
         return None if value == UNBOUNDED else value
 
+    def derived(self, make: Callable[[Config], T]) -> T:
+        """What the function `make` makes of these settings alone, made anew only when they have changed."""
+        try:
+            found: T = self._derived[make]
+        except KeyError:
+            found = self._derived[make] = make(self)
+        return found
+
     def words(self, name: str) -> tuple[str, ...]:
         """A list of words or multiaddrs."""
         value = self._settings[name].value
@@ -133,6 +144,7 @@ class Config:
         applied = [name for name in changed if name not in waiting]
         for name in applied:
             self._settings[name] = other._settings[name]
+        self._derived.clear()
         return applied, list(waiting)
 
     def render(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from clawnet.answers_market import time_text
+from clawnet.config import Config
 from clawnet.errors import FundsError
 from clawnet.market import spending as rule
 from clawnet.market.records import Attempt, Task
@@ -79,16 +80,11 @@ class Spending:
     @property
     def limits(self) -> SpendLimits:
         """What the configuration says now of whatever is spent."""
-        read = self._ctx.config.allowance_ucr
-        return SpendLimits(read(rule.PER_TASK), read(rule.PER_DAY), read(rule.OPEN))
+        return self._ctx.config.derived(_limits_by_kind)[""]
 
     def limits_of(self, kind: str) -> SpendLimits:
         """What it says now of tasks of one kind; storage and swarm tasks have no limits of their own yet."""
-        if kind not in rule.KINDS:
-            return SpendLimits(kind=kind)
-        read = self._ctx.config.allowance_ucr
-        section = f"market.spend.{kind}"
-        return SpendLimits(read(section + ".per_task"), read(section + ".per_day"), read(section + ".open"), kind)
+        return self._ctx.config.derived(_limits_by_kind).get(kind) or SpendLimits(kind=kind)
 
     # --- asking
 
@@ -118,7 +114,8 @@ class Spending:
 
     def _limits(self, task: Task) -> tuple[tuple[SpendLimits, Spent], ...]:
         """The limits that bind a task, each with what counts against it."""
-        return tuple(zip((self.limits, self.limits_of(task.kind)), self._both(task), strict=True))
+        every, of_kind = self._both(task)
+        return (self.limits, every), (self.limits_of(task.kind), of_kind)
 
     def exhausted(self, task: Task) -> bool:
         """Whether nothing at all may be locked for the task now: members need not be asked."""
@@ -212,6 +209,18 @@ class Spending:
             "per_day": {**_shown(limits.per_day_ucr, spent.today_ucr(now_ms)), "resets_at": resets},
             "open": _shown(limits.open_ucr, spent.open_ucr),
         }
+
+
+def _limits_by_kind(config: Config) -> dict[str, SpendLimits]:
+    """The limits of each kind of task; under "" those of whatever is spent."""
+    read = config.allowance_ucr
+    found = {"": SpendLimits(read(rule.PER_TASK), read(rule.PER_DAY), read(rule.OPEN))}
+    for kind in rule.KINDS:
+        section = f"market.spend.{kind}"
+        found[kind] = SpendLimits(
+            read(section + ".per_task"), read(section + ".per_day"), read(section + ".open"), kind
+        )
+    return found
 
 
 def _shown(limit_ucr: int | None, used_ucr: int) -> dict[str, Any]:
