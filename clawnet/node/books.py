@@ -418,6 +418,8 @@ class Books:
         """
         foreign: dict[bytes, None] = {}
         author = self._rooms.members.peer_of(parsed.account) or ""
+        assert isinstance(parsed.body, Claim)
+        keys = {(item.payer, item.seq, item.index): item.key for item in parsed.body.items}
         for payable in outcome.payables:
             if payable is None:
                 continue
@@ -425,17 +427,11 @@ class Books:
                 foreign[payable.payer] = None
                 continue
             self._rooms.outbox.settle(Kind.MARKET_SETTLEMENT, author, RELEASE + payable.seq.to_bytes(8, "big"))
-            if payable.kind == EntryKind.RELEASE:
-                self._key_shown(parsed, payable)
+            key = keys.get((payable.payer, payable.seq, payable.index))
+            if payable.kind == EntryKind.RELEASE and key:
+                self._rooms.awards.key_shown(payable.lock_seq, payable.line, key)
         for payer in foreign:
             self.chains.forward(payer, parsed, peer)
-
-    def _key_shown(self, parsed: Parsed, payable: Payable) -> None:
-        body = parsed.body
-        assert isinstance(body, Claim)
-        for item in body.items:
-            if (item.payer, item.seq, item.index) == (payable.payer, payable.seq, payable.index) and item.key:
-                self._rooms.awards.key_shown(payable.lock_seq, payable.line, item.key)
 
     # --- other writes
 
