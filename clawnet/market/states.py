@@ -197,6 +197,12 @@ _TABLE_OF: Final[dict[type[StrEnum], Mapping[StrEnum, frozenset[StrEnum]]]] = {
 }
 
 
+TASK_MOVES: Final[Mapping[str, frozenset[str]]] = {
+    str(frm): frozenset(map(str, to)) for frm, to in MACHINES["task"].items()
+}
+"""The moves of a task by their words, as its row holds them."""
+
+
 class Step(Struct, frozen=True, gc=False, array_like=True):
     """One line of a story: the state entered, when (Unix milliseconds), and why."""
 

@@ -23,7 +23,7 @@ from clawnet.ledger.taskdoc import Condition, TaskDocument, TaskInput, task_hash
 from clawnet.ledger.taskdoc import encode as encode_document
 from clawnet.market import contracts, taskspec
 from clawnet.market.records import FINAL_STATES, Task, decode_task, encode
-from clawnet.market.states import TaskState, advance
+from clawnet.market.states import TASK_MOVES, TaskState, advance
 from clawnet.money import format_credits
 from clawnet.node import saving
 from clawnet.node.approvals import is_held
@@ -159,7 +159,8 @@ class Tasks:
 
     def move(self, task: Task, state: str, reason: str = "") -> None:
         """One transition, with its time and reason; an impossible one raises (a defect of ours)."""
-        advance(task.task_id.hex(), TaskState(task.state), TaskState(state), reason)
+        if state not in TASK_MOVES.get(task.state, ()):
+            advance(task.task_id.hex(), TaskState(task.state), TaskState(state), reason)
         ctx = self._ctx
         task.state = state
         task.transitions += 1
