@@ -416,8 +416,11 @@ class Members:
 
     def clock_off(self) -> bool:
         """Whether this clock is so far off its peers' that nothing may be stamped by it (LEDGER.md section 8)."""
+        stop_ms = limits.CLOCK_STOP_MS
+        if all(-stop_ms <= self._skew_of(link) <= stop_ms for link in self._ctx.links.values()):
+            return False
         skew_ms = self.skew_ms()
-        return skew_ms is not None and abs(skew_ms) > limits.CLOCK_STOP_MS
+        return skew_ms is not None and abs(skew_ms) > stop_ms
 
     def warnings(self) -> list[str]:
         """What the owner should know of this node's peers and clock."""
