@@ -214,7 +214,8 @@ def _outputs(spec: dict[str, Any], kind: str, op: str) -> list[str]:
         raise _bad("outputs", found, "a list of patterns such as 'dist/*'")
     if found and (kind == "prompt" or op):
         raise UsageError(f"a {'prompt' if kind == 'prompt' else 'built-in operation'} leaves no files for --output")
-    Globs(found)
+    if found:
+        Globs(found)
     return list(dict.fromkeys(found))
 
 
@@ -326,9 +327,9 @@ def normalise(spec: dict[str, Any], config: Config, *, family: str) -> dict[str,
     """
     if not isinstance(spec, dict):
         raise DataError("a task must be a JSON object", hint="see docs/CLI.md, 'A task as JSON'")
-    for name in spec:
-        if name not in _FIELDS:
-            raise DataError(f"unknown task field {name!r}", hint="known: " + ", ".join(sorted(_FIELDS)))
+    if not spec.keys() <= _FIELDS:
+        name = next(name for name in spec if name not in _FIELDS)
+        raise DataError(f"unknown task field {name!r}", hint="known: " + ", ".join(sorted(_FIELDS)))
     kind = kind_of(spec)
     inputs = _inputs(spec)
     module = _module(spec, kind, inputs)

@@ -41,7 +41,8 @@ def check_outputs(payload: dict[str, Any]) -> None:
     if type(size) is not int or not 0 <= size <= limits.OUTPUTS_BYTES_MAX:
         raise WireError("not a payload: the bound of its outputs is no size")
     try:
-        Globs(patterns)
+        if patterns:
+            Globs(patterns)
     except DataError as error:
         raise WireError(f"not a payload: {error.message}") from error
 

@@ -237,7 +237,8 @@ class Taking:
         if reason:
             self._reject(award, reason)
             return
-        self._estimate_s(award)
+        if job.lock_seq < 0:  # with a lock it was estimated when that was judged
+            self._estimate_s(award)
         self._drop(job.job)
         self._rooms.bidding.promised.pop((job.peer, job.task_id), None)
         job.retries = 1 if job.kind != "shell" else 0
