@@ -20,6 +20,7 @@ from clawnet.node.worked import received
 from clawnet.wire.events import STORAGE, BlobReady, MessageIn, Run, StopRun, TaskExited
 from clawnet.wire.jobspec import JobSpec
 from clawnet.wire.messages import Ack, Cancel, Reject, Waiver
+from clawnet.wire.verdict import without_words
 
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
@@ -204,7 +205,13 @@ class Jobs:
         elif job.cancelled:
             self._give_up(job, "cancelled", event.reason)
         else:
-            self._give_up(job, event.ended, event.reason, event.report)
+            self._give_up(job, event.ended, event.reason, self._told(job, event.report))
+
+    def _told(self, job: Job, report: bytes) -> bytes:
+        """What a requester hears of a result that did not pass and is not paid: words only where it may see output."""
+        if not report or job.lock_seq < 0 or job.ring in self._ctx.config.words("market.preview"):
+            return report
+        return without_words(report)
 
     def _give_up(self, job: Job, reason: str, text: str, report: bytes = b"") -> None:
         """No result: a waiver frees the line at once; `report` tells of a contract that the result did not pass."""

@@ -12,7 +12,17 @@ from clawnet import limits
 from clawnet.errors import WireError
 from clawnet.wire.jobspec import Check
 
-__all__ = ["Check", "Judged", "Outcome", "Verdict", "decode_report", "encode_report", "failure", "judged"]
+__all__ = [
+    "Check",
+    "Judged",
+    "Outcome",
+    "Verdict",
+    "decode_report",
+    "encode_report",
+    "failure",
+    "judged",
+    "without_words",
+]
 
 EXIT_CODE: Final = "exit_code"
 OUTPUT_SHA256: Final = "output_sha256"
@@ -22,6 +32,9 @@ VERIFIER_WASM: Final = "verifier_wasm"
 
 CONTRACT: Final = "contract"
 """The word of TaskExited.ended and TASK_WAIVER for a run whose result did not pass its contract."""
+
+UNTOLD: Final = "its executor tells no more before it is paid"
+"""The detail of a condition whose own words might tell of the result."""
 
 Outcome = Literal["passed", "failed", "broken", "skipped"]
 """How a condition came out. `broken`: its verifier came to no verdict (it crashed, or did not end in time), which is no
@@ -72,3 +85,11 @@ def decode_report(report: bytes, conditions: int, *, failed: bool = True) -> Ver
     if failed and failure(verdict) is None:
         raise WireError("not a failure report: no condition failed by it")
     return verdict
+
+
+def without_words(report: bytes) -> bytes:
+    """The same report for somebody who may not see a result before it is paid: which conditions failed, and no more.
+
+    A verifier is its author's own program, and could say the whole result.
+    """
+    return _encode([Judged(one.n, one.outcome, UNTOLD * (one.outcome != "passed")) for one in _decoder.decode(report)])
