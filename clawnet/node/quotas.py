@@ -36,10 +36,19 @@ class Quotas:
                 held += job.blob_bytes
         return held
 
+    def _unpaid_bytes(self, peer: str) -> int:
+        """The part of it that is results: large ones, which lie on the disk until they are paid."""
+        jobs = self._rooms.jobs.jobs.values()
+        return sum([job.blob_bytes for job in jobs if job.blob_bytes and not job.inline and job.peer == peer])
+
     def refusal(self, peer: str, ring: str, input_bytes: int) -> Reason | None:
-        """Why inputs of this size are not taken; None when they are."""
+        """Why inputs of this size are not taken; None when they are.
+
+        Who leaves results unpaid gets nothing more, also nothing without inputs: it would fill the disk with results.
+        """
         if not input_bytes:
-            return None
+            unpaid = ring != "own" and self._unpaid_bytes(peer) > self._ctx.config.integer("storage.requester_max")
+            return Reason.QUOTA if unpaid else None
         if input_bytes > self.input_bytes_max(ring):
             return Reason.TOO_LARGE
         if ring != "own" and self.held_bytes(peer) + input_bytes > self._ctx.config.integer("storage.requester_max"):

@@ -12,6 +12,7 @@ from clawnet.market.records import Attempt, Task
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire import events as e
 from tests.node.meshkit import Member, Mesh
+from tests.node.outcomes import answer
 from tests.node.trades import CREDIT, SELFLESS, compute, laws, only, paid, pair
 
 HOUR_S = 3_600
@@ -223,6 +224,27 @@ def test_one_requester_fills_no_more_than_its_share(mesh: Mesh) -> None:
     assert len(bob.runs) == 1
     assert bob.node.rooms.quotas.refusal(alice.peer, "member", half) == "quota"
     assert bob.node.rooms.quotas.refusal(alice.peer, "own", half) is None
+
+
+def test_whoever_leaves_results_unpaid_fills_no_more_than_its_share_with_them(mesh: Mesh) -> None:
+    alice = mesh.found("alice", **SELFLESS)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"storage.requester_max": str(limits.MIB)})
+    mesh.link_all()
+    mesh.run(2)
+    bob.inline_max = 0
+    bob.runner = lambda member, run: answer(member, run, bytes(limits.MIB))
+    alice.fetch_fails = lambda effect: e.BlobReady(effect.request, "not now", b"", e.LINK, 1)
+    compute(alice, deadline_s=600)
+    mesh.run(5)
+    assert len(bob.runs) == 1 and bob.node.rooms.quotas.held_bytes(alice.peer) > limits.MIB
+    compute(alice, deadline_s=600)
+    mesh.run(20)
+    assert len(bob.runs) == 1
+    alice.fetch_fails = lambda effect: None
+    mesh.run(60)
+    compute(alice, deadline_s=600)
+    mesh.run(20)
+    assert len(bob.runs) > 1, "what is paid is no longer counted"
 
 
 def test_what_has_no_room_is_declined_until_there_is(mesh: Mesh) -> None:
