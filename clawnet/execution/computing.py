@@ -7,6 +7,7 @@ directory is made only for what does not fit in an answer, and goes with the run
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -120,6 +121,15 @@ class Computing:
         else:
             self._start_operation(spec, ended)
 
+    def cancel(self, job: bytes) -> bool:
+        """Forgets a job; True if it was known. What its module has left goes when its worker is surely gone."""
+        if not self._pool.cancel(job):
+            return False
+        directory = self._home.wasm_runs_dir / job.hex()
+        if not self.trouble:
+            self._loop.call_later(limits.KILL_GRACE_S, self._loop.run_in_executor, None, _cleared, directory)
+        return True
+
     # --- operations
 
     def _start_operation(self, spec: JobSpec, ended: Callable[[Computed], None]) -> None:
@@ -230,12 +240,20 @@ class Computing:
             blobs=str(module.parent.parent),
             cache=str(self._home.wasm_cache_dir),
             cache_bytes_max=settings.wasm_cache_bytes_max,
+            outputs_bytes_max=run.outputs_bytes_max,
         )
 
     def _file(self, item: InputRef, cwd_input: str) -> InputFile:
         name = "" if item.kind == "tree" and item.name == cwd_input else item.name
         path = str(self._blobs.path(item.blob))
         return InputFile(name, item.kind, path, item.size, item.mode, item.blob.hex())
+
+
+def _cleared(directory: Path) -> None:
+    """Removes what a cancelled run has left; what cannot be removed now goes with the next start."""
+    with contextlib.suppress(OSError):
+        if directory.exists():
+            remove_tree(directory)
 
 
 class _Streams:

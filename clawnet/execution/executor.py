@@ -239,7 +239,7 @@ class Executor:
             run.stop("cancelled", reason)
         elif job in self._preparing:
             self._stop_asked[job] = reason
-        elif job in self._computing and self._pool.cancel(job):
+        elif job in self._computing and self._computer.cancel(job):
             del self._computing[job]
             self._loop.call_soon(self._deliver, without_result(job, "cancelled", reason))
         elif not self._judge.stop(job, reason):

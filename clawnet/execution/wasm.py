@@ -24,8 +24,9 @@ from clawnet import limits
 from clawnet.errors import DataError
 from clawnet.execution.wasi import Exited, TooMuchOutput, Wasi, perform
 from clawnet.execution.wasiabi import CALLS, MODULE
+from clawnet.execution.wasifiles import File
 from clawnet.execution.wasmcache import Cache
-from clawnet.execution.wasmruns import BAD_INPUT, TRAPPED, WasmEnded, WasmRequest
+from clawnet.execution.wasmruns import BAD_INPUT, OUTPUTS_LIMIT, TRAPPED, WasmEnded, WasmRequest
 from clawnet.modulefile import LOOK_BYTES, magic_trouble
 from clawnet.wire.globs import Globs
 
@@ -395,13 +396,22 @@ def _brief(error: wasmtime.WasmtimeError) -> str:
 
 
 def _keep_files(wasi: Wasi, request: WasmRequest) -> None:
-    """Writes those of the module's files that its task asks for where results are gathered."""
+    """Writes those of the module's files that its task asks for where results are gathered.
+
+    A file has as many names as the module gives it, and each becomes one of its own: they are bounded before any is.
+    """
     globs, made = Globs(request.outputs), set[str]()
     top = os.path.join(request.directory, "files")
     os.makedirs(top, mode=0o700, exist_ok=True)
+    wanted: list[tuple[str, File]] = []
+    left = request.outputs_bytes_max
     for name, file in wasi.files.all_files():
-        if not globs.covers(name.split("/")):
-            continue
+        if globs.covers(name.split("/")):
+            wanted.append((name, file))
+            left -= file.size
+            if left < 0 or len(wanted) > limits.TREE_FILES_MAX:
+                raise Failed(OUTPUTS_LIMIT)
+    for name, file in wanted:
         path = os.path.join(top, *name.split("/"))
         above = os.path.dirname(path)
         if above not in made:

@@ -13,6 +13,8 @@ from clawnet import limits
 WASM: Final = "wasm"
 LIMIT_WORDS: Final = frozenset(("wall_limit", "memory_limit", "output_limit", "fuel_limit"))
 ENGINE_TROUBLE: Final = "the engine for WebAssembly does not load here: "
+OUTPUTS_LIMIT: Final = "outputs_limit"
+"""A worker's word for output files beyond their bound: to the node's an output_limit as any."""
 BAD_INPUT: Final = "bad_input"
 """The word of TaskExited.ended for a module that cannot be run anywhere: its requester's fault."""
 TRAPPED: Final = 134
@@ -59,6 +61,7 @@ class WasmRequest(Struct, frozen=True, array_like=True, gc=False):
     blobs: str = ""
     cache: str = ""
     cache_bytes_max: int = 0
+    outputs_bytes_max: int = limits.OUTPUTS_BYTES_MAX
 
 
 class WasmEnded(Struct, frozen=True, array_like=True, gc=False):
@@ -96,6 +99,9 @@ def told(reason: str, request: WasmRequest, time_s: float) -> tuple[str, str]:
     """A worker's reason as the word of TaskExited.ended and a sentence."""
     if reason in LIMIT_WORDS:
         return reason, said(reason, request, time_s)
+    if reason == OUTPUTS_LIMIT:
+        most = f"{request.outputs_bytes_max} bytes, or {limits.TREE_FILES_MAX} files"
+        return "output_limit", f"the outputs are more than {most}"
     word, colon, sentence = reason.partition(": ")
     return (word, sentence) if colon and word == BAD_INPUT else ("failed", reason)
 

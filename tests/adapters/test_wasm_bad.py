@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import wasmtime
 
 from clawnet import limits
+from clawnet.execution import wasm
 from clawnet.execution.spec import InputRef
+from clawnet.execution.wasi import Wasi
+from clawnet.execution.wasmruns import WasmRequest, told
 from clawnet.wire.events import CapacityChanged
 from tests.adapters.execution_bench import Bench, with_bench
 from tests.adapters.modules import (
@@ -153,6 +158,38 @@ def test_a_module_that_is_cancelled_as_soon_as_it_began_does_not_go_on() -> None
         assert pid not in bench.executor.worker_pids
 
     with_bench(body, slots=1, **OFF)
+
+
+def test_what_a_cancelled_module_has_written_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "KILL_GRACE_S", 0.05)
+    writes = """(local $n i32) (loop $again (call $say (i32.const 60000))
+        (local.set $n (i32.add (local.get $n) (i32.const 1)))
+        (br_if $again (i32.lt_u (local.get $n) (i32.const 100)))) (loop $forever (br $forever))"""
+
+    async def body(bench: Bench) -> None:
+        job = start(bench, program(writes), wall_s=3600)
+        async with asyncio.timeout(60):
+            while nothing_left(bench):
+                await done(bench, HELLO)
+            bench.executor.stop(job)
+            assert (await bench.exited(job)).ended == "cancelled"
+            while not nothing_left(bench):
+                await done(bench, HELLO)
+
+    with_bench(body, slots=2, **OFF)
+
+
+def test_a_file_of_many_names_is_not_written_beyond_what_outputs_may_be(tmp_path: Path) -> None:
+    wasi = Wasi([], [], io.BytesIO(), lambda stream, data: None, files_bytes_max=2_000, seed=b"")
+    content = wasi.files.create(wasi.files.root, "a")
+    wasi.files.write(content, 0, bytes(1_000))
+    for number in range(10):
+        wasi.files.link(content, wasi.files.root, f"b{number}")
+    request = WasmRequest("", "", [], directory=str(tmp_path / "run"), outputs=["b*"], outputs_bytes_max=9_999)
+    with pytest.raises(wasm.Failed) as stopped:
+        wasm._keep_files(wasi, request)
+    assert told(str(stopped.value), request, 1.0)[0] == "output_limit"
+    assert not list(tmp_path.rglob("b*"))
 
 
 def test_memory_tables_stack_and_output_are_bounded() -> None:
