@@ -2,7 +2,7 @@
 
 A fetch that brings nothing is tried FETCH_TRIES_MAX times, with growing pauses, while its holder is connected; every
 byte that came begins the count anew. While the holder is away nothing is counted: it is asked when it is back. How long
-all of it may take is for whoever waits: a job has its deadline, a line its expiry.
+all of it may take is for whoever waits: a job has its deadline, a line its expiry, a task with retries its lease.
 """
 
 from __future__ import annotations
@@ -82,6 +82,12 @@ class Fetches:
         for fetching in self._fetching.values():
             if fetching.effect.peer == peer:
                 self._again(fetching)
+
+    def peer_down(self, peer: str) -> None:
+        """A holder is away: whoever waits for a result of it begins to count."""
+        for fetching in self._fetching.values():
+            if fetching.effect.peer == peer:
+                self._rooms.results.holder_away(fetching.effect.request)
 
     def _again(self, fetching: Fetching) -> None:
         if not fetching.under_way:

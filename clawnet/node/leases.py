@@ -59,14 +59,19 @@ class Leases:
             # The refund is asked for and waits for the wallet, or for its clock.
             ends_ms = self._ctx.now + AGAIN_MS
         if attempt.paying and task.state not in FINAL_STATES and not task.shown_lost:
-            silent_ms = self._silent_ms(attempt)
+            silent_ms = self._silent_ms(task, attempt)
             if silent_ms:
                 return min(attempt.heard_ms + silent_ms, ends_ms)
         return ends_ms
 
-    @staticmethod
-    def _silent_ms(attempt: Attempt) -> int:
-        """How long nothing may be heard of an attempt in this state; 0: that does not matter."""
+    def _silent_ms(self, task: Task, attempt: Attempt) -> int:
+        """How long nothing may be heard of an attempt in this state; 0: that does not matter.
+
+        An executor that goes away with its result on the way is waited for where nobody else may do the task.
+        """
+        if attempt.state == "fetching":
+            away = task.retries_left > 0 and not self._ctx.connected(attempt.peer)
+            return limits.LEASE_S * 1000 if away else 0
         if attempt.state == "locked" or (attempt.state == "awarded" and not attempt.price_ucr):
             return limits.ACCEPT_TIMEOUT_MS
         return limits.LEASE_S * 1000 if attempt.state == "accepted" else 0
@@ -134,11 +139,15 @@ class Leases:
     def _silence(self, task: Task, attempt: Attempt) -> None:
         """No ACCEPT in time, or no progress within the lease (LEDGER.md section 6, reassignment)."""
         ctx = self._ctx
-        limit_ms = self._silent_ms(attempt)
+        limit_ms = self._silent_ms(task, attempt)
         attempt.heard_ms = min(attempt.heard_ms, ctx.now)  # the clock may have been set back
         if not limit_ms or ctx.now < attempt.heard_ms + limit_ms:
             return
         name = self._rooms.members.name_of(attempt.peer)
+        if attempt.state == "fetching":
+            attempt.lost = True
+            self._rooms.results.withheld(task, attempt, f"{name} went away with its result")
+            return
         self._rooms.members.receipt(attempt, Outcome.LOST, task)
         attempt.lost = True
         if task.spec["retries"] > 0 and task.retries_left > 0:

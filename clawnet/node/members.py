@@ -279,6 +279,7 @@ class Members:
         self._rooms.reaching.down(event.peer, event.reason)
         self._rooms.auctions.peer_down(event.peer)
         self._rooms.books.peer_down(event.peer)
+        self._rooms.fetches.peer_down(event.peer)
         self._rooms.tasks.followers.peer_down(event.peer)
 
     def meet(self, event: MeetPeers) -> None:

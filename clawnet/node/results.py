@@ -130,6 +130,17 @@ class Results:
         self._rooms.tasks.touch(task)
         self._rooms.leases.arm(task)
 
+    def holder_away(self, request: bytes) -> None:
+        """Whoever holds a result that is being fetched has gone: its lease begins now."""
+        found = self._rooms.awards.of_about(request[len(RESULT) :]) if request.startswith(RESULT) else None
+        if found is not None and found[1].state == "fetching":
+            found[1].heard_ms = self._ctx.now
+            self._rooms.leases.arm(found[0])
+
+    def withheld(self, task: Task, attempt: Attempt, why: str) -> None:
+        """Its executor stayed away for longer than its lease, and another one may do the task."""
+        self._refused(task, attempt, why, Outcome.LOST)
+
     def _refused(self, task: Task, attempt: Attempt, why: str, outcome: Outcome | None) -> None:
         """What this executor delivered is none: nothing is released for it, and a line comes back at its expiry."""
         rooms = self._rooms

@@ -175,6 +175,30 @@ def test_a_result_withheld_goes_to_another_where_the_retries_allow(mesh: Mesh) -
     assert task.state == "settled" and [one.peer for one in task.attempts] == [bob.peer, carol.peer]
 
 
+@pytest.mark.parametrize(("retries", "away_s", "takers"), [(1, 45, "bc"), (1, 20, "b"), (0, 45, "b")])
+def test_who_goes_away_with_its_result_is_waited_for_as_long_as_its_lease_unless_nobody_else_may(
+    mesh: Mesh, retries: int, away_s: int, takers: str
+) -> None:
+    alice = mesh.found("alice", **SELFLESS)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"market.rates.task": "0.01"})
+    carol = mesh.join(alice, "carol", credits_ucr=CREDIT)
+    mesh.link_all()
+    mesh.run(2)
+    bob.inline_max = 0
+    alice.fetch_fails = lambda effect: e.BlobReady(effect.request, "cut", b"", e.LINK, 1)
+    compute(alice, deadline_s=300, retries=retries)
+    mesh.run(40)
+    assert attempt(alice).state == "fetching", "as long as it is there it is not silent"
+    mesh.cut(alice, bob)
+    alice.fetch_fails = lambda effect: None
+    mesh.run(away_s)
+    mesh.link(alice, bob)
+    mesh.run(30)
+    task = only(alice)
+    assert task.state == "settled" and paid(mesh)
+    assert [one.peer for one in task.attempts] == [{"b": bob, "c": carol}[name].peer for name in takers]
+
+
 def test_the_deadline_tells_why_a_result_that_is_there_is_not_here(mesh: Mesh) -> None:
     alice, bob = pair(mesh)
     bob.inline_max = 0
