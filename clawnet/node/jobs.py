@@ -271,6 +271,8 @@ class Jobs:
 
     def flush(self) -> None:
         """Writes the rows of all jobs that changed in this turn; finished ones leave the memory."""
+        if not self._dirty:
+            return
         for job in self._dirty.values():
             self._ctx.put("jobs", job.job, job.state, self._ctx.now, encode(job))
             if job.state in ("done", "rejected", "waived", "forfeited"):

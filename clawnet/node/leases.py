@@ -32,12 +32,16 @@ class Leases:
         if is_held(task):
             self._ctx.wake(("task", task.task_id), task.held_until_ms)
             return
-        due = [self._due_ms(task, attempt) for attempt in task.attempts if not attempt.closed]
+        first_ms = 0
         if task.state not in FINAL_STATES and not task.shown_lost and task.state not in ("delivered", "verified"):
-            due.append(task.deadline_ms)
-        due = [at_ms for at_ms in due if at_ms]
-        if due:
-            self._ctx.wake(("task", task.task_id), max(min(due), self._ctx.now + 1))
+            first_ms = task.deadline_ms
+        for attempt in task.attempts:
+            if not attempt.closed:
+                due_ms = self._due_ms(task, attempt)
+                if due_ms and (due_ms < first_ms or not first_ms):
+                    first_ms = due_ms
+        if first_ms:
+            self._ctx.wake(("task", task.task_id), max(first_ms, self._ctx.now + 1))
 
     def heard(self, task: Task, attempt: Attempt) -> None:
         """A sign of life: the lease begins again, also of an executor that was given up for lost."""

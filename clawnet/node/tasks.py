@@ -104,6 +104,8 @@ class Tasks:
         The entries of the turn are written by now: the answer tells what has become of the escrow.
         """
         ctx = self._ctx
+        if not self._dirty and not self._ended:
+            return
         for task in self._ended.values():
             self.answer(task)
         self._ended.clear()
