@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -34,6 +35,12 @@ _SYNONYMS: Final = {"shell": SHELL, "prompt": AI}
 
 def _canonical(word: str) -> str:
     return _SYNONYMS.get(word, word)
+
+
+@lru_cache(maxsize=256)
+def _offered(words: tuple[str, ...]) -> dict[str, None]:
+    """The capabilities of a card by their own names; most nodes of a mesh can do the same."""
+    return dict.fromkeys(map(_canonical, words))
 
 
 def capability_hash(card: PeerCard) -> bytes:
@@ -68,7 +75,7 @@ def unmet(kind: str, requirements: Requirements, card: PeerCard, ring: str) -> R
     among the card's shell rings, a prompt among its prompt rings.
     """
     needed = CAPABILITY_OF_KIND.get(kind)
-    offered = {_canonical(word) for word in card.capabilities}
+    offered = _offered(tuple(card.capabilities))
     if needed is None or needed not in offered:
         return Reason.NO_CAPABILITY
     if not all(_canonical(word) in offered for word in requirements.capabilities):
@@ -128,8 +135,7 @@ class CapabilityIndex:
             self._unlist(card.peer)
             self._hashes.pop(card.peer, None)
             by_word, peer = self._by_word, card.peer
-            for word in card.capabilities:
-                word = _SYNONYMS.get(word, word)
+            for word in _offered(tuple(card.capabilities)):
                 peers = by_word.get(word)
                 if peers is None:
                     peers = by_word[word] = {}

@@ -287,7 +287,9 @@ def _operation(spec: dict[str, Any], kind: str, module: str) -> tuple[str, dict[
 
 def _accept(spec: dict[str, Any], inputs: list[dict[str, str]]) -> list[contracts.Accept]:
     """The acceptance contract; its verifier modules are inputs of the task document, though no files of the task."""
-    found = contracts.read(spec.get("accept"))
+    if spec.get("accept") is None:
+        return []
+    found = contracts.read(spec["accept"])
     taken = {item["name"] for item in inputs}
     for module in contracts.modules(found):
         if module["name"] in taken:
@@ -302,8 +304,9 @@ def _requirements(
     spec: dict[str, Any], kind: str, work: str, family: str, accept: list[contracts.Accept]
 ) -> dict[str, Any]:
     capability = {"shell": "shell-execution", "compute": "compute", "prompt": "ai-inference"}[kind]
-    wanted = [capability, *([work] if work else []), *_words(spec, "require"), *contracts.needs(accept)]
-    commands = kind == "shell" or contracts.SHELL in contracts.needs(accept)
+    judged = contracts.needs(accept) if accept else []
+    wanted = [capability, *([work] if work else []), *_words(spec, "require"), *judged]
+    commands = kind == "shell" or contracts.SHELL in judged
     system = _text(spec, "os", 16)
     if system and system not in OS_FAMILIES:
         raise _bad("os", system, ", ".join(OS_FAMILIES))
