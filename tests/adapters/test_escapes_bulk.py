@@ -292,6 +292,34 @@ def test_what_lies_on_the_disk_is_counted_once_and_links_are_not_followed(tmp_pa
     assert disk_used(root, [], 2).files > 2
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="directories are not shut by their mode there")
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o200, 0o400])
+def test_what_lies_below_a_directory_that_a_run_has_shut_is_counted(mode: int) -> None:
+    """By a node that is not root: root may look into everything."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        root = Path(directory)
+        (root / "shut" / "inner").mkdir(parents=True)
+        (root / "shut" / "inner" / "big").write_bytes(os.urandom(2 * _MB))
+        precious = root / "precious"
+        precious.mkdir(mode=0o500)
+        (root / "shut" / "link").symlink_to(precious)
+        user = os.geteuid() or 65_534
+        for path in (root, *root.rglob("*")):
+            os.chown(path, user, -1, follow_symlinks=False)
+        (root / "shut").chmod(mode)
+        child = os.fork()
+        if not child:
+            try:
+                if not os.geteuid():
+                    os.setuid(user)
+                used = disk_used(root, [], 1_000)
+                os._exit(0 if used.bytes > 2 * _MB and used.files == 5 and not used.hidden else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert precious.stat().st_mode & 0o777 == 0o500
+
+
 def test_trees_of_every_kind_are_removed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
