@@ -173,7 +173,8 @@ class BlobFetcher:
         try:
             if not wish.inline:
                 for blob, size in blobs:
-                    parts.append(await where_due(size, self._store.fetching, blob, size, wish.source))
+                    # Noted in the thread itself: a part that was opened while this was cancelled is stopped too.
+                    await where_due(size, lambda *of: parts.append(self._store.fetching(*of)), blob, size, wish.source)
             offsets = [part.verified // limits.BLOB_CHUNK_BYTES * limits.BLOB_CHUNK_BYTES for part in parts] or [0]
             asked = zip(blobs, offsets, strict=True)
             await write_all(

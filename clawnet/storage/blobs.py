@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from clawnet import limits
-from clawnet.errors import DataError, NotFoundError, StorageFullError
+from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
 from clawnet.storage.files import open_new, sync, sync_directory, translated
 from clawnet.storage.partials import BlobPart, Parts, SeenPart, source_tag
 from clawnet.wire.blobid import BlobHasher, blob_id, id_of_leaves, leaf, leaf_count, split_leaves
@@ -109,6 +109,9 @@ class BlobStore:
             self.check_room(size - part.find())
         except StorageFullError:
             part.drop()
+            raise
+        except StorageError:
+            self.parts.ended(part)
             raise
         return part
 

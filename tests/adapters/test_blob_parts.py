@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clawnet import limits
-from clawnet.errors import NotFoundError, StorageFullError
+from clawnet.errors import NotFoundError, StorageError, StorageFullError
+from clawnet.net.fetching import BlobFetcher, Wish
 from clawnet.storage import blobs as blobs_module
 from clawnet.storage.blobs import BlobStore
 from clawnet.storage.partials import BlobPart, SeenPart
@@ -180,6 +185,50 @@ def test_no_room_for_what_is_declared_is_told_before_the_first_byte(store: BlobS
     with pytest.raises(StorageFullError, match="do not fit"):
         store.fetching(BLOB, len(DATA), BOB)
     assert files(store) == []
+
+
+def test_a_disk_that_does_not_tell_its_room_holds_no_part_for_ever(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: object) -> None:
+        raise OSError(errno.EIO, "no answer")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(shutil, "disk_usage", fails)
+        store.fetching(BLOB, len(DATA), BOB)
+    part = store.fetching(BLOB, len(DATA), BOB)
+    assert isinstance(part, BlobPart)
+    finish(store, part)
+
+
+def test_a_fetch_cancelled_while_its_part_is_opened_can_be_made_again(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go = threading.Event(), threading.Event()
+    open_part = store.parts.open
+
+    def slowly(blob: bytes, size: int, source: str) -> BlobPart:
+        began.set()
+        assert go.wait(60)
+        return open_part(blob, size, source)
+
+    async def body() -> None:
+        fetcher = BlobFetcher(store, lambda *words, **more: None, lambda name, by: None)
+        wish = Wish(TASK, [(BLOB, len(DATA))], source=BOB)
+        unused: Any = None  # nothing is asked before the part is open
+        task = asyncio.create_task(fetcher._transfer(unused, wish, wish.blobs))
+        assert await asyncio.to_thread(began.wait, 60)
+        task.cancel()
+        asyncio.get_running_loop().call_soon(go.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.parts, "open", slowly)
+        asyncio.run(body())
+    part = store.fetching(BLOB, len(DATA), BOB)
+    assert isinstance(part, BlobPart)
+    finish(store, part)
 
 
 def test_a_bound_that_is_reached_on_the_way_keeps_nothing(store: BlobStore) -> None:
