@@ -38,6 +38,7 @@ from clawnet.paths import Home, make_private_dir
 MODULE_NAME: Final = "module"
 """What a module finds as its own name, wherever and under whatever name it came."""
 _READ_BYTES: Final = 256 * limits.KIB
+_FEW: Final = 64
 _decode: Final = msgspec.msgpack.Decoder(WasmEnded).decode
 
 
@@ -187,8 +188,10 @@ class Computing:
         began_s = self._loop.time()
 
         def close() -> None:
-            if directory.exists():
-                remove_tree(directory)
+            if _holds_few(directory):
+                _cleared(directory)
+            else:
+                self._loop.run_in_executor(None, _cleared, directory)
 
         def answered(data: bytes, reason: str, cpu_s: float) -> None:
             took_s = self._loop.time() - began_s
@@ -249,8 +252,18 @@ class Computing:
         return InputFile(name, item.kind, path, item.size, item.mode, item.blob.hex())
 
 
+def _holds_few(directory: Path) -> bool:
+    """Whether removing it takes no time worth a thread."""
+    held = 0
+    for _, inner, files in os.walk(directory):
+        held += len(inner) + len(files)
+        if held > _FEW:
+            return False
+    return True
+
+
 def _cleared(directory: Path) -> None:
-    """Removes what a cancelled run has left; what cannot be removed now goes with the next start."""
+    """Removes what a run has left; what cannot be removed now goes with the next start."""
     with contextlib.suppress(OSError):
         if directory.exists():
             remove_tree(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import wasmtime
 
 from clawnet import limits
-from clawnet.execution import wasm
+from clawnet.execution import computing, wasm
 from clawnet.execution.spec import InputRef
 from clawnet.execution.wasi import Wasi
 from clawnet.execution.wasmruns import WasmRequest, told
@@ -177,6 +178,27 @@ def test_what_a_cancelled_module_has_written_goes(monkeypatch: pytest.MonkeyPatc
                 await done(bench, HELLO)
 
     with_bench(body, slots=2, **OFF)
+
+
+def test_many_files_that_a_module_has_left_are_removed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(computing, "_FEW", 1)
+    cleared, told_in = computing._cleared, list[threading.Thread]()
+
+    def noted(directory: Path) -> None:
+        told_in.append(threading.current_thread())
+        cleared(directory)
+
+    monkeypatch.setattr(computing, "_cleared", noted)
+
+    async def body(bench: Bench) -> None:
+        inputs = [file(bench, "note.txt", b"a note"), tree(bench, "tree", {"inner.txt": b"inner"})]
+        await done(bench, HERE / "wasm" / "files.wasm", "last", inputs=inputs, outputs=["a/*", "tree/*.txt"])
+        async with asyncio.timeout(60):
+            while not nothing_left(bench):
+                await done(bench, HELLO)
+        assert told_in[0] is not threading.main_thread()
+
+    with_bench(body, **OFF)
 
 
 def test_a_file_of_many_names_is_not_written_beyond_what_outputs_may_be(tmp_path: Path) -> None:
