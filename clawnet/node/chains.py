@@ -325,10 +325,10 @@ class Chains:
         if message.account != self._ctx.account and message.entries:
             before = books.book.head(message.account)
             books.take(peer, message.entries)
-            if not message.end:
-                self.pull(peer, message.account)
             if books.book.head(message.account) == before:
                 stuck = message.account  # they wait for something else: to ask for the same again would never end
+            elif not message.end:
+                self.pull(peer, message.account)
         for head in message.heads:
             self._head(peer, head, follow=head.account != stuck)
 
@@ -343,7 +343,8 @@ class Chains:
         if self._books.convicted(head.account):
             return  # both branches are known of; to ask each other for them would never end
         if relation in ("differs", "lookup"):
-            self.pull(peer, head.account, head.seq, head.seq)
+            if follow:
+                self.pull(peer, head.account, head.seq, head.seq)
         elif relation == "behind":
             if follow and self._wanted(peer, head.account):
                 self.pull(peer, head.account)
