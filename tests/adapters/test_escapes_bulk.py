@@ -9,12 +9,13 @@ import asyncio
 import os
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from clawnet import limits
-from clawnet.execution import shell, watching, workdirs
+from clawnet.execution import process, shell, watching, workdirs
 from clawnet.execution.diskuse import disk_used
 from clawnet.execution.watching import Bounds, Watchdog
 from tests.adapters.daemons import DAEMON, as_daemon
@@ -344,6 +345,33 @@ def test_trees_of_every_kind_are_removed(tmp_path: Path) -> None:
     assert not root.exists()
     assert (precious / "kept").exists()
     workdirs.remove_tree(root)
+
+
+def test_what_many_processes_share_is_weighed_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes seconds over it, which a run of strangers could make the node stand still for."""
+    weighed_in: list[threading.Thread] = []
+
+    def weigh(pids: object, in_files: int = 0) -> int:
+        weighed_in.append(threading.current_thread())
+        return 12_345
+
+    monkeypatch.setattr(process, "proportional_bytes", weigh)
+
+    async def body() -> None:
+        ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+
+        def end(how: str, reason: str) -> None:
+            if not ended.done():
+                ended.set_result((how, reason))
+
+        watch = Watchdog(Bounds(12_344, 2**40), tmp_path, members=lambda: [os.getpid()], end=end)
+        watch.start()
+        assert await ended == ("memory_limit", "the run held 12345 bytes of memory; 12344 are allowed")
+        watch.stop()
+        assert watch.peak_bytes == 12_345
+
+    asyncio.run(body())
+    assert threading.main_thread() not in weighed_in
 
 
 def test_the_watch_over_a_run_that_is_over_says_nothing(tmp_path: Path) -> None:
