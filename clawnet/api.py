@@ -159,8 +159,9 @@ class Client:
 
     def send(self, method: str, params: dict[str, Any] | None = None) -> int:
         """Sends a call without waiting; what comes back is had by `receive`. Returns the call's number."""
-        self._last_call += 1
-        line = rpc.request_line(self._last_call, method, params or {})
+        # A signal's handler may send a call of its own before this one has returned: the number is this one's alone.
+        call = self._last_call = self._last_call + 1
+        line = rpc.request_line(call, method, params or {})
         self.connect()
         assert self._channel is not None
         greeting, self._greeting = self._greeting, b""
@@ -170,7 +171,7 @@ class Client:
             # A refusal may have been written before the daemon closed: it tells more than the broken pipe.
             if not greeting:
                 raise self._gone() from error
-        return self._last_call
+        return call
 
     def receive(self, call: int | None = None, *, deadline: float | None = None) -> Event:
         """The next event, of `call` alone or of any; others are kept for later. `deadline` is in monotonic seconds."""

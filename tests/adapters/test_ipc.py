@@ -156,6 +156,25 @@ def test_answers_of_another_call_are_kept_for_it(served: Served) -> None:
         assert client.receive(held).value == "late"
 
 
+def test_a_call_that_a_signal_sends_while_another_is_sent_takes_no_number_of_it(served: Served) -> None:
+    with Client(served.home, autostart=False) as client:
+        client.connect()
+        channel = client._channel
+        assert channel is not None
+        plain, sent = channel.write, []
+
+        def interrupted(data: bytes) -> None:
+            plain(data)
+            if not sent:
+                sent.append(0)
+                sent[0] = client.send("echo", {"from": "the handler"})
+
+        channel.write = interrupted  # type: ignore[method-assign]
+        call = client.send("echo", {"from": "the program"})
+        assert client.receive(call).value == {"from": "the program"}
+        assert client.receive(sent[0]).value == {"from": "the handler"}
+
+
 def test_a_thousand_calls_in_flight_on_one_connection(served: Served) -> None:
     async def many() -> list[Any]:
         async with AsyncClient(served.home) as client:
