@@ -67,6 +67,8 @@ class Executor:
         self._entropy = entropy
         self._deliver = deliver
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="clawnet-execution")
+        # What this node's own user waits for is not held up by what others have made it do, nor the reverse.
+        self._own_threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="clawnet-own")
         self._running: dict[bytes, ShellRun] = {}
         self._preparing: dict[bytes, JobSpec] = {}
         self._stop_asked: dict[bytes, str] = {}
@@ -112,9 +114,9 @@ class Executor:
             )
         )
         self._files = LocalFiles(
-            self._home, self._blobs, self._entropy, self._in_thread, self._deliver, self._loop.call_soon_threadsafe
+            self._home, self._blobs, self._entropy, self._in_own_thread, self._deliver, self._loop.call_soon_threadsafe
         )
-        self._opener = Opener(self._blobs, self._judge, self._in_thread, self._deliver)
+        self._opener = Opener(self._blobs, self._judge, self._in_own_thread, self._deliver)
         self._outgoing = Outgoing(self._blobs, self._judge, self._entropy, self._in_thread, self._deliver)
         feeding.sweep(self._home)
         self._files.recover()
@@ -151,6 +153,7 @@ class Executor:
         """
         if not self._started:
             self._threads.shutdown()
+            self._own_threads.shutdown()
             return
         for job in [*self._running, *self._preparing, *self._computing]:
             self._stop(job, "the node stops")
@@ -161,6 +164,7 @@ class Executor:
             await self._idle.wait()
         self._pool.stop()
         self._threads.shutdown(wait=True)
+        self._own_threads.shutdown(wait=True)
         self._places.close()
 
     def shell_mode(self, ring: str) -> str:
@@ -433,7 +437,12 @@ class Executor:
     # --- threads
 
     def _in_thread(self, done: Callable[[Future[T]], None], work: Callable[..., T], *args: Any) -> None:
-        future = self._threads.submit(work, *args)
+        self._watch(self._threads.submit(work, *args), done)
+
+    def _in_own_thread(self, done: Callable[[Future[T]], None], work: Callable[..., T], *args: Any) -> None:
+        self._watch(self._own_threads.submit(work, *args), done)
+
+    def _watch(self, future: Future[T], done: Callable[[Future[T]], None]) -> None:
         self._busy.add(future)
 
         def back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -109,5 +110,24 @@ def test_a_run_without_patterns_sends_no_files() -> None:
         _, found = await bench.run(kind="shell", argv=["sh", "-c", "echo 1 > x"])
         assert isinstance(found, bundle.Bundle)
         assert (found.files, found.outputs) == (b"", bundle.Outputs())
+
+    with_bench(body)
+
+
+def test_what_this_nodes_user_waits_for_holds_up_no_run_of_others() -> None:
+    async def body(bench: Bench) -> None:
+        slow = []
+        for number in range(8):  # results on a disk that does not answer
+            blob = bytes([number]) * 32
+            path = bench.blobs.path(blob)
+            path.parent.mkdir(exist_ok=True)
+            os.mkfifo(path)
+            slow.append(path)
+            bench.executor.open_result(Open(bytes([number]), None, b"", blob, 100, (), (), 0))
+        exited, _ = await bench.run(kind="shell", argv=["sh", "-c", MAKES], sandbox="host", outputs=["dist/*"])
+        assert exited.ended == "exit"
+        for path in slow:
+            await asyncio.to_thread(path.write_bytes, b"")
+        await bench.until(lambda: len([one for one in bench.events if isinstance(one, Opened)]) == len(slow) or None)
 
     with_bench(body)
