@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from clawnet.market.reasons import Reason
+from clawnet.market.records import Job
 from clawnet.node.context import Context
 
 if TYPE_CHECKING:
@@ -23,12 +25,13 @@ class Quotas:
         return self._ctx.config.integer(f"execution.input_max.{ring}")
 
     def held_bytes(self, peer: str) -> int:
-        """What is kept here for a requester: the inputs of its unfinished tasks, its results until it has paid them."""
+        """What is kept here for a requester: the inputs of its unfinished tasks, its results until it has paid them.
+
+        All nodes of an owner are one requester.
+        """
         jobs = self._rooms.jobs
         held = 0
-        for job in jobs.jobs.values():
-            if job.peer != peer:
-                continue
+        for job in self._of_owner(peer, jobs.jobs.values()):
             document = jobs.documents.get(job.job)
             if document is not None:
                 held += sum(item.bytes for item in document.inputs)
@@ -38,8 +41,16 @@ class Quotas:
 
     def _unpaid_bytes(self, peer: str) -> int:
         """The part of it that is results: large ones, which lie on the disk until they are paid."""
-        jobs = self._rooms.jobs.jobs.values()
-        return sum([job.blob_bytes for job in jobs if job.blob_bytes and not job.inline and job.peer == peer])
+        large = [job for job in self._rooms.jobs.jobs.values() if job.blob_bytes and not job.inline]
+        return sum(job.blob_bytes for job in self._of_owner(peer, large))
+
+    def _of_owner(self, peer: str, jobs: Iterable[Job]) -> Iterator[Job]:
+        owner = self._owner(peer)
+        return (job for job in jobs if job.peer == peer or self._owner(job.peer) == owner)
+
+    def _owner(self, peer: str) -> bytes:
+        record = self._rooms.members.records.get(peer)
+        return record.owner if record is not None and record.owner else self._rooms.members.account_of(peer)
 
     def refusal(self, peer: str, ring: str, input_bytes: int) -> Reason | None:
         """Why inputs of this size are not taken; None when they are.

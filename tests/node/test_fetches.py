@@ -250,6 +250,23 @@ def test_one_requester_fills_no_more_than_its_share(mesh: Mesh) -> None:
     assert bob.node.rooms.quotas.refusal(alice.peer, "own", half) is None
 
 
+def test_all_nodes_of_an_owner_are_one_requester(mesh: Mesh) -> None:
+    alice = mesh.found("alice", **SELFLESS)
+    attic = mesh.join(alice, "attic", ring="own", credits_ucr=0, **SELFLESS)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"storage.requester_max": str(limits.MIB)})
+    carol = mesh.join(alice, "carol", credits_ucr=CREDIT)
+    mesh.link_all()
+    mesh.run(2)
+    bob.runner = lambda member, run: None
+    half = limits.MIB // 2 + 1
+    with_input(alice, half, peer=["bob"])
+    mesh.run(5)
+    assert len(bob.runs) == 1
+    quotas = bob.node.rooms.quotas
+    assert [quotas.held_bytes(one.peer) for one in (alice, attic, carol)] == [half, half, 0]
+    assert [quotas.refusal(one.peer, "member", half) for one in (attic, carol)] == ["quota", None]
+
+
 def test_whoever_leaves_results_unpaid_fills_no_more_than_its_share_with_them(mesh: Mesh) -> None:
     alice = mesh.found("alice", **SELFLESS)
     bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"storage.requester_max": str(limits.MIB)})
