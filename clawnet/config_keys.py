@@ -422,7 +422,7 @@ _TABLE: Final[tuple[Key, ...]] = (
         "storage.requester_max",
         "size",
         "5GiB",
-        "inputs and unpaid results kept for one requester, own machines apart",
+        "inputs and unpaid results kept for one requester (all nodes of an owner), own machines apart",
         RELOAD,
         "1MiB",
         "1024TiB",
