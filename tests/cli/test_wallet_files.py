@@ -184,7 +184,8 @@ def test_what_is_no_backup_changes_nothing(nodes: Nodes, secret: str) -> None:
     wrong.chmod(0o600)
     other("wallet", "restore", str(file), "--passphrase-file", str(wrong)).failed(65, "passphrase is wrong")
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[: len(whole) // 2], whole + b"x", whole[:300] + b"!" + whole[301:], b"", b"{}\n"):
+    changed = whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole + b"x", changed, b"", b"{}\n"):
         file.write_bytes(damaged)
         done = other("wallet", "restore", str(file), "--passphrase-file", secret)
         done.failed(65, "backup")
