@@ -18,6 +18,7 @@ LINUX: Final = sys.platform.startswith("linux")
 WATCHED: Final = LINUX or sys.platform == "darwin"
 """Whether the system tells what processes hold, so that a run can be watched."""
 MARK: Final = "CLAWNET_JOB"
+_LOOKS_AT_AN_EXEC: Final = 50
 """The environment variable by which a host run's processes are found even after they left its process group."""
 
 _FD_MIN: Final = 64
@@ -268,11 +269,24 @@ def marked(value: str) -> list[int]:
     found: list[int] = []
     for name in os.listdir("/proc") if LINUX else ():
         if name.isdigit():
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    environment = file.read(256 * 1024)
-            except OSError:
-                continue
+            environment = _environment(name)
             if environment.startswith(wanted) or b"\0" + wanted in environment:
                 found.append(int(name))
     return found
+
+
+def _environment(name: str) -> bytes:
+    """What the process was given at its start; in the moment of its exec that is not there yet, and is looked at again.
+
+    Processes of the kernel and those that are over have no program, and never any.
+    """
+    for _ in range(_LOOKS_AT_AN_EXEC):
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if environment := file.read(256 * 1024):
+                    return environment
+            os.readlink(f"/proc/{name}/exe")
+        except OSError:
+            return b""
+        os.sched_yield()
+    return b""
