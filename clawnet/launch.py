@@ -83,9 +83,14 @@ def start(
             say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
             if token:
                 paths.write_private(_to_join(home), b"")
-        _wait(home, spawn(home, environ, program), deadline)
-        if token and _to_join(home).exists():
-            _join_or_stop(home, token)
+        process = spawn(home, environ, program)
+        try:
+            _wait(home, process, deadline)
+            if token and _to_join(home).exists():
+                _join_or_stop(home, token, process)
+        finally:
+            # It outlives this process by design: nobody waits for it here.
+            process.returncode = process.returncode or 0
     return True
 
 
@@ -123,13 +128,18 @@ def _await_credits(client: api.Client, granted: str) -> None:
         time.sleep(_POLL_S)
 
 
-def _join_or_stop(home: Home, token: str) -> None:
-    """A node that was made to join does not go on in a mesh of its own when it cannot."""
+def _join_or_stop(home: Home, token: str, process: subprocess.Popen[bytes]) -> None:
+    """A node that was made to join does not go on in a mesh of its own when it cannot: it has ended on return.
+
+    Whoever starts it next would else find it still answering, and work in that mesh.
+    """
     try:
         join(home, token)
     except ClawnetError as error:
-        with contextlib.suppress(ClawnetError), api.Client(home, autostart=False) as client:
+        stopped = contextlib.suppress(ClawnetError, subprocess.TimeoutExpired)
+        with stopped, api.Client(home, autostart=False) as client:
             client.call("daemon.stop")
+            process.wait(limits.DAEMON_START_TIMEOUT_S)
         error.message = f"joining by CLAWNET_JOIN failed, and the daemon was stopped: {error.message}"
         raise
 
@@ -167,8 +177,6 @@ def _wait(home: Home, process: subprocess.Popen[bytes], deadline: float) -> None
         if code is not None and not (code == 0 and _answers_soon(home, deadline)):
             raise failure(home, code)
         _pause(deadline, home)
-    # It outlives this process by design: nobody waits for it here.
-    process.returncode = 0
 
 
 def _answers(home: Home) -> bool:

@@ -152,7 +152,7 @@ def seconds(value: float | None) -> str:
     """A duration for people."""
     if value is None:
         return ""
-    if value < 1:
+    if value < 0.9995:  # what rounds to 1 s is told so
         return f"{value * 1000:.3g} ms"
     if value < 120:
         return f"{value:.3g} s"

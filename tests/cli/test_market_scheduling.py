@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from clawnet.commands.render import seconds
 from tests.cli.harness import Node, Nodes, connected, join
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def test_what_waits_goes_by_priority_and_its_wait_is_told(mesh: list[Node], tmp_
     (bid,) = alice("market", "bids", waiting["50"], "--json").json("market bids")["items"]
     assert bid["queue_wait_s"] > 0 and bid["load"] == 1
     rows = alice("market", "bids", waiting["50"]).rows()
-    assert any(cell.endswith("s") and float(cell[:-1]) > 0 for row in rows for cell in row if cell[:1].isdigit())
+    assert [row for row in rows if seconds(bid["queue_wait_s"] + bid["own_ahead_s"]) in row] == rows
     alice("market", "cancel", first)
     ended = {}
     for priority, task in waiting.items():
