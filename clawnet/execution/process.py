@@ -86,9 +86,13 @@ class Child:
     """A started process; `on_exit` is called in the loop when it ended. Signals never reach a reused pid."""
 
     def __init__(
-        self, pid: int, on_exit: ExitCallback, loop: asyncio.AbstractEventLoop, before_reaping: Callable[[], None]
+        self,
+        pid: int,
+        on_exit: ExitCallback,
+        loop: asyncio.AbstractEventLoop,
+        before_reaping: Callable[[], None] | None = None,
     ) -> None:
-        """`before_reaping` is called when it ended but its pid still stands for its process group."""
+        """`before_reaping` is called, in a thread, when it ended but its pid still stands for its process group."""
         self.pid = pid
         self._before_reaping = before_reaping
         self.ended = False
@@ -99,23 +103,31 @@ class Child:
             with contextlib.suppress(OSError):  # a kernel before 5.3: a thread waits instead
                 self._pidfd = os.pidfd_open(pid)
         if self._pidfd >= 0:
-            loop.add_reader(self._pidfd, self._reap)
+            loop.add_reader(self._pidfd, self._over)
         else:
-            threading.Thread(target=self._wait, name=f"clawnet-wait-{pid}", daemon=True).start()
+            self._in_thread(lambda: _wait_unreaped(self.pid), self._over)
 
-    def _reap(self) -> None:
+    def _over(self) -> None:
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
-        self._before_reaping()
+        if self._before_reaping is None:
+            self._reap()
+        else:
+            self._in_thread(self._before_reaping, self._reap)
+
+    def _reap(self) -> None:
         _, status, usage = os.wait4(self.pid, 0)
         self.ended = True
         self._on_exit(status, usage)
 
-    def _wait(self) -> None:
-        _wait_unreaped(self.pid)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
-            self._loop.call_soon_threadsafe(self._reap)
+    def _in_thread(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        def do() -> None:
+            work()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
+                self._loop.call_soon_threadsafe(then)
+
+        threading.Thread(target=do, name=f"clawnet-child-{self.pid}", daemon=True).start()
 
     def signal_group(self, number: int) -> None:
         """Signals the process group, which is the session's first; nothing when the process has ended."""

@@ -30,6 +30,7 @@ STDOUT, STDERR = 1, 2
 _LIFELINE_FD: Final = 5
 _PAUSE_S: Final = 0.02
 _SPOOL_BYTES: Final = limits.MIB
+_HUNTS_MAX: Final = 20
 
 # The same limits as inside the sandbox. The guardian, outside the command's ancestry but in its process group, kills
 # that group when the daemon is gone: then the lifeline's other end closes.
@@ -189,7 +190,8 @@ class ShellRun:
             for descriptor in theirs.values():
                 os.close(descriptor)
         self._status = ours.pop()
-        self._child = process.Child(pid, self._on_exit, self._loop, self._before_reaping)
+        hunt = self._before_reaping if place.sandbox is None else None
+        self._child = process.Child(pid, self._on_exit, self._loop, hunt)
         for number, descriptor in zip((STDOUT, STDERR), ours, strict=True):
             stream = _Stream(number, descriptor, place.spool_dir)
             self.streams.append(stream)
@@ -343,26 +345,30 @@ class ShellRun:
         self._later(limits.RUN_DRAIN_S, child.kill)
 
     def _kill_host(self) -> None:
-        """Kills the process group, what descends from it, and what left it but has the run's mark or its sandbox."""
+        """Kills the process group and what descends from it; what left it is looked for before the child is reaped."""
         child = self._child
         if child is None:
             return
         for pid in process.tree(child.pid, limits.RUN_PROCESSES_MAX)[1:]:
             process.send(pid, signal.SIGKILL)
         child.signal_group(signal.SIGKILL)
-        for _ in range(3):
+
+    def _before_reaping(self) -> None:
+        """Kills what is left of a host run: of its group, and what left that but has the run's mark or its sandbox.
+
+        In a thread: to read the environments of all processes takes seconds where hundreds of them fork.
+        """
+        self._kill_host()
+        child = self._child
+        for _ in range(_HUNTS_MAX):
             found = process.marked(self._place.mark + self.spec.job.hex())
             if self._place.seatbelt is not None:
                 found += self._place.seatbelt.members(self._directory)
-            found = [pid for pid in found if pid != child.pid]
+            found = [pid for pid in found if child is not None and pid != child.pid]
             if not found:
                 break
             for pid in found:
                 process.send(pid, signal.SIGKILL)
-
-    def _before_reaping(self) -> None:
-        if self._place.sandbox is None:
-            self._kill_host()
 
     def _on_exit(self, status: int, usage: Any) -> None:
         self._result = (status, usage)
