@@ -1,10 +1,11 @@
-"""What all tests share: homes to work in, the --long option, and the rule that every skip is listed with its reason."""
+"""What all tests share: homes to work in, --long and --alone, and that every skip is listed with its reason."""
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips")
 NOW_MS = 1_700_000_000_000
 
 _skipped: dict[str, str] = {}
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so would every program that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def allowed_skips() -> dict[str, str]:
@@ -36,6 +41,7 @@ def allowed_skips() -> dict[str, str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the long form of the tests that have one")
+    parser.addoption("--alone", action="store_true", help="only the tests that several processes leave out")
 
 
 _FIRST = {"cli": 0, "interop": 1, "world": 2}
@@ -44,15 +50,20 @@ _FIRST = {"cli": 0, "interop": 1, "world": 2}
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The files whose tests wait longest come first, so that no process is left alone with them at the end.
 
-    Long tests are left out, not skipped, unless they are asked for.
+    Long tests are left out, not skipped, unless they are asked for; those that fill the machine, where others run.
     """
     items.sort(key=lambda item: _FIRST.get(item.path.parent.name, len(_FIRST)))
-    if config.getoption("--long"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
+
+    def wanted(item: pytest.Item) -> bool:
+        alone = item.get_closest_marker("alone") is not None
+        if (alone and hasattr(config, "workerinput")) or (not alone and config.getoption("--alone")):
+            return False
+        return bool(config.getoption("--long")) or item.get_closest_marker("long") is None
+
+    left_out = [item for item in items if not wanted(item)]
+    if left_out:
+        items[:] = [item for item in items if wanted(item)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

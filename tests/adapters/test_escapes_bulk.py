@@ -22,7 +22,7 @@ from tests.adapters.daemons import DAEMON, as_daemon
 from tests.adapters.execution_bench import Bench, needs_bubblewrap, running, with_bench
 from tests.cli.harness import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BOTH = pytest.mark.parametrize("sandbox", [pytest.param("sandboxed", marks=needs_bubblewrap), "host"])
 

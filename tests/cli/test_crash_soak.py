@@ -18,11 +18,13 @@ def held(figures: Figures) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_minute_of_sigkills() -> None:
     held(Soak(seconds=60.0, seed=3).run())
 
 
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.timeout(1_500)
 def test_ten_minutes_of_sigkills() -> None:
     held(Soak(seconds=600.0, seed=4).run())

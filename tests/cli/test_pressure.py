@@ -13,7 +13,7 @@ from tests.cli.harness import Node, Nodes, free_port, join
 from tests.cli.pressure import Figures
 from tests.cli.test_hostile_peer import Victim
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GROWTH_MIB_MAX = 150.0
 """What a storm may add to the memory of the daemon at most; measured is a third of it."""
