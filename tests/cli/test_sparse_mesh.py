@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.cli.harness import Nodes, connected, join
+from tests.cli.harness import Node, Nodes, connected, join
 from tests.cli.test_market_run import ABROAD
 
 pytestmark = pytest.mark.slow
@@ -19,10 +21,9 @@ def test_a_task_reaches_who_is_not_connected(nodes: Nodes) -> None:
     for words in (("config", "set", "node.max_peers", "2"), ("config", "set", "node.min_peers", "1")):
         assert alice(*words).code == 0
     assert alice("daemon", "restart").code == 0
-    alice.until("few are connected", lambda: 0 < len(connected(alice)) <= 2)
-    near = connected(alice)
+    told = alice.until("as many are connected as may be", lambda: two_connected(alice))
+    near = {name for name, peer in told.items() if peer["state"] == "connected"}
     far = sorted(set(NAMES) - near)[0]
-    told = {peer["name"]: peer for peer in alice("peer", "list", "--json").json("peer list")["items"]}
     assert (
         told[far]["state"] == "known"
         and told[far]["transport"] is None
@@ -39,3 +40,9 @@ def test_a_task_reaches_who_is_not_connected(nodes: Nodes) -> None:
     found = alice.until("another is reached", lambda: next((one for one in [alice(*again)] if one.code == 0), None))
     done = found.json("run")
     assert done["executor"]["name"] not in near and done["result"]["stdout"] == "again\n"
+
+
+def two_connected(node: Node) -> dict[str, Any] | None:
+    """The peers by name, once two are connected."""
+    told = {peer["name"]: peer for peer in node("peer", "list", "--json").json("peer list")["items"]}
+    return told if sum(peer["state"] == "connected" for peer in told.values()) == 2 else None
