@@ -30,6 +30,8 @@ MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
 RESUME_MS = 5_000
+PATIENCE_MS = 10_000
+"""How long those who were slow before are waited for at most where nobody else is left."""
 SPEND = "spend"
 """Counted among the refusals: members that were not asked, for the limits of market.spend left nothing to offer."""
 
@@ -57,6 +59,8 @@ class Auctions:
         self._away: dict[str, int] = {}
         self._parked: dict[bytes, None] = {}
         self._short: dict[bytes, FundsError] = {}
+        self._unheard: dict[bytes, bool] = {}
+        """Open tasks that candidates have not answered; whether these are now waited for, however slow they were."""
         self._minute = 0
         self._bids_in: dict[bytes, dict[str, int]] = {}
         self.reloaded()
@@ -126,6 +130,7 @@ class Auctions:
         self._bids_in.pop(task.task_id, None)
         self._parked.pop(task.task_id, None)
         self._short.pop(task.task_id, None)
+        self._unheard.pop(task.task_id, None)
         self.waiting.forget(task.task_id)
         auction = self.live.pop(task.task_id, None)
         if auction is not None:
@@ -191,14 +196,16 @@ class Auctions:
     def _announce(self, task: Task, ring: str, candidates: list[str], gossip_ms: int = 0) -> None:
         ctx = self._ctx
         task.round += 1
-        close_ms = min(ctx.now + taskspec.seconds_to_ms(task.spec["bid_timeout_s"]), task.deadline_ms)
+        patient = self._unheard.get(task.task_id, False)
+        open_ms = taskspec.seconds_to_ms(task.spec["bid_timeout_s"])
+        close_ms = min(ctx.now + (min(open_ms, PATIENCE_MS) if patient else open_ms), task.deadline_ms)
         budget = self.budget_left(task)
         if ring == "member":
             budget = self._affordable(task, budget)
         auction = Auction(
             task.task_id,
             task.round,
-            {peer: self._candidate(peer) for peer in candidates},
+            {peer: self._candidate(peer, patient=patient) for peer in candidates},
             opened_ms=ctx.now,
             close_ms=close_ms,
             soft_close_ms=self._soft_close_ms,
@@ -252,11 +259,11 @@ class Auctions:
             return False
         return auction.join(peer, self._candidate(peer))
 
-    def _candidate(self, peer: str) -> Candidate:
+    def _candidate(self, peer: str, *, patient: bool = False) -> Candidate:
         card = self._rooms.members.index.card(peer)
         return Candidate(
             self._rooms.members.rtt_ms(peer),
-            peer in self._missed,
+            peer in self._missed and not patient,
             self._rooms.jobs.slots if card is None else card.slots,
             self._order.given(peer),
         )
@@ -339,6 +346,8 @@ class Auctions:
             return
         for peer in auction.silent:
             self._missed[peer] = None
+            if self._ctx.now < auction.close_ms:
+                self._unheard.setdefault(task.task_id, False)
         auction.weigh_again(self._order.given)
         ranking = auction.ranking(self._order.of)
         self._keep(task, auction)
@@ -370,6 +379,10 @@ class Auctions:
             self.pause(task)
         elif SPEND in task.refusals:
             self._no_bid(task)
+        elif self._unheard.get(task.task_id) is False and self._ctx.now < task.deadline_ms:
+            # Nobody is left but those that were not waited for, since they once were slow.
+            self._unheard[task.task_id] = True
+            self.queue(task)
         elif lost and self._ctx.now < task.deadline_ms:
             # Nobody is left but those that were lost: until the deadline they may come back.
             task.refused = [peer for peer in task.refused if peer not in lost]
