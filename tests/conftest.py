@@ -44,15 +44,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="only the tests that several processes leave out")
 
 
-_FIRST = {"cli": 0, "interop": 1, "world": 2}
+_LONGEST = ("test_world", "test_roaming", "test_wallet_files", "test_hostile_transport", "test_membership", "test_lan")
+_FIRST = {"cli": 1, "interop": 2, "world": 3}
+
+
+def _order(item: pytest.Item) -> int:
+    return 0 if item.path.stem in _LONGEST else _FIRST.get(item.path.parent.name, 4)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The files whose tests wait longest come first, so that no process is left alone with them at the end.
+    """The files that take longest come first, so that no process is left alone with one at the end.
 
     Long tests are left out, not skipped, unless they are asked for; those that fill the machine, where others run.
     """
-    items.sort(key=lambda item: _FIRST.get(item.path.parent.name, len(_FIRST)))
+    items.sort(key=_order)
 
     def wanted(item: pytest.Item) -> bool:
         alone = item.get_closest_marker("alone") is not None
