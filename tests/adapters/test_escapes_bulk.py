@@ -22,7 +22,7 @@ from tests.adapters.daemons import DAEMON, as_daemon
 from tests.adapters.execution_bench import Bench, needs_bubblewrap, running, with_bench
 from tests.cli.harness import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 BOTH = pytest.mark.parametrize("sandbox", [pytest.param("sandboxed", marks=needs_bubblewrap), "host"])
 
@@ -41,6 +41,7 @@ def _plain(script: str) -> bytes:
 
 
 @needs_bubblewrap
+@pytest.mark.alone
 @DAEMON
 def test_processes_are_bounded(daemon: str) -> None:
     number, count = _number(daemon), limits.RUN_PROCESSES_MAX + 50
@@ -60,6 +61,7 @@ def test_processes_are_bounded(daemon: str) -> None:
 
 
 @needs_bubblewrap
+@pytest.mark.alone
 @DAEMON
 def test_a_fork_bomb_leaves_the_machine_to_others(daemon: str) -> None:
     async def body(bench: Bench) -> None:

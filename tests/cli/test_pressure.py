@@ -13,7 +13,7 @@ from tests.cli.harness import Node, Nodes, free_port, join
 from tests.cli.pressure import Figures
 from tests.cli.test_hostile_peer import Victim
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 GROWTH_MIB_MAX = 150.0
 """What a storm may add to the memory of the daemon at most; measured is a third of it."""
@@ -44,6 +44,7 @@ def bore(found: Figures) -> None:
     assert found.log_lines < 200, found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("clients", [1, 100])
 def test_submissions_all_at_once_are_all_accepted_and_all_end(node: Node, clients: int) -> None:
     found = asyncio.run(pressure.storm_of_submissions(node, 1_500, clients))
@@ -72,6 +73,7 @@ def test_a_flood_of_any_kind_is_borne(victim: Victim, kind: str) -> None:
     assert "friend" in {peer["name"] for peer in victim.node.ask("peer.list")["items"] if peer["state"] == "connected"}
 
 
+@pytest.mark.alone
 def test_a_restart_with_much_open_goes_on_with_all_of_it(node: Node) -> None:
     found = asyncio.run(pressure.restart_with_open_tasks(node, 1_000))
     assert not found.failures
