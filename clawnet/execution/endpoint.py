@@ -217,6 +217,8 @@ class Endpoint:
             raise EndpointFailed(
                 "the AI endpoint cannot be reached", hint="is it running, and is openclaw.api_endpoint right?"
             ) from error
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            raise EndpointFailed("the AI endpoint broke the connection off") from error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise EndpointFailed(f"the exchange with the AI endpoint failed: {type(error).__name__}") from error
 

@@ -127,7 +127,7 @@ def test_only_standard_input_is_a_prompt_too_and_nothing_is_none() -> None:
         ("gzip", "compresses"),
         ("redirect", "redirects, which is not followed"),
         ("huge", "sent more than"),
-        ("cut", "exchange with the AI endpoint failed"),
+        ("cut", "AI endpoint broke the connection off"),
         ("hang", "no whole answer within 0.5 s"),
         ("drip", "no whole answer within 0.5 s"),
     ],
