@@ -36,11 +36,12 @@ class Source:
 
     def __init__(self, name: str, home: Home) -> None:
         self._home = home
+        self._piped = name == "-"
         self.name = "standard input" if name == "-" else name
         if name == "-" and sys.stdin is None:
             raise UsageError("- reads the tasks from standard input, which is closed")
         try:
-            self._file: BinaryIO = sys.stdin.buffer if name == "-" else Path(name).open("rb")  # noqa: SIM115
+            self._file = _standard_input() if name == "-" else Path(name).open("rb")  # noqa: SIM115
             self.regular = name != "-" and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no file {name}") from error
@@ -54,8 +55,8 @@ class Source:
         self._file.seek(0)
 
     def close(self) -> None:
-        """Closes the file; standard input stays as it is."""
-        if self._file is not getattr(sys.stdin, "buffer", None):
+        """Closes the file; standard input stays as it is, for a thread may be waiting in it."""
+        if not self._piped:
             self._file.close()
 
     def raw(self) -> Iterator[tuple[int, bytes]]:
@@ -116,6 +117,11 @@ class Source:
             spec["_files"] = outputs.checked(self._home, directory)
         spec["_content"] = json.dumps(own, sort_keys=True, separators=(",", ":"))
         return spec
+
+
+def _standard_input() -> BinaryIO:
+    """Not sys.stdin's own buffer: the interpreter cannot end while a thread waits in that one for more to come."""
+    return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 class Reader:

@@ -257,3 +257,12 @@ def test_a_terminal_shows_a_bar_and_a_summary_and_stdout_only_results(alice: Nod
         os.close(ours)
     assert b"/5" in seen
     assert alive(alice.pid)
+
+
+def test_a_bad_line_ends_a_batch_though_its_pipe_stays_open(alice: Node) -> None:
+    with alice.popen("market", "batch", "-", *WORK, "--name", "open", stdin=-1) as batch:
+        assert batch.stdin and batch.stderr
+        batch.stdin.write(b"nonsense\n")
+        batch.stdin.flush()
+        assert batch.wait(30) == 65
+        assert b"line 1" in batch.stderr.read()
