@@ -156,7 +156,9 @@ class PromptRunner:
         while True:
             self._look_now.clear()
             if loop.time() >= self._held_until_s:
-                self._tell(await look(endpoint, self._settings))
+                found = await look(endpoint, self._settings)
+                if loop.time() >= self._held_until_s:  # a request may have gone wrong meanwhile, and says more
+                    self._tell(found)
             self._looked.set()
             held_s = self._held_until_s - loop.time()
             if held_s > 0:
