@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from clawnet import api, errors, limits, money, paths
-from clawnet.errors import ClawnetError, ConfigError, InternalError, StorageFullError, TimedOutError
+from clawnet.errors import ClawnetError, ConfigError, InternalError, NoDaemonError, StorageFullError, TimedOutError
 from clawnet.paths import Home
 
 _POLL_S = 0.02
@@ -219,8 +219,10 @@ def failure(home: Home, code: int) -> ClawnetError:
     if not lines and shutil.disk_usage(place).free < _ROOM_BYTES:
         return StorageFullError(f"the daemon could not start: no room on the disk of {place}", hint="make room on it")
     tail = "; ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
-    how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
-    return InternalError(f"the daemon could not start ({how}): {tail}", hint=f"all it wrote is in {said}")
+    hint = f"all it wrote is in {said}"
+    if code < 0:
+        return NoDaemonError(f"the daemon was killed by signal {-code} at its start: {tail}", hint=hint)
+    return InternalError(f"the daemon could not start (exit code {code}): {tail}", hint=hint)
 
 
 def _prefixed(error: ClawnetError) -> ClawnetError:
