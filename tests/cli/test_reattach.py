@@ -51,9 +51,9 @@ def upto(process: subprocess.Popen[bytes], out: bytes, number: int) -> bytes:
 def complete(process: subprocess.Popen[bytes], before: tuple[bytes, bytes] = (b"", b"")) -> None:
     """The command ended with the task's own code, and printed every byte of it on its stream."""
     out, err = process.communicate(timeout=60)
+    assert process.returncode == 7, err[-2000:]
     assert before[0] + out == WHOLE
     assert before[1] + err == NOTES
-    assert process.returncode == 7
 
 
 def test_a_run_whose_client_was_killed_is_attached_again(pair: tuple[Node, Node]) -> None:
@@ -75,7 +75,8 @@ def test_a_run_whose_client_was_killed_is_attached_again(pair: tuple[Node, Node]
 def test_commands_that_wait_outlive_their_daemon(pair: tuple[Node, Node], tmp_path: Path) -> None:
     alice, _ = pair
     status = tmp_path / "status.json"
-    with alice.popen("run", "--status-file", str(status), "--", "sh", "-c", PRINTS) as run:
+    slow = PRINTS.replace("sleep 0.01", "sleep 0.04")  # so that it is not over before the second kill
+    with alice.popen("run", "--status-file", str(status), "--", "sh", "-c", slow) as run:
         out = read_until(run.stdout, b"line 40\n")
         task = alice.ask("task.list", limit=1)["items"][0]["task_id"]
         with alice.popen("market", "wait", task) as wait, alice.popen("market", "logs", "-f", task) as logs:
@@ -83,9 +84,9 @@ def test_commands_that_wait_outlive_their_daemon(pair: tuple[Node, Node], tmp_pa
             for number in (120, 200):
                 alice.kill()
                 out = upto(run, out, number)
-                assert alice.pid  # those who wait have started it again
+                alice.until("those who wait have started it again", lambda: alice.pid)
             complete(run, (out, b""))
-            assert wait.wait(60) == 7
+            assert wait.wait(60) == 7, wait.stderr.read()
             rest, notes = logs.communicate(timeout=60)
             assert (seen + rest, notes) == (WHOLE, NOTES)
     assert json.loads(status.read_text())["result"]["exit_code"] == 7
