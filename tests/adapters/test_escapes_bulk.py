@@ -239,7 +239,7 @@ def test_what_this_machine_says_of_its_memory_is_understood() -> None:
 
 _HIDE = (
     "perl -MPOSIX -e 'if (!fork) {{ setsid; exit if fork; $SIG{{$_}} = q(IGNORE) for keys %SIG; "
-    "close STDIN; close STDOUT; close STDERR; $0 = q({number}); exec q(sleep), q({number}) }}'; echo up; "
+    "close STDIN; close STDOUT; close STDERR; exec q(sleep), q({number}) }}'; echo up; "
 )
 
 
