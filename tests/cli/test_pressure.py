@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from clawnet import limits
+from clawnet.observe.logs import LINES_OF_EVENT_A_MINUTE
 from tests.cli import pressure
 from tests.cli.harness import Node, Nodes, free_port, join
 from tests.cli.pressure import Figures
@@ -41,7 +42,8 @@ def bore(found: Figures) -> None:
     """Held its bounds, stayed the same process, and wrote no flood of lines."""
     assert not found.failures
     assert found.rss_peak_mib - found.rss_before_mib < GROWTH_MIB_MAX, found
-    assert found.log_lines < 200, found
+    # Lines of one event are bounded by the clock's minute, and a new one may have begun meanwhile.
+    assert found.log_lines < 2 * LINES_OF_EVENT_A_MINUTE + 20, found
 
 
 @pytest.mark.alone
