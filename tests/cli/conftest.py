@@ -17,7 +17,7 @@ import pytest
 from clawnet.errors import ClawnetError
 from clawnet.ipc.server import IpcServer
 from clawnet.paths import Home
-from tests.cli.harness import Node, Nodes, answers
+from tests.cli.harness import Node, Nodes, answers, connected
 
 TASK_ID = "00112233445566778899aabbccddeeff"
 PARTY = {"peer_id": "12D3KooWBob", "name": "bob", "ring": "member"}
@@ -201,7 +201,8 @@ def mesh() -> Iterator[list[Node]]:
 
 @pytest.fixture
 def alice(mesh: list[Node]) -> Iterator[Node]:
-    """The node that founded the mesh; whatever a test did to it, all three go on serving."""
+    """The node that founded the mesh, connected to both others; whatever a test did to it, all three go on serving."""
+    mesh[0].until("is connected to both", lambda: {"bob", "carol"} <= connected(mesh[0]))
     yield mesh[0]
     assert answers(mesh)
 

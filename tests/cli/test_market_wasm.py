@@ -68,7 +68,7 @@ def test_two_machines_give_the_same_output_with_cold_and_warm_cache(alice: Node)
     for place in (at("bob"), at("carol"), at("bob"), at("carol")):
         done = alice("run", *place, "--json", "--wasm", FILES, "--env", "COLOUR=red", "--", "last")
         task = checked(done.json("run"))
-        assert task["result"], task["error"]
+        assert task["result"], (task["error"], alice("market", "why", task["task_id"], "--json").out)
         assert (done.code, task["result"]["exit_code"]) == (7, 7)
         outputs.add(hashlib.sha256(task["result"]["stdout"].encode()).hexdigest())
     assert len(outputs) == 1
