@@ -95,6 +95,8 @@ class Child:
         """`before_reaping` is called, in a thread, when it ended but its pid still stands for its process group."""
         self.pid = pid
         self._before_reaping = before_reaping
+        self.over = False
+        """It runs no longer; `ended` once it is reaped as well."""
         self.ended = False
         self._on_exit = on_exit
         self._loop = loop
@@ -111,10 +113,15 @@ class Child:
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
+        self.over = True
         if self._before_reaping is None:
             self._reap()
-        else:
+            return
+        try:
             self._in_thread(self._before_reaping, self._reap)
+        except RuntimeError:  # no thread is to be had beside so many processes of this user: the loop does it
+            self._before_reaping()
+            self._reap()
 
     def _reap(self) -> None:
         _, status, usage = os.wait4(self.pid, 0)
@@ -123,9 +130,11 @@ class Child:
 
     def _in_thread(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         def do() -> None:
-            work()
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
-                self._loop.call_soon_threadsafe(then)
+            try:
+                work()
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any longer
+                    self._loop.call_soon_threadsafe(then)
 
         threading.Thread(target=do, name=f"clawnet-child-{self.pid}", daemon=True).start()
 
