@@ -233,7 +233,8 @@ class ShellRun:
                 seccomp=place.seccomp >= 0,
                 devices=gpu.bind_words(place.gpus, spec.gpus),
             )
-            return argv, clean
+            # Not in the task's own: by it a later life of the node finds a sandbox that outlived this one's.
+            return argv, {**clean, process.MARK: place.mark + spec.job.hex()}
         argv = ["/bin/sh", "-c", _HOST_SCRIPT.format(**limit), "sh", str(self._directory), *command_of(spec)]
         if place.seatbelt is not None:
             argv = place.seatbelt.argv(self._directory, argv)
@@ -302,7 +303,7 @@ class ShellRun:
 
     def stop(self, how: str, reason: str) -> None:
         """Ends the run: SIGTERM to all its processes and SIGKILL after a grace; over a limit of size, at once."""
-        if self._stopped is not None or self._result is not None:
+        if self._stopped is not None or self._result is not None or (self._child is not None and self._child.over):
             return
         self._stopped = (how, reason)
         if how in ("cancelled", "wall_limit"):

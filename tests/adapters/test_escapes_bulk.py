@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -269,6 +270,26 @@ def test_nothing_outlives_the_end_by_hiding(sandbox: str, end: str) -> None:
         assert running(number) == []
 
     with_bench(body)
+
+
+@needs_bubblewrap
+@DAEMON
+def test_a_sandbox_that_outlived_its_daemon_is_found_by_the_next(daemon: str) -> None:
+    number = _number(daemon)
+
+    async def body(bench: Bench) -> None:
+        job = bench.start(kind="shell", script=f"[ -z $CLAWNET_JOB ] || echo known; echo up; sleep {number}", wall_s=30)
+        await bench.said(job, b"up\n")
+        # What a new life does of whatever carries this home's mark.
+        found = process.marked(f"{bench.home.digest}-")
+        assert found
+        for pid in found:
+            process.send(pid, signal.SIGKILL)
+        await bench.exited(job)
+        assert bench.output(job) == b"up\n", "the run itself knows nothing of the mark"
+        until("it is gone", lambda: not running(number))
+
+    as_daemon(daemon, body)
 
 
 # --- the parts
