@@ -235,6 +235,8 @@ class Cards:
             return
         travels = message.hops < limits.RELAY_HOPS_MAX
         held = members.records.get(self._ctx.ids.inner(read.author))
+        if held is not None and (held.banned or held.ended):
+            return
         if held is not None and held.card == message.statement and not travels and members.index.card(held.peer):
             return
         card = decode_struct(PeerCard, read.body)

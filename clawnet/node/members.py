@@ -381,6 +381,7 @@ class Members:
             self._rooms.books.chains.restore.answered(peer)  # it could not do so any more
             self._ctx.out.append(Hangup(peer, "banned"))
         else:
+            self._rooms.cards.load(record)
             self.redial(record)
         return True
 

@@ -58,7 +58,7 @@ class Relay:
     def read(self, kind: Kind, message: PeerInfo) -> Relayed | None:
         """What a message says, still unverified; None for this node's own statements and those known already.
 
-        Raises WireError.
+        A card that was heard before and is not held any more (a ban, no room) is no known one. Raises WireError.
         """
         read = read_relayed(kind, message.statement)
         if read.author == self._ctx.wire_me:
@@ -67,10 +67,13 @@ class Relay:
         if kind is not Kind.MEMBERSHIP and (self._ctx.ids.given_up(read.author) or self._own_before(read.author)):
             self._ctx.count("relayed_refused_total", "key_given_up")
             return None
-        if self.window.seen(read.author, read.id):
+        if self.window.seen(read.author, read.id) and not (kind is Kind.PEER_INFO and self._lacks_card(read.author)):
             self._ctx.count("relayed_repeated_total", kind.name)
             return None
         return read
+
+    def _lacks_card(self, author: str) -> bool:
+        return self._rooms.members.index.card(self._ctx.ids.inner(author)) is None
 
     def _own_before(self, author: str) -> bool:
         """Whether this node gave up the key of this id: what is still said under it is not its word."""

@@ -58,6 +58,10 @@ class Widening:
             hints.append("--ring member asks members too")
         if hints:
             return "; ".join([*hints, why])
+        beyond = [peer for peer in spec["peer"] if self._rooms.members.ring_of(peer) == "member"]
+        if beyond and spec["ring"] == "own":
+            name = self._rooms.members.party(beyond[0])["name"]
+            return f"{name} is a member, and --ring own asks own machines alone: --ring member allows it; {why}"
         if spec["peer"]:
             return f"--peer restricts who is asked; leave it out to widen the choice; {why}"
         if spec["ring"] == "own":

@@ -61,6 +61,9 @@ def test_disconnect_connect_ban_and_unban(mesh: list[Node], alice: Node) -> None
         assert alice("peer", "unban", "bob", "--json").json("peer unban")["changed"]
     assert alice("peer", "connect", address).code == 0
     bob.until("alice is back", lambda: "alice" in connected(bob))
+    alice("run", "--peer", "bob", "--", "true").failed(75, "bob is a member, and --ring own")
+    task = alice("run", "--json", *ABROAD, "--peer", "bob", "--", "true").json("run")
+    assert task["executor"]["name"] == "bob", "whoever is allowed back is offered work again"
 
 
 def test_what_cannot_be_reached_is_69(mesh: list[Node], alice: Node) -> None:

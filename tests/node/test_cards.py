@@ -98,6 +98,25 @@ def test_a_statement_is_passed_on_once_also_over_a_restart(mesh: Mesh) -> None:
     assert card_of(bob, alice).labels == ["green"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("lost", ["ban", "room"])
+def test_a_card_that_was_dropped_is_taken_again_when_its_author_shows_it(mesh: Mesh, lost: str) -> None:
+    alice, bob = line(mesh, "alice", "bob")
+    members = bob.node.rooms.members
+    shown = card_of(bob, alice)
+    assert shown is not None
+    if lost == "ban":
+        members.ban(alice.peer, True)
+        mesh.run(1)
+        members.ban(alice.peer, False)
+        assert card_of(bob, alice) == shown, "work may be offered to it again before it is connected"
+    members.index.remove(alice.peer)
+    mesh.cut(alice, bob)
+    mesh.run(0)
+    mesh.link(alice, bob)
+    mesh.run(1)
+    assert card_of(bob, alice) == shown
+
+
 def test_what_has_travelled_far_enough_goes_no_further(mesh: Mesh) -> None:
     alice, bob, _ = line(mesh, "alice", "bob", "carol")
     mesh.cut(alice, bob)
