@@ -111,7 +111,8 @@ def _seeds(args: argparse.Namespace, seeds: range, oracle: object) -> int:
             print(
                 f"seed {seed}: trace {world.clock.trace}, {len(world.client.accepted)} tasks, {r.releases_total} paid, "
                 f"{r.refunds_total} refunded, {world.steps_total} steps, {world.clock.elapsed_s:.0f} simulated s, "
-                f"faults {sum(world.faults.done.values())}, {took:.2f} s"
+                f"faults {sum(world.faults.done.values())}, {took:.2f} s: {world.traffic_took_s:.2f} s for "
+                f"{args.seconds:g} s of traffic, the rest for settling and the last laws"
             )
             print("  trouble: " + ", ".join(f"{what} {count}" for what, count in sorted(world.seen.items())))
     took = time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -116,6 +117,8 @@ class World:
         self._stamps: dict[bytes, tuple[int, bytes]] = {}
         """Time and author of every entry that any disk has taken, by its bytes."""
         self.peace_us = 0
+        self.traffic_took_s = 0.0
+        """What the time of traffic and faults took to simulate; the rest is settling and the last laws."""
         self.warnings: dict[str, int] = {}
         self.seen = self.network.seen
         """What trouble truly happened, each kind counted where it did."""
@@ -189,13 +192,14 @@ class World:
     def _run(self) -> None:
         from tests.world import laws
 
-        start_us = self.clock.now_us
+        start_us, began = self.clock.now_us, time.perf_counter()
         self.faults.plan(self.seconds)
         step_us = 5_000_000
         while self.clock.now_us < start_us + round(self.seconds * 1e6):
             self.clock.run(min(self.clock.now_us + step_us, start_us + round(self.seconds * 1e6)))
             laws.now(self)
             self._memory.tidy()
+        self.traffic_took_s = time.perf_counter() - began
         self.peace()
         for _ in range(260):
             self.clock.run(self.clock.now_us + 20_000_000)
