@@ -8,6 +8,7 @@ mean another file on another system, does not travel, and refuses the whole set 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -27,59 +28,86 @@ from clawnet.wire.globs import Globs, State
 
 NAMED_MAX: Final = 20
 _READ_BYTES: Final = 256 * limits.KIB
+_CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
+_TWICE: Final = "is there twice, or lies in what is no directory"
+_NOWHERE: Final[State] = frozenset()
+_EMPTY: Final[dict[str, Any]] = {}
+"""What is in a file: nothing, and it stays so."""
 
 
 class OverLimit(DataError):
     """The files are more, or more bytes, than may be delivered."""
 
 
-def trouble(name: str) -> str:
-    """Why a path cannot travel as an output; "" when it can."""
-    parts = name.split("/")
-    if not storable(name) or any(unicodedata.category(c) == "Cc" for c in name):
+def trouble(name: str, depth: int, chars: int) -> str:
+    """Why a path of so many parts and characters cannot travel as an output; "" when it can. `name` is its last part.
+
+    Of the parts before it the same was asked when they came: each is looked at once, however much lies below it.
+    """
+    if not storable(name) or _CONTROL.search(name):
         return "is no text, or holds a control character"
-    if any(part in ("", ".", "..") for part in parts):
+    if name in ("", ".", ".."):
         return "leads out of its directory, or has an empty part"
-    if len(name) > limits.TREE_PATH_CHARS_MAX or any(len(part.encode()) > NAME_BYTES_MAX for part in parts):
+    if chars > limits.TREE_PATH_CHARS_MAX or len(name.encode()) > NAME_BYTES_MAX:
         return "is too long"
-    if len(parts) > limits.OUTPUT_DEPTH_MAX:
+    if depth > limits.OUTPUT_DEPTH_MAX:
         return f"lies more than {limits.OUTPUT_DEPTH_MAX} directories deep"
-    if any(reserved(part) for part in parts):
+    if reserved(name):
         return "is a name that Windows reserves"
-    if "\\" in name or (os.name == "nt" and any(set(part) & set(':*?"<>|') or part[-1] in ". " for part in parts)):
+    if "\\" in name or (os.name == "nt" and (set(name) & set(':*?"<>|') or name[-1] in ". ")):
         return "holds a character that is none of a name everywhere"
     return ""
 
 
 def _same(name: str) -> str:
     """What two names have in common that some file system takes for one: case, Unicode's forms, invisible signs."""
+    if name.isascii():
+        return name.lower().rstrip(". ")
     text = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     return unicodedata.normalize("NFKC", text.casefold()).rstrip(". ")
+
+
+class _Place:
+    """A path of a set, with what lies below it. `state` and `whole` are what the patterns say of it."""
+
+    __slots__ = ("_same", "below", "is_dir", "state", "whole")
+
+    def __init__(self, *, is_dir: bool, state: State = _NOWHERE, whole: bool = False) -> None:
+        self.is_dir = is_dir
+        self.state = state
+        self.whole = whole
+        self.below: dict[str, _Place] = {} if is_dir else _EMPTY
+        self._same: dict[str, str] = {} if is_dir else _EMPTY
+
+    def add(self, name: str, *, is_dir: bool) -> str:
+        """Takes in a name below, or says why it does not go with those that are there."""
+        if not self.is_dir:
+            return _TWICE
+        known = self.below.get(name)
+        if known is not None:
+            return "" if known.is_dir and is_dir else _TWICE
+        other = self._same.setdefault(_same(name), name)
+        if other != name:
+            return f"would be the same file as {other[:60]!r} on some systems"
+        self.below[name] = _Place(is_dir=is_dir)
+        return ""
 
 
 class _Names:
     """Paths so far, to find two that would be one file somewhere, and a path through what is no directory."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, ...], tuple[str, str]] = {}
+        self._root = _Place(is_dir=True)
 
     def clash(self, name: str, kind: str) -> str:
         """Why this path does not go with those before it; "" when it does, and then it counts."""
-        parts = name.split("/")
-        keys = tuple(_same(part) for part in parts)
-        found: list[tuple[tuple[str, ...], tuple[str, str]]] = []
-        for depth in range(1, len(parts) + 1):
-            here = "/".join(parts[:depth])
-            what = kind if depth == len(parts) else "dir"
-            known = self._known.get(keys[:depth])
-            if known is None:
-                found.append((keys[:depth], (here, what)))
-            elif known[0] != here:
-                return f"would be the same file as {known[0][:60]!r} on some systems"
-            elif known[1] != "dir" or what != "dir":
-                return "is there twice, or lies in what is no directory"
-        self._known.update(found)
-        return ""
+        *above, last = name.split("/")
+        place = self._root
+        for part in above:
+            if part not in place.below and (why := place.add(part, is_dir=True)):
+                return why
+            place = place.below[part]
+        return place.add(last, is_dir=kind == "dir")
 
 
 # --- the executor's side
@@ -221,7 +249,7 @@ class _Search:
 
     def _enter(self, directory: Beneath, name: str, prefix: str, state: State, wanted: bool) -> None:
         relative = prefix + name
-        why = trouble(relative)
+        why = trouble(name, relative.count("/") + 1, len(relative))
         if why:
             self._found.leave(relative, why)
             return
@@ -243,7 +271,7 @@ class _Search:
 
     def _take(self, directory: Beneath, prefix: str, name: str, info: os.stat_result) -> None:
         relative = prefix + name
-        why = trouble(relative)
+        why = trouble(name, relative.count("/") + 1, len(relative))
         if not why and stat.S_ISLNK(info.st_mode):
             target = directory.target(name)
             if stays_inside(relative, target) and storable(target):
@@ -296,12 +324,10 @@ class Listing(Struct):
 
 def listing(source: Source, patterns: Sequence[str], *, bytes_max: int) -> Listing:
     """Reads an archive through; raises DataError for the first thing in it that a set of outputs cannot hold."""
-    globs, names = Globs(patterns), _Names()
-    found, seen = Listing([], 0, 0, []), set[int]()
+    checked, found = Checked(patterns), Listing([], 0, 0, [])
     tar = Reader(source, files_max=limits.TREE_FILES_MAX, bytes_max=bytes_max)
     for member in tar:
-        check(member, globs, names)
-        seen |= globs.seen(member.name.split("/"))
+        checked.take(member)
         if member.kind != "file":
             continue
         found.count += 1
@@ -311,24 +337,57 @@ def listing(source: Source, patterns: Sequence[str], *, bytes_max: int) -> Listi
             for piece in tar.content():
                 hasher.update(piece)
             found.files.append({"name": member.name, "bytes": member.size, "sha256": hasher.hexdigest()})
-    found.missing = [pattern for number, pattern in enumerate(globs.patterns) if number not in seen]
+    found.missing = [pattern for number, pattern in enumerate(patterns) if number not in checked.seen]
     return found
 
 
-def check(member: Member, globs: Globs, names: _Names) -> None:
-    """Raises DataError for a member that no honest executor sends."""
-    shown = member.name[:100]
-    why = trouble(member.name)
-    if not why and member.kind == "link" and not (stays_inside(member.name, member.target) and storable(member.target)):
-        why = "is a link that leads out of its directory"
-    parts = member.name.split("/")
-    if not why and not globs.covers(parts) and not (member.kind == "dir" and globs.on_the_way(parts)):
-        why = "was not asked for"
-    why = why or names.clash(member.name, member.kind)
-    if why:
-        raise DataError(f"its output {shown!r} {why}")
+class Checked:
+    """The members of one archive, held against the rules as they come. `seen` are the patterns that named any.
 
+    What a name costs is paid once, when it is first met: a liar may put a hundred thousand files under the same sixty
+    directories. Directories that are only on the way to a member count as members do, for each of them will be made.
+    """
 
-def new_names() -> _Names:
-    """For a second reading of an archive."""
-    return _Names()
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._globs = Globs(patterns)
+        start = self._globs.start
+        self.seen = self._globs.matched(start)
+        self._root = _Place(is_dir=True, state=start, whole=bool(self.seen))
+        self._count = 0
+
+    def take(self, member: Member) -> None:
+        """Raises DataError for a member that no honest executor sends."""
+        if why := self._wrong(member):
+            raise DataError(f"its output {member.name[:100]!r} {why}")
+
+    def _wrong(self, member: Member) -> str:
+        parts = member.name.split("/")
+        place, last = self._root, len(parts) - 1
+        for n, part in enumerate(parts):
+            if n < last and (known := place.below.get(part)) is not None:
+                place = known
+                continue
+            is_dir = n < last or member.kind == "dir"
+            if why := trouble(part, len(parts), len(member.name)) or self._met(place, part, is_dir):
+                return why
+            place = place.below[part]
+        if not place.whole and not (member.kind == "dir" and place.state):
+            return "was not asked for"
+        if member.kind == "link" and not (stays_inside(member.name, member.target) and storable(member.target)):
+            return "is a link that leads out of its directory"
+        return ""
+
+    def _met(self, place: _Place, part: str, is_dir: bool) -> str:
+        """A name that may be new; why it cannot be there, or ""."""
+        known = part in place.below
+        if (why := place.add(part, is_dir=is_dir)) or known:
+            return why
+        self._count += 1
+        if self._count > limits.TREE_FILES_MAX:
+            return f"is beyond the {limits.TREE_FILES_MAX} files and directories of a set"
+        new = place.below[part]
+        new.state = self._globs.step(place.state, part)
+        matched = self._globs.matched(new.state)
+        new.whole = self._globs.inside(part) if place.whole else bool(matched)
+        self.seen |= matched
+        return ""

@@ -24,11 +24,10 @@ from clawnet import limits, paths
 from clawnet.errors import ClawnetError, DataError, NotFoundError, NotPermittedError, StorageError, StorageFullError
 from clawnet.execution.archive import Member, Reader
 from clawnet.execution.beneath import Beneath, move, second_name
-from clawnet.execution.outputs import check, new_names
+from clawnet.execution.outputs import Checked
 from clawnet.execution.removing import remove_tree
 from clawnet.paths import Home
 from clawnet.wire.blobid import BlobHasher
-from clawnet.wire.globs import Globs
 
 PREFIX: Final = ".clawnet-saving-"
 _NOTES: Final = "saving"
@@ -211,11 +210,11 @@ class _Hashing:
 
 def _unpack(source: _Hashing, directory: Path, patterns: tuple[str, ...], umask: int) -> Saved:
     """All of an archive into a fresh directory that only this process can enter."""
-    globs, names, links = Globs(patterns), new_names(), list[tuple[Path, str]]()
+    checked, links = Checked(patterns), list[tuple[Path, str]]()
     files = size = 0
     tar = Reader(source, files_max=limits.TREE_FILES_MAX, bytes_max=limits.OUTPUTS_BYTES_MAX)
     for member in tar:
-        check(member, globs, names)
+        checked.take(member)
         path = directory / member.name
         if member.kind == "dir":
             path.mkdir(0o700, parents=True, exist_ok=True)

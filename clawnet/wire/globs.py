@@ -126,24 +126,6 @@ class Globs:
             whole = bool(self.matched(state))
         return whole
 
-    def seen(self, path: Sequence[str]) -> set[int]:
-        """The patterns (by number) that this path matches, or a directory around it."""
-        state = self.start
-        found = self.matched(state)
-        for name in path:
-            state = self.step(state, name)
-            found |= self.matched(state)
-        return found
-
-    def on_the_way(self, path: Sequence[str]) -> bool:
-        """Whether something below this path could be asked for."""
-        state = self.start
-        for name in path:
-            if not state:
-                return False
-            state = self.step(state, name)
-        return bool(state)
-
 
 class _Part:
     """One part of a pattern, made ready when a name is first held against it: most of a bad pattern's never are."""
