@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from clawnet import limits
 from clawnet.execution import trees
+from clawnet.execution.archive import Index
 from clawnet.execution.bundle import Head, Summary
 from clawnet.execution.delivery import Files
 from clawnet.execution.outputs import collect
@@ -96,28 +97,63 @@ def of_summary(found: Summary, blobs: BlobPort) -> Product:
     )
 
 
-def prepare(product: Product, directory: Path, owner: int | None) -> None:
+class Laid(Struct, frozen=True):
+    """Where a verifier finds what the run wrote: names in its directory, which no output file has.
+
+    `key` is the SHA-256 of its standard input, `files` what a module is given.
+    """
+
+    stdout: str
+    stderr: str
+    key: str = ""
+    files: list[InputFile] = []
+
+
+def prepare(product: Product, directory: Path, owner: int | None) -> Laid:
     """For a verifier command: the output files, and beside them what the run wrote."""
     product.files(directory, owner)
-    for name, parts in ((STDOUT_NAME, product.answer), (STDERR_NAME, product.stderr)):
+    stdout, stderr = (
+        _free(name, lambda found: os.path.lexists(directory / found)) for name in (STDOUT_NAME, STDERR_NAME)
+    )
+    for name, parts in ((stdout, product.answer), (stderr, product.stderr)):
         path = directory / name
-        path.unlink(missing_ok=True)
         _write(path, parts())
         if owner is not None:
             os.chown(path, owner, owner)
+    return Laid(stdout, stderr)
 
 
-def lay_out(product: Product, directory: Path) -> tuple[str, list[InputFile]]:
-    """For a verifier module: the same in a directory of the node's own, with the SHA-256 of its standard input."""
+def lay_out(product: Product, directory: Path) -> Laid:
+    """For a verifier module: the same in a directory of the node's own."""
     directory.mkdir(mode=0o700, parents=True)
     key, size = _write(directory / STDOUT_NAME, product.answer())
-    files = [InputFile(STDOUT_NAME, "file", str(directory / STDOUT_NAME), size, 0o644, key)]
-    for name, kind, parts in ((STDERR_NAME, "file", product.stderr), (_ARCHIVE, "tree", product.archive)):
-        path = directory / name
-        digest_, size = _write(path, parts())
-        if kind == "file" or size:
-            files.append(InputFile(name if kind == "file" else "", kind, str(path), size, 0o644, digest_))
-    return key, files
+    err_key, err_size = _write(directory / STDERR_NAME, product.stderr())
+    tree = directory / _ARCHIVE
+    tree_key, tree_size = _write(tree, product.archive())
+    taken = _tops(tree) if tree_size else set[str]()
+    stdout, stderr = (_free(name, taken.__contains__) for name in (STDOUT_NAME, STDERR_NAME))
+    files = [
+        InputFile(stdout, "file", str(directory / STDOUT_NAME), size, 0o644, key),
+        InputFile(stderr, "file", str(directory / STDERR_NAME), err_size, 0o644, err_key),
+    ]
+    if tree_size:
+        files.append(InputFile("", "tree", str(tree), tree_size, 0o644, tree_key))
+    return Laid(stdout, stderr, key, files)
+
+
+def _free(name: str, taken: Callable[[str], bool]) -> str:
+    """This name, or the first like it that is not taken: a run may leave output files of any name."""
+    found, n = name, 1
+    while taken(found):
+        n += 1
+        found = f"{name}-{n}"
+    return found
+
+
+def _tops(tree: Path) -> set[str]:
+    """The names at the top of an archive."""
+    with tree.open("rb") as file:
+        return {member.name.partition("/")[0] for member in Index(file)}
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> tuple[str, int]:

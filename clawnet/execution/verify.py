@@ -21,11 +21,11 @@ from clawnet.errors import ClawnetError, DataError
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.computing import Computed, Computing, WasmRun
 from clawnet.execution.endings import Ended
-from clawnet.execution.product import STDERR_NAME, STDOUT_NAME, Product, digest, lay_out, prepare, span
+from clawnet.execution.product import STDOUT_NAME, Laid, Product, digest, lay_out, prepare, span
 from clawnet.execution.sandbox_bwrap import JOB_DIR
 from clawnet.execution.shells import Places, ShellRun
 from clawnet.execution.spec import ExecutionSettings, JobSpec
-from clawnet.execution.wasmruns import TRAPPED, InputFile
+from clawnet.execution.wasmruns import TRAPPED
 from clawnet.execution.workdirs import JobDirs, remove_tree
 from clawnet.wire import verdict as v
 from clawnet.wire.verdict import Check, Judged, judged
@@ -307,11 +307,11 @@ class Judge:
             self._tell(trial, "broken", f"no directory for its verifier: {error.strerror or error}")
             return
 
-        def prepared(future: Future[None]) -> None:
+        def prepared(future: Future[Laid]) -> None:
             try:
-                future.result()
+                laid = future.result()
                 if not trial.stopped:
-                    self._start(trial, check, dirs, number, mode)
+                    self._start(trial, check, dirs, number, mode, laid)
                     return
             except (OSError, ClawnetError) as error:
                 trial.verdict.append(judged(trial.n, "broken", f"its verifier cannot be started: {error}"))
@@ -321,7 +321,7 @@ class Judge:
         trial.kill = lambda: None  # it is over in a moment
         self._bench.in_thread(prepared, prepare, trial.product, dirs.work, places.dirs.owner)
 
-    def _start(self, trial: _Trial, check: Check, dirs: JobDirs, number: bytes, mode: str) -> None:
+    def _start(self, trial: _Trial, check: Check, dirs: JobDirs, number: bytes, mode: str, laid: Laid) -> None:
         product = trial.product
         inside = Path(JOB_DIR) if mode == "sandboxed" else dirs.work
         code = "" if product.exit_code is None else str(product.exit_code)
@@ -329,7 +329,7 @@ class Judge:
             job=number,
             kind="shell",
             argv=[*check.argv, code],
-            env=_environment(product, str(inside / STDOUT_NAME), str(inside / STDERR_NAME)),
+            env=_environment(product, str(inside / laid.stdout), str(inside / laid.stderr)),
             ring=trial.ring,
             wall_s=self._left_s(trial),
             memory_bytes_max=self._bench.settings().memory_bytes_max,
@@ -351,7 +351,7 @@ class Judge:
             spec,
             dirs.work,
             places.place(mode),
-            stdin=dirs.work / STDOUT_NAME,
+            stdin=dirs.work / laid.stdout,
             on_output=lambda stream, offset, data: None,
             on_end=ended,
         )
@@ -387,11 +387,11 @@ class Judge:
         number = self._number(trial)
         directory = self._bench.scratch / f"{number.hex()}-judged"
 
-        def prepared(future: Future[tuple[str, list[InputFile]]]) -> None:
+        def prepared(future: Future[Laid]) -> None:
             try:
-                key, files = future.result()
+                laid = future.result()
                 if not trial.stopped:
-                    self._run_module(trial, check, number, directory, key, files)
+                    self._run_module(trial, check, number, directory, laid)
                     return
             except (OSError, ClawnetError) as error:
                 trial.verdict.append(judged(trial.n, "broken", f"its verifier cannot be started: {error}"))
@@ -401,19 +401,17 @@ class Judge:
         trial.kill = lambda: None  # it is over in a moment
         self._bench.in_thread(prepared, lay_out, trial.product, directory)
 
-    def _run_module(
-        self, trial: _Trial, check: Check, number: bytes, directory: Path, key: str, files: list[InputFile]
-    ) -> None:
+    def _run_module(self, trial: _Trial, check: Check, number: bytes, directory: Path, laid: Laid) -> None:
         product, module = trial.product, check.module
         assert module is not None, "whoever took in the document has seen to that"
         code = "" if product.exit_code is None else str(product.exit_code)
         run = WasmRun(
             module,
             argv=[code],
-            env=_environment(product, STDOUT_NAME, STDERR_NAME),
+            env=_environment(product, laid.stdout, laid.stderr),
             stdin_path=str(directory / STDOUT_NAME),
-            stdin_key=key,
-            given=files,
+            stdin_key=laid.key,
+            given=laid.files,
             memory_bytes_max=self._bench.settings().memory_bytes_max,
             output_bytes_max=limits.VERIFIER_OUTPUT_BYTES_MAX,
         )

@@ -13,7 +13,7 @@ from typing import IO, Final
 
 from clawnet import limits
 from clawnet.errors import DataError
-from clawnet.execution.archive import Member, Reader
+from clawnet.execution.archive import Index, Member
 from clawnet.execution.wasiabi import Errno, WasiError
 
 NAME_BYTES_MAX: Final = 255
@@ -145,7 +145,7 @@ class Files:
             top = Dir(self._inode(), self._now_ns())
             self.root.entries[name] = top
         source = self._open(path)
-        for member in _Index(source):
+        for member in Index(source):
             self._add(top, member, source)
 
     def _add(self, top: Dir, member: Member, source: IO[bytes]) -> None:
@@ -389,16 +389,3 @@ class Files:
             elif isinstance(node, Dir):
                 prefix = path + "/" if path else ""
                 waiting.extend((prefix + name, node.entries[name]) for name in sorted(node.entries, reverse=True))
-
-
-class _Index(Reader):
-    """Where everything in an archive lies: contents are passed over unread."""
-
-    def __init__(self, source: IO[bytes]) -> None:
-        super().__init__(source, files_max=limits.TREE_FILES_MAX, bytes_max=limits.INPUT_BYTES_MAX)
-        self._file = source
-
-    def content(self) -> Iterator[bytes]:
-        self._file.seek(self._left + self._pad, 1)
-        self._left = self._pad = 0
-        return iter(())

@@ -178,6 +178,22 @@ def test_a_command_finds_the_result(sandbox: str) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("leave", ["mkdir -p NAME; echo mine > NAME/f", "echo mine > NAME", "ln -s f NAME"])
+def test_output_files_of_any_name_stay_apart_from_what_was_written(sandbox: str, leave: str) -> None:
+    async def body(bench: Bench) -> None:
+        names = (".clawnet-stdout", ".clawnet-stdout-2", ".clawnet-stderr")
+        script = "; ".join(["echo yes; echo err >&2; echo mine > f", *(leave.replace("NAME", name) for name in names)])
+        looks = command(
+            'test "$(cat "$CLAWNET_STDOUT")" = yes && test "$(cat "$CLAWNET_STDERR")" = err && test "$(cat)" = yes && '
+            "for n in .clawnet-stdout .clawnet-stdout-2 .clawnet-stderr; do test -d $n && n=$n/f; "
+            'test "$(cat $n)" = mine || exit 1; done'
+        )
+        assert await judge(bench, script, looks, module(bench), sandbox=sandbox, outputs=["."]) == ()
+
+    with_bench(body, **here(sandbox))
+
+
+@BOTH
 def test_how_commands_judge(sandbox: str) -> None:
     async def body(bench: Bench) -> None:
         for script, outcome, word in (
