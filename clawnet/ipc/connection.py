@@ -36,6 +36,9 @@ class Board(Protocol):
     def hold(self, connection: Connection) -> None:
         """The connection has more lines; its take_share is called when it may act on some."""
 
+    def lines_held(self, change: int) -> None:
+        """So many bytes more of lines are held, or fewer; the client that holds most may be cut off for that."""
+
     def crowded(self) -> None:
         """A client leaves much unread; it or another may be dropped for that."""
 
@@ -47,10 +50,14 @@ class Board(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """A client. A line over RPC_LINE_BYTES_MAX, or an unread backlog over RPC_QUEUE_BYTES_MAX, ends it."""
+    """A client. A line over RPC_LINE_BYTES_MAX, or an unread backlog over RPC_QUEUE_BYTES_MAX, ends it.
+
+    `held` are the bytes of its lines that are not whole, or that nobody has acted on.
+    """
 
     def __init__(self, board: Board, number: int) -> None:
         self.number = number
+        self.held = 0
         self.credential = "local"
         self.calls: dict[int | str, int] = {}
         self.pages: set[int | str] = set()
@@ -81,6 +88,7 @@ class Connection(asyncio.Protocol):
         if b"\n" not in data:
             self._partial += data
             self._check_length(len(self._partial))
+            self._count_held()
             return
         first, *lines = data.split(b"\n")
         last = lines.pop()
@@ -89,6 +97,7 @@ class Connection(asyncio.Protocol):
         if self._check_length(max(map(len, lines)), len(last)):
             self._waiting += lines
             self.take()
+        self._count_held()
 
     def eof_received(self) -> bool:
         # A client that no longer writes is taken for gone: else one that was killed would be followed for ever.
@@ -97,6 +106,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self._closing = True
+        self._count_held()
         self._board.lost(self)
 
     def pause_writing(self) -> None:
@@ -128,6 +138,7 @@ class Connection(asyncio.Protocol):
             done += 1
         self._waiting = waiting[done:]
         self._hold(bool(self._waiting))
+        self._count_held()
 
     def take_share(self, count: int) -> list[int]:
         """Acts on so many of the lines that were held; their sizes. The rest waits for the next share."""
@@ -141,7 +152,30 @@ class Connection(asyncio.Protocol):
                 self._board.hold(self)
         self._waiting = self._waiting[len(sizes) :]
         self._hold(bool(self._waiting))
+        self._count_held()
         return sizes
+
+    def _count_held(self) -> None:
+        """Tells the server what is held here; nothing is where the client is on its way out."""
+        if self._closing:
+            self._partial.clear()
+            self._waiting.clear()
+        held = len(self._partial) + sum(map(len, self._waiting))
+        change, self.held = held - self.held, held
+        if change:
+            self._board.lines_held(change)
+
+    def cut(self) -> None:
+        """Ends a client that holds most of what all together may."""
+        self._board.count("refused")
+        most = limits.RPC_LINES_BYTES_MAX // limits.MIB
+        self.fail(
+            None,
+            rpc.INVALID_REQUEST,
+            f"local clients have sent more than {most} MiB of calls that are not whole, or have to wait, and this one "
+            "most of them; send less at once",
+        )
+        self._count_held()
 
     def _is_full(self) -> bool:
         return self._closing or self._unread or len(self.calls) >= limits.RPC_CALLS_PER_CLIENT_MAX

@@ -44,6 +44,7 @@ class IpcServer:
         self._waiting = waiting
         self._window = self._window_bytes = 0
         self._held: dict[int, Connection] = {}
+        self._lines_bytes = 0
         self._window_ends = False
         self._last_call = 0
         self._last_client = 0
@@ -194,6 +195,12 @@ class IpcServer:
         for call in calls:
             del self._calls[call]
             self._on_gone(call)
+
+    def lines_held(self, change: int) -> None:
+        """What lines of all clients wait for has a bound: beyond it who has sent most of them is cut off."""
+        self._lines_bytes += change
+        if change > 0 and self._lines_bytes > limits.RPC_LINES_BYTES_MAX:
+            max(self._connections.values(), key=lambda one: one.held).cut()
 
     def crowded(self) -> None:
         """A client leaves much unread: when all of them together leave too much, who leaves most is dropped."""

@@ -285,13 +285,6 @@ def test_another_version_of_the_protocol_is_told_what_to_do(
     assert not served.seen
 
 
-def test_a_daemon_too_old_is_recognised_by_the_command() -> None:
-    with pytest.raises(UnreachableError, match="older than this command"):
-        rpc.check_daemon({"rpc_version": rpc.RPC_VERSION_OLDEST - 1})
-    with pytest.raises(UnreachableError, match="does not speak"):
-        rpc.check_daemon("what?")
-
-
 def test_the_socket_is_for_its_owner_alone(served: Served) -> None:
     assert stat.S_IMODE(served.home.socket.stat().st_mode) == 0o600
     assert stat.S_IMODE(served.home.run_dir.stat().st_mode) == 0o700
@@ -316,24 +309,6 @@ def test_the_socket_of_a_killed_daemon_is_replaced(home: Home) -> None:
     with Client(home, autostart=False) as client:
         assert client.call("echo") == {}
     serving.stop()
-
-
-@pytest.mark.parametrize("mode", [0o755, 0o770])
-def test_a_directory_open_to_others_is_refused(home: Home, mode: int) -> None:
-    make_private_dir(home.run_dir)
-    home.run_dir.chmod(mode)
-    server = IpcServer(home.socket, lambda *args: None, lambda call: None)
-    with pytest.raises(ConfigError, match="open to other users") as caught:
-        asyncio.run(server.start())
-    assert "chmod 700" in caught.value.hint
-
-
-def test_a_file_in_the_way_is_named(home: Home) -> None:
-    make_private_dir(home.run_dir)
-    home.socket.write_text("not a socket")
-    server = IpcServer(home.socket, lambda *args: None, lambda call: None)
-    with pytest.raises(ConfigError, match="not a socket"):
-        asyncio.run(server.start())
 
 
 def test_a_window_of_calls_is_shared_and_the_rest_stays_with_its_clients(
@@ -422,6 +397,43 @@ def test_when_all_leave_too_much_unread_who_leaves_most_is_dropped(
         connection.close()
 
 
+def test_lines_that_never_end_have_one_bound_over_all_clients(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RPC_LINES_BYTES_MAX", 4 * limits.MIB)
+    greedy, *many = (raw(served.home) for _ in range(8))
+    greedy.sendall(rpc.hello_line("0") + b"x" * limits.MIB)
+    while served.run(_lines(served)) < limits.MIB:
+        pass
+    for connection in many:
+        connection.sendall(rpc.hello_line("0") + b"x" * (limits.MIB // 2))
+    *_, said = lines_until_end(greedy)
+    assert "4 MiB" in said["error"]["message"]
+    with Client(served.home, autostart=False) as client:
+        assert client.call("echo") == {}
+    for connection in many:
+        connection.close()
+
+
+async def _lines(served: Served) -> int:
+    return sum(connection.held for connection in served.server._connections.values())
+
+
+def test_lines_that_cannot_be_begun_with_count_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RPC_LINES_BYTES_MAX", 3 * limits.MIB)
+    monkeypatch.setattr(limits, "RPC_CALLS_PER_CLIENT_MAX", 1)
+    many = [raw(served.home) for _ in range(2)]
+    for connection in many:
+        connection.sendall(rpc.hello_line("0") + rpc.request_line(1, "hold", {}))
+    served.wait(lambda: len(served.held) == 2)
+    many[0].sendall(rpc.request_line(2, "echo", {"text": "x" * limits.MIB}))
+    many[1].sendall(rpc.request_line(2, "echo", {"text": "x" * 2 * limits.MIB}))
+    *_, said = lines_until_end(many[1])
+    assert "3 MiB" in said["error"]["message"]
+    served.soon(served.server.reply, served.held[0], {})
+    served.wait(lambda: any(method == "echo" for method, _ in served.seen))
+    for connection in many:
+        connection.close()
+
+
 def test_no_more_clients_than_the_limit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "RPC_CLIENTS_MAX", 1)
     with Client(served.home, autostart=False) as client:
@@ -441,25 +453,6 @@ def test_waiting_ends_when_the_time_is_up_or_the_daemon_goes(home: Home) -> None
     assert isinstance(client.receive(held).error, StoppedError)
     with pytest.raises(NoDaemonError, match="went away"):
         client.receive(held)
-
-
-def test_what_is_no_daemon_of_ours_is_said(home: Home) -> None:
-    make_private_dir(home.run_dir)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(home.socket))
-        listening.listen()
-
-        def greet() -> None:
-            connection, _ = listening.accept()
-            connection.recv(1_000)
-            connection.sendall(b"SSH-2.0-hello\r\n")
-            connection.close()
-
-        thread = threading.Thread(target=greet)
-        thread.start()
-        with Client(home, autostart=False) as client, pytest.raises(UnreachableError, match="does not speak"):
-            client.call("echo")
-        thread.join()
 
 
 def test_text_that_is_no_unicode_is_refused_before_it_is_sent(served: Served) -> None:
