@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 from nacl import bindings
 
-from clawnet import __version__, limits, paths
+from clawnet import __version__, config, limits, paths
 from clawnet.errors import ConfigError, DataError, NotPermittedError, StorageFullError
 from clawnet.identity import export
 from clawnet.identity.export import Identity
@@ -64,6 +64,8 @@ class Contents(Struct, frozen=True):
     seq: int
     entries: int
     peers: list[Named]
+    name: str = ""
+    """What the node was called."""
 
 
 class Told(Struct, frozen=True):
@@ -81,8 +83,12 @@ class Told(Struct, frozen=True):
 # --- making one
 
 
-def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permissions: bool = True) -> Told:
+def back_up(
+    home: Home, target: Path | BinaryIO, passphrase: str, *, name: str = "", check_permissions: bool = True
+) -> Told:
     """Writes the backup of `home`, whose daemon may run, to a file (whole or not at all, mode 0600) or a pipe.
+
+    `name` is what its configuration calls the node.
 
     Raises DataError for a passphrase that is too short, ConfigError when the home is not initialised, NotFoundError
     when it has no database yet, BrokenPipeError when nobody reads the pipe.
@@ -92,7 +98,7 @@ def back_up(home: Home, target: Path | BinaryIO, passphrase: str, *, check_permi
     node = KeyPair.from_seed(identity.node_seed)
     head = reduced.reduce(home.database, identity.membership.account(node.public), _not_again)
     peers = [_named(body) for _, body in head.peers]
-    contents = Contents(identity, time.time_ns() // 1_000_000, __version__, head.seq, head.entries, peers)
+    contents = Contents(identity, time.time_ns() // 1_000_000, __version__, head.seq, head.entries, peers, name)
     try:
         if isinstance(target, Path):
             with paths.whole(target) as file:
@@ -156,7 +162,7 @@ def restore(home: Home, source: BinaryIO, passphrase: str, *, force: bool = Fals
 
     The whole file is read and checked before anything in the home changes, and the change is one rename: a process that
     is killed leaves the home as it was, or one that the next start finishes (restoring.py). With `force` what the home
-    held goes to its archive. Raises NotPermittedError for a home that is in use otherwise, ConfigError while a daemon
+    held goes to its archive. Without a configuration the home gets one with the node's name. Raises NotPermittedError for a home that is in use otherwise, ConfigError while a daemon
     has it, DataError for a file or passphrase that is wrong.
     """
     pieces = _read(source, passphrase)
@@ -174,6 +180,9 @@ def restore(home: Home, source: BinaryIO, passphrase: str, *, force: bool = Fals
         size = _write_database(draft, pieces)
         reduced.revive(draft, REASON)
         restoring.finish(home, contents.identity)
+        if contents.name and not home.config_file.exists():
+            paths.make_private_dir(home.config_file.parent)
+            config.write_new(home.config_file, {"node.name": contents.name})
     except OSError as error:
         _refuse(f"cannot restore into {home.dir}", error)
     finally:

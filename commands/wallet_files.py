@@ -23,6 +23,7 @@ from .render import json_line, on_terminal, short, show, to_stdout
 if TYPE_CHECKING:
     from clawnet.api import Client
     from clawnet.backup import Told
+    from clawnet.config import Config
 
 RISK = (
     "if an entry of this chain is missing here, the next one written forks it, and a fork convicts: "
@@ -55,7 +56,8 @@ def backup(
     from clawnet.handover import settle
 
     invocation = here(context)
-    home, check = _home(invocation)
+    home, settings = _home(invocation)
+    check, name = settings.flag("security.check_permissions"), settings.text("node.name")
     settle(home, check_permissions=check)
     target = Path(file).absolute()
     if file != "-":
@@ -68,9 +70,9 @@ def backup(
     secret = passphrase(passphrase_file, confirm=True)
     if file == "-":
         with to_stdout() as stream:
-            back_up(home, stream.buffer, secret, check_permissions=check)
+            back_up(home, stream.buffer, secret, name=name, check_permissions=check)
         return
-    told = back_up(home, target, secret, check_permissions=check)
+    told = back_up(home, target, secret, name=name, check_permissions=check)
     _show(invocation, told, "written")
 
 
@@ -248,9 +250,9 @@ def _time(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _home(invocation: Invocation) -> tuple[Home, bool]:
-    """The home with its data directory, and whether modes are checked."""
+def _home(invocation: Invocation) -> tuple[Home, Config]:
+    """The home with its data directory, and its configuration."""
     from clawnet import config
 
     settings = config.load(invocation.home, os.environ, invocation.flags)
-    return settings.home(invocation.home), settings.flag("security.check_permissions")
+    return settings.home(invocation.home), settings
