@@ -58,6 +58,10 @@ class Widening:
             hints.append("--ring member asks members too")
         if hints:
             return "; ".join([*hints, why])
+        banned = [peer for peer in spec["peer"] if self._rooms.members.banned(peer)]
+        if banned and len(banned) == len(spec["peer"]):
+            name = self._rooms.members.party(banned[0])["name"]
+            return f"{name} is asked nothing: it was banned or is no member any longer (clawnet peer list); {why}"
         beyond = [peer for peer in spec["peer"] if self._rooms.members.ring_of(peer) == "member"]
         if beyond and spec["ring"] == "own":
             name = self._rooms.members.party(beyond[0])["name"]

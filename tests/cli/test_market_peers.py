@@ -56,6 +56,7 @@ def test_disconnect_connect_ban_and_unban(mesh: list[Node], alice: Node) -> None
         bob("peer", "connect", alice.ask("status")["listen"][0]).failed(69)
         task = alice("run", "--json", *ABROAD, "--", "true").json("run")
         assert task["executor"]["name"] == "carol"
+        alice("run", *ABROAD, "--peer", "bob", "--", "true").failed(75, "banned")
         assert "bob" not in connected(alice)
     finally:
         assert alice("peer", "unban", "bob", "--json").json("peer unban")["changed"]
