@@ -162,8 +162,9 @@ def restore(home: Home, source: BinaryIO, passphrase: str, *, force: bool = Fals
 
     The whole file is read and checked before anything in the home changes, and the change is one rename: a process that
     is killed leaves the home as it was, or one that the next start finishes (restoring.py). With `force` what the home
-    held goes to its archive. Without a configuration the home gets one with the node's name. Raises NotPermittedError for a home that is in use otherwise, ConfigError while a daemon
-    has it, DataError for a file or passphrase that is wrong.
+    held goes to its archive. Without a configuration the home gets one with the node's name. Raises NotPermittedError
+    for a home that is in use otherwise, ConfigError while a daemon has it, DataError for a file or passphrase that is
+    wrong.
     """
     pieces = _read(source, passphrase)
     contents = _contents(pieces)

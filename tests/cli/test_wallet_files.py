@@ -92,7 +92,7 @@ def test_a_wallet_comes_back_from_its_backup_once_all_have_answered(nodes: Nodes
 
     told = bob("wallet", "restore", str(file), "--passphrase-file", secret, "--json").json("wallet restore")
     assert told["seq"] == made["seq"] < lost[0]
-    assert bob("config", "get", "node.name").line == "bob"
+    assert "\n  name: bob" in (bob.dir / "config.yaml").read_text(), "bob's own name, also where nothing else tells it"
     bob.start()
     bob.until("takes its chain in", lambda: head(bob) == lost)
     bob.until("has alice's answer", lambda: _unanswered(bob) == ["carol"])
