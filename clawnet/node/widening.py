@@ -58,21 +58,27 @@ class Widening:
             hints.append("--ring member asks members too")
         if hints:
             return "; ".join([*hints, why])
-        banned = [peer for peer in spec["peer"] if self._rooms.members.banned(peer)]
-        if banned and len(banned) == len(spec["peer"]):
-            name = self._rooms.members.party(banned[0])["name"]
-            return f"{name} is asked nothing: it was banned or is no member any longer (clawnet peer list); {why}"
-        beyond = [peer for peer in spec["peer"] if self._rooms.members.ring_of(peer) == "member"]
-        if beyond and spec["ring"] == "own":
-            name = self._rooms.members.party(beyond[0])["name"]
-            return f"{name} is a member, and --ring own asks own machines alone: --ring member allows it; {why}"
         if spec["peer"]:
-            return f"--peer restricts who is asked; leave it out to widen the choice; {why}"
+            return f"{self._about_named(task)}; {why}"
         if spec["ring"] == "own":
             return f"--ring member asks members too; {why}"
         if not self._ctx.links:
             return f"no peer is connected (clawnet peer list); {why}"
         return f"fewer --require, --label or a lower --min-reputation widen the choice; {why}"
+
+    def _about_named(self, task: Task) -> str:
+        """Why nobody of those that --peer names was asked, or took it."""
+        members, named = self._rooms.members, task.spec["peer"]
+        if all(members.banned(peer) for peer in named):
+            return f"{members.name_of(named[0])} is asked nothing: it was banned or is no member any longer"
+        beyond = [peer for peer in named if members.ring_of(peer) == "member"]
+        if beyond and task.spec["ring"] == "own":
+            name = members.name_of(beyond[0])
+            return f"{name} is a member, and --ring own asks own machines alone: --ring member allows it"
+        if not any(self._ctx.connected(peer) for peer in named):
+            name = members.name_of(named[0])
+            return f"{name} is not connected (clawnet peer list); without --peer there is more choice"
+        return "--peer restricts who is asked; leave it out to widen the choice"
 
     def _no_endpoint(self, task: Task) -> str:
         """Nobody answers prompts: what this node's own endpoint lacks, how one is set, and what works without one."""

@@ -157,6 +157,25 @@ def test_nobody_connected(mesh: Mesh) -> None:
     assert view["state"] == "no_bids" and "peer list" in view["error"]["hint"]
 
 
+def test_why_a_named_peer_was_not_asked(mesh: Mesh) -> None:
+    alice, bob, _ = three(mesh)
+
+    def hint(**spec: Any) -> str:
+        call = compute(alice, peer=["bob"], **spec)
+        mesh.run(10)
+        view = alice.task(call)
+        assert view["state"] == "no_bids"
+        text: str = view["error"]["hint"]
+        return text
+
+    assert "bob is a member" in hint(ring="own") and "--ring member" in hint(ring="own")
+    mesh.cut(alice, bob)
+    mesh.run(10)
+    assert "bob is not connected" in hint()
+    alice.node.rooms.members.ban(bob.peer, True)
+    assert "banned" in hint()
+
+
 def test_workers_without_a_price_are_paid_the_least_there_is(mesh: Mesh) -> None:
     alice = mesh.found("alice", **SELFLESS)
     mesh.join(alice, "kind", **{"market.rates.task": "0", "market.rates.cpu_second": "0"})
