@@ -9,7 +9,6 @@ were under way is asked again alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
@@ -24,13 +23,15 @@ import msgspec
 from clawnet import limits
 from clawnet.config_endpoint import without_secrets
 from clawnet.execution.wasmruns import WASM
+from clawnet.execution.workerlink import WorkerPipes, WorkerSocket
 
 DEFAULT_ARGV: Final = (sys.executable, "-m", "clawnet.commands", "_worker")
 _OVERRUN_S: Final = 1.0
 _START_S: Final = 30.0
 _FAILED_STARTS_MAX: Final = 3
+_FRAME_MORE_BYTES: Final = 64 * limits.KIB
+_FRAME_S: Final = 10.0
 _encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(list[Any]).decode
 
 Answer = Callable[[bytes, str, float], None]
 """(data, reason, cpu_s); the reason is empty, a word of TaskExited.ended, or a sentence."""
@@ -38,6 +39,18 @@ Answer = Callable[[bytes, str, float], None]
 
 def _nobody(data: bytes, reason: str, cpu_s: float) -> None:
     """Hears the answer to what was cancelled."""
+
+
+class _Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A frame of a worker's; number 0 says that it is ready."""
+
+    number: int
+    data: bytes = b""
+    reason: str = ""
+    cpu_s: float = 0.0
+
+
+_decode: Final = msgspec.msgpack.Decoder(_Answer).decode
 
 
 class _Asked:
@@ -50,44 +63,18 @@ class _Asked:
         self.alone = False
         self.answer = answer
 
-
-class _Pipes:
-    """Standard input and output of a worker where no socket can be handed over: a thread reads."""
-
-    def __init__(self, process: subprocess.Popen[bytes], worker: _Worker, loop: asyncio.AbstractEventLoop) -> None:
-        self._process = process
-        self._worker = worker
-        self._loop = loop
-        threading.Thread(target=self._read, name="clawnet-worker-pipe", daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        try:
-            while data := os.read(descriptor, 256 * limits.KIB):
-                self._loop.call_soon_threadsafe(self._worker.data_received, data)
-            self._loop.call_soon_threadsafe(self._worker.connection_lost, None)
-        except (OSError, RuntimeError):
-            return  # closed from this side, or the loop is gone
-
-    def write(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-        except OSError:
-            self._process.kill()  # its end is heard through the other pipe
-
-    def close(self) -> None:
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not flushed goes nowhere
-                    pipe.close()
+    @property
+    def answer_bytes_max(self) -> int:
+        """How long its answer may be."""
+        return min(int(self.request[5]), limits.WORKER_FRAME_BYTES_MAX)
 
 
 class _Worker(asyncio.Protocol):
-    """One worker process and what it was asked and has not answered, oldest first."""
+    """One worker process and what it was asked and has not answered, oldest first.
+
+    Modules of strangers run in it, so that its words are a stranger's: a frame is no longer than the longest answer
+    that was asked for, and the first that is none, or answers what was not asked, ends the worker.
+    """
 
     def __init__(self, pool: ComputePool) -> None:
         self.unanswered: dict[int, _Asked] = {}
@@ -98,27 +85,63 @@ class _Worker(asyncio.Protocol):
         self.since_s = 0.0
         self._pool = pool
         self._held = bytearray()
+        self._began_s = 0.0
+        self._frame_bytes_max = _FRAME_MORE_BYTES
+        self._given_away: set[int] = set()
+
+    def ask(self, number: int, asked: _Asked) -> None:
+        """It is about to be asked this."""
+        self.unanswered[number] = asked
+        self._frame_bytes_max = max(self._frame_bytes_max, asked.answer_bytes_max + _FRAME_MORE_BYTES)
+
+    def give_away(self) -> None:
+        """All but what it is at is asked of another; that it comes to answer it all the same is known."""
+        _, *others = self.unanswered
+        self._given_away.update(others)
 
     def data_received(self, data: bytes) -> None:
-        held = self._held
+        held, now_s = self._held, self._pool.loop.time()
+        if not held:
+            self._began_s = now_s
         held += data
-        self.since_s = self._pool.loop.time()
-        while len(held) >= 4:
+        if now_s - self._began_s < _FRAME_S:  # it is not stuck while an answer arrives, except byte by byte
+            self.since_s = now_s
+        while len(held) >= 4 and not self.gone:
             size = int.from_bytes(held[:4], "big")
-            if len(held) < 4 + size:
+            if size <= self._frame_bytes_max and len(held) < 4 + size:
                 break
-            answer = _decode(bytes(held[4 : 4 + size]))
+            if size > self._frame_bytes_max or not self._heard(bytes(held[4 : 4 + size])):
+                held.clear()
+                self.connection_lost(None)
+                return
             del held[: 4 + size]
-            if answer[0] == 0:
-                self.ready = True
-                self._pool.on_ready()
-                continue
-            asked = self.unanswered.pop(answer[0], None)
-            if asked is not None:
-                asked.answer(answer[1], answer[2], answer[3])
+            self._began_s = now_s
         if not self.unanswered:
             self._pool.reap_later()
         self._pool.flush_soon()
+
+    def _heard(self, frame: bytes) -> bool:
+        """Hands an answer on; False when it is none."""
+        try:
+            answer = _decode(frame)
+        except msgspec.DecodeError:
+            return False
+        if answer.number == 0:
+            if self.ready:
+                return False
+            self.ready = True
+            self._pool.on_ready()
+            return True
+        asked = self.unanswered.pop(answer.number, None)
+        if asked is None:
+            known = answer.number in self._given_away
+            self._given_away.discard(answer.number)
+            return known
+        if len(answer.data) > asked.answer_bytes_max or not 0 <= answer.cpu_s < float("inf"):
+            self.unanswered = {answer.number: asked, **self.unanswered}
+            return False
+        asked.answer(answer.data, answer.reason[: limits.TEXT_CHARS_MAX], answer.cpu_s)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.gone:
@@ -291,7 +314,7 @@ class ComputePool:
         environ = without_secrets(os.environ)
         if self._pipes:
             worker.process = subprocess.Popen(self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
-            worker.out = _Pipes(worker.process, worker, self.loop)
+            worker.out = WorkerPipes(worker.process, worker, self.loop)
             return
         ours, theirs = socket.socketpair()
         try:
@@ -304,7 +327,7 @@ class ComputePool:
         finally:
             theirs.close()
         ours.setblocking(False)
-        worker.out = _SocketOut(ours, worker, self.loop)
+        worker.out = WorkerSocket(ours, worker, self.loop)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -329,7 +352,7 @@ class ComputePool:
                 asked = self._waiting.popleft()
                 self._number += 1
                 asked.request[0] = self._number
-                worker.unanswered[self._number] = asked
+                worker.ask(self._number, asked)
                 frame = _encode(asked.request)
                 frames.append(len(frame).to_bytes(4, "big"))
                 frames.append(frame)
@@ -384,6 +407,7 @@ class ComputePool:
             self._retire(worker)
             head.answer(b"", "wall_limit", age_s)
         elif len(worker.unanswered) > 1 and self._other_for(worker):
+            worker.give_away()
             del worker.unanswered[number]
             self._requeue(worker)
             worker.unanswered[number] = head
@@ -395,58 +419,3 @@ class ComputePool:
             return False
         self._start_worker()
         return True
-
-
-class _SocketOut:
-    """Our end of a worker's socket; unlike an asyncio transport it is made without awaiting."""
-
-    def __init__(self, sock: socket.socket, worker: _Worker, loop: asyncio.AbstractEventLoop) -> None:
-        self._sock = sock
-        self._worker = worker
-        self._loop = loop
-        self._unsent = bytearray()
-        loop.add_reader(sock, self._on_readable)
-
-    def _on_readable(self) -> None:
-        try:
-            data = self._sock.recv(256 * limits.KIB)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._worker.data_received(data)
-        else:
-            self.close()
-            self._worker.connection_lost(None)
-
-    def write(self, data: bytes) -> None:
-        if self._sock.fileno() < 0:
-            return
-        if not self._unsent:
-            try:
-                data = data[self._sock.send(data) :]
-            except (BlockingIOError, InterruptedError):
-                pass
-            except OSError:
-                return  # its end is heard by reading
-            if not data:
-                return
-            self._loop.add_writer(self._sock, self._on_writable)
-        self._unsent += data
-
-    def _on_writable(self) -> None:
-        try:
-            del self._unsent[: self._sock.send(self._unsent)]
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self._unsent.clear()
-        if not self._unsent:
-            self._loop.remove_writer(self._sock)
-
-    def close(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
-            self._sock.close()

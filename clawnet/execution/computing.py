@@ -39,6 +39,7 @@ MODULE_NAME: Final = "module"
 """What a module finds as its own name, wherever and under whatever name it came."""
 _READ_BYTES: Final = 256 * limits.KIB
 _FEW: Final = 64
+_ENDED_BYTES_MAX: Final = 2 * limits.WASM_OUTPUT_HELD_BYTES + limits.KIB
 _decode: Final = msgspec.msgpack.Decoder(WasmEnded).decode
 
 
@@ -202,7 +203,11 @@ class Computing:
                 how, sentence = told(reason, request, wall_s)
                 ended(Computed(bundle.Usage(took_s, cpu_s, 0), how, sentence, close=close))
                 return
-            found = _decode(data)
+            found = _ended(data, run.output_bytes_max)
+            if found is None:
+                usage = bundle.Usage(took_s, cpu_s, 0)
+                ended(Computed(usage, "failed", "the worker process answered what is no end of a run", close=close))
+                return
             self._walled = found.walled
             usage = bundle.Usage(took_s, cpu_s, found.memory_bytes)
             head = bundle.Head(found.exit_code, None, found.stdout_bytes, found.stderr_bytes, "", usage)
@@ -217,7 +222,7 @@ class Computing:
                 )
             )
 
-        self._pool.submit(job, WASM, request, [], time_s=wall_s, answer_bytes_max=run.output_bytes_max, answer=answered)
+        self._pool.submit(job, WASM, request, [], time_s=wall_s, answer_bytes_max=_ENDED_BYTES_MAX, answer=answered)
 
     def _request(self, run: WasmRun, directory: Path) -> WasmRequest:
         names = [inputs.check_name(item.name) for item in run.files]
@@ -269,18 +274,38 @@ def _cleared(directory: Path) -> None:
             remove_tree(directory)
 
 
+def _ended(data: bytes, output_bytes_max: int) -> WasmEnded | None:
+    """What a worker says of a run, where it can be so: who breaks out of the engine may say anything."""
+    try:
+        found = _decode(data)
+    except msgspec.DecodeError:
+        return None
+    sizes, streams = (found.stdout_bytes, found.stderr_bytes), (found.stdout, found.stderr)
+    if not (0 <= found.exit_code <= 255 and min(*sizes, found.memory_bytes) >= 0 and sum(sizes) <= output_bytes_max):
+        return None
+    for stream, size in zip(streams, sizes, strict=True):
+        if size <= limits.WASM_OUTPUT_HELD_BYTES if stream is None else len(stream) != size:
+            return None
+    return found
+
+
 class _Streams:
-    """The streams' bytes, standard output first, each time they are asked for."""
+    """The streams' bytes, standard output first, each time they are asked for: as many as were told of."""
 
     def __init__(self, directory: Path, found: WasmEnded) -> None:
         self._directory = directory
         self._found = found
 
     def __iter__(self) -> Iterator[bytes]:
-        for number, data in ((1, self._found.stdout), (2, self._found.stderr)):
+        found = self._found
+        for number, data, left in ((1, found.stdout, found.stdout_bytes), (2, found.stderr, found.stderr_bytes)):
             if data is not None:
                 yield data
                 continue
             with open(os.path.join(self._directory, f"stream-{number}"), "rb") as file:
-                while piece := file.read(_READ_BYTES):
+                while left:
+                    piece = file.read(min(left, _READ_BYTES))
+                    if not piece:
+                        raise DataError("the module's output is shorter than it was")
+                    left -= len(piece)
                     yield piece

@@ -258,7 +258,7 @@ class Judge:
             {},
             list(sources),
             time_s=time_s,
-            answer_bytes_max=limits.WORKER_FRAME_BYTES_MAX,
+            answer_bytes_max=limits.CONTRACT_VALUE_BYTES_MAX,
             answer=told,
         )
 
