@@ -42,10 +42,10 @@ class Fetches:
     ) -> None:
         """Fetches the blobs (id, size) of an award; one that is here counts if this peer has sent it, or is our own.
 
-        Whose machine has the owner's key may have what this one has; anybody else must not get, by naming another's
-        file, to have it here or to learn that it is.
+        All nodes of an owner are one sender. Whose machine has the owner's key may have what this one has; anybody else
+        must not get, by naming another's file, to have it here or to learn that it is.
         """
-        source = "" if self._rooms.members.ring_of(peer) == "own" else peer
+        source = "" if self._rooms.members.ring_of(peer) == "own" else self._rooms.quotas.owner_of(peer).hex()
         effect = Fetch(request, peer, award, blobs, 0, source)
         self._fetching[request] = Fetching(effect, patient)
         self._ctx.out.append(effect)

@@ -45,10 +45,11 @@ class Quotas:
         return sum(job.blob_bytes for job in self._of_owner(peer, large))
 
     def _of_owner(self, peer: str, jobs: Iterable[Job]) -> Iterator[Job]:
-        owner = self._owner(peer)
-        return (job for job in jobs if job.peer == peer or self._owner(job.peer) == owner)
+        owner = self.owner_of(peer)
+        return (job for job in jobs if job.peer == peer or self.owner_of(job.peer) == owner)
 
-    def _owner(self, peer: str) -> bytes:
+    def owner_of(self, peer: str) -> bytes:
+        """The key by which all nodes of a peer's owner are one."""
         record = self._rooms.members.records.get(peer)
         return record.owner if record is not None and record.owner else self._rooms.members.account_of(peer)
 

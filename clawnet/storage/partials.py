@@ -1,8 +1,8 @@
 """Blobs on their way in: the chunks that were verified lie in files of their own, so that a cut costs none of them.
 
-A part is two files, named by the blob and by who sends it: `.leaves` holds the size and the chunks' hashes, which prove
-each other by the blob's id, and `.part` holds the chunks from the first on. What a crash left behind the last verified
-chunk is found by hashing and cut off. A part lives as long as somebody waits for its blob.
+A part is two files, named by the blob and by whose nodes send it: `.leaves` holds the size and the chunks' hashes,
+which prove each other by the blob's id, and `.part` holds the chunks from the first on. What a crash left behind the
+last verified chunk is found by hashing and cut off. A part lives as long as somebody waits for its blob.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -161,7 +162,9 @@ class BlobPart:
 
 
 class Parts:
-    """The parts in one directory: at most BLOB_PARTS_MAX, the one untouched longest goes first.
+    """The parts in one directory: at most BLOB_PARTS_MAX, shared by those that send them.
+
+    Of whoever has the most, the part untouched longest goes first: nobody's go for what another begins.
 
     `known` is how many bytes of a part were verified in this process, by the name of its files.
     """
@@ -236,12 +239,27 @@ class Parts:
                 self.remove(stem)
 
     def _bound(self) -> None:
+        """Who sends no more than an even share loses nothing; parts that are being written cannot go."""
         idle = [stem for stem in self._stems() if stem.name not in self._open]
-        if len(idle) + len(self._open) <= limits.BLOB_PARTS_MAX:
+        over = len(idle) + len(self._open) - limits.BLOB_PARTS_MAX
+        if over <= 0:
             return
+        held = Counter(_sender(name) for name in (*self._open, *(stem.name for stem in idle)))
+        share = limits.BLOB_PARTS_MAX // len(held)
         idle.sort(key=lambda stem: stem.with_suffix(_PART).stat().st_mtime_ns)
-        for stem in idle[: len(idle) + len(self._open) - limits.BLOB_PARTS_MAX]:
-            self.remove(stem)
+        for _ in range(over):
+            most = max((held[_sender(stem.name)] for stem in idle), default=0)
+            if most <= share:
+                return
+            goes = next(stem for stem in idle if held[_sender(stem.name)] == most)
+            idle.remove(goes)
+            held[_sender(goes.name)] -= 1
+            self.remove(goes)
+
+
+def _sender(name: str) -> str:
+    """Who sends a part, by the name of its files."""
+    return name.rpartition("-")[2]
 
 
 class SeenPart:

@@ -341,8 +341,8 @@ class PackInputs(Effect, frozen=True, gc=False):
 class Fetch(Effect, frozen=True, gc=False):
     """Fetch blobs (hash, size) of a task from a peer; answered by BlobReady. `inline_max`: a small one comes inline.
 
-    Blobs that are here are not fetched if `source` has sent them before, or is empty; else the peer has to show that it
-    has them.
+    Blobs that are here are not fetched if `source`, the peer's owner, has sent them before, or is empty; else the peer
+    has to show that it has them.
     """
 
     request: bytes

@@ -180,6 +180,22 @@ def test_the_part_untouched_longest_makes_room(store: BlobStore, monkeypatch: py
     assert [store.fetching(BLOB, len(DATA), source).verified for source in "cba"] == [CHUNK, CHUNK, 0]
 
 
+def test_nobodys_part_goes_for_those_that_another_begins(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BLOB_PARTS_MAX", 4)
+    begun(store, 1).stop()
+    (mine,) = (file for file in files(store) if file.suffix == ".part")
+    os.utime(mine, (1_000, 1_000))
+    for n in range(6):
+        part = store.parts.open(bytes([n]) * 32, len(DATA), "eve")
+        part.begin(LEAVES)
+        part.write([DATA[:CHUNK]])
+        part.stop()
+        os.utime(part._stem.with_suffix(".part"), (2_000 + n, 2_000 + n))
+    left = {file.name[:2] for file in files(store) if file.suffix == ".part"}
+    assert left == {mine.name[:2], "03", "04", "05"}
+    assert store.fetching(BLOB, len(DATA), BOB).verified == CHUNK
+
+
 def test_no_room_for_what_is_declared_is_told_before_the_first_byte(store: BlobStore) -> None:
     store.bytes_max = len(DATA) - 1
     with pytest.raises(StorageFullError, match="do not fit"):

@@ -267,6 +267,21 @@ def test_all_nodes_of_an_owner_are_one_requester(mesh: Mesh) -> None:
     assert [quotas.refusal(one.peer, "member", half) for one in (attic, carol)] == ["quota", None]
 
 
+def test_all_nodes_of_an_owner_are_one_sender(mesh: Mesh) -> None:
+    alice = mesh.found("alice", **SELFLESS)
+    attic = mesh.join(alice, "attic", ring="own", credits_ucr=CREDIT, **SELFLESS)
+    carol = mesh.join(alice, "carol", credits_ucr=CREDIT, **SELFLESS)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT)
+    mesh.link_all()
+    mesh.run(2)
+    sources: list[str] = []
+    bob.fetch_fails = lambda effect: sources.append(effect.source)
+    for one in (alice, attic, carol):
+        with_input(one, peer=["bob"])
+        mesh.run(5)
+    assert sources[0] == sources[1] != sources[2]
+
+
 def test_whoever_leaves_results_unpaid_fills_no_more_than_its_share_with_them(mesh: Mesh) -> None:
     alice = mesh.found("alice", **SELFLESS)
     bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"storage.requester_max": str(limits.MIB)})
