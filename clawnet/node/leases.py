@@ -117,6 +117,9 @@ class Leases:
     def _expired(self, task: Task, attempt: Attempt) -> None:
         """The last moment has passed without a result: a line is refunded; without one the attempt just ends."""
         if attempt.lock_seq >= 0:
+            if attempt.state == "fetching" and not attempt.lost and not self._ctx.connected(attempt.peer):
+                attempt.lost = True
+                self._rooms.members.receipt(attempt, Outcome.LOST, task)
             if not attempt.refunded:
                 self._rooms.books.refund(task, attempt, None)
             return
@@ -128,8 +131,11 @@ class Leases:
 
     def _deadline(self, task: Task) -> None:
         self._rooms.awards.cancel(task, "deadline")
-        if task.paying is not None:
-            self._rooms.members.receipt(task.paying, Outcome.LATE, task)
+        attempt = task.paying
+        on_its_way = attempt is not None and attempt.state == "fetching" and attempt.delivered_ms <= task.deadline_ms
+        if attempt is not None and not on_its_way:
+            # Who delivered in time is judged by how the fetch ends: it may be this node that is slow, or full.
+            self._rooms.members.receipt(attempt, Outcome.LATE, task)
         seconds = (task.deadline_ms - task.created_ms) / 1000
         text = f"no result within the deadline of {seconds:g} s"
         ended = [attempt for attempt in task.attempts if attempt.reason]
@@ -137,6 +143,8 @@ class Leases:
             text += f"; attempt {ended[-1].n + 1} had ended before: {ended[-1].reason}"
         if trouble := self._rooms.results.trouble(task):
             text += f"; the result is there and could not be fetched: {trouble}"
+        elif on_its_way:
+            text += "; the result is there and was still being fetched"
         error = TimedOutError(text, hint="allow more with --deadline")
         self._rooms.tasks.finish(task, "timed_out", error)
 

@@ -138,15 +138,7 @@ def test_a_result_that_cannot_be_had_is_not_paid_and_the_line_comes_back(
     alice, bob = pair(mesh)
     bob.inline_max = 0
     failing = Failing(alice, 10_000, fault)
-    told: list[Outcome] = []
-    members = alice.node.rooms.members
-    receipt = members.receipt
-
-    def heard(one: Attempt, how: Outcome, task: Task) -> None:
-        told.append(how)
-        receipt(one, how, task)
-
-    monkeypatch.setattr(members, "receipt", heard)
+    told = noted(alice, monkeypatch)
     compute(alice, deadline_s=600, retries=0)
     mesh.run(200)
     assert len(failing.asked_ms) == tries
@@ -158,6 +150,52 @@ def test_a_result_that_cannot_be_had_is_not_paid_and_the_line_comes_back(
     mesh.run(HOUR_S)
     assert attempt(alice).refunded and not alice.blobs and not bob.blobs
     laws(mesh)
+
+
+def noted(member: Member, monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """What this node notes of executors from now on."""
+    told: list[Outcome] = []
+    receipt = member.node.rooms.members.receipt
+
+    def heard(one: Attempt, how: Outcome, task: Task) -> None:
+        told.append(how)
+        receipt(one, how, task)
+
+    monkeypatch.setattr(member.node.rooms.members, "receipt", heard)
+    return told
+
+
+def test_who_delivered_in_time_is_not_late_because_the_fetch_is_slow(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob = pair(mesh)
+    bob.inline_max = 0
+    told = noted(alice, monkeypatch)
+    alice.fetch_fails = lambda effect: e.BlobReady(effect.request, "no room", b"", e.STORAGE, 1)
+    compute(alice, deadline_s=60, retries=0)
+    mesh.run(100)
+    assert only(alice).state == "timed_out" and "the result is there" in only(alice).error_text
+    assert attempt(alice).state == "fetching" and told == []
+    alice.fetch_fails = lambda effect: None
+    mesh.run(60)
+    assert paid(mesh) and told == [], "what was done in time is paid as soon as it is here"
+
+
+def test_who_is_away_with_its_result_when_its_line_ends_was_lost(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    alice, bob = pair(mesh)
+    bob.inline_max = 0
+    told = noted(alice, monkeypatch)
+    alice.fetch_fails = lambda effect: e.BlobReady(effect.request, "cut", b"", e.LINK, 1)
+    compute(alice, deadline_s=60, retries=0)
+    mesh.run(40)
+    mesh.cut(alice, bob)
+    mesh.run(100)
+    assert only(alice).state == "timed_out" and told == []
+    mesh.run(600)
+    mesh.link(alice, bob)
+    mesh.run(30)
+    assert attempt(alice).refunded and not paid(mesh)
+    assert told == [Outcome.LOST]
 
 
 def test_a_result_withheld_goes_to_another_where_the_retries_allow(mesh: Mesh) -> None:
