@@ -263,11 +263,12 @@ class Machine:
         self.since_us = 0
         self.starts = 0
         self.steps_total = 0
-        self.points = 0
         self.dies_at = -1
         self.dies_how = "kill"
         self.dies_with: tuple[Machine, ...] = ()
         """Others that stop at the same moment."""
+        self.survived: list[str] = []
+        """Places to die at that it has passed since `dies_at` was set, by their names."""
         self.sent = 0
         """Batches that have left since the last commit."""
         self.synced_us = 0
@@ -386,9 +387,9 @@ class Machine:
 
     def point(self, what: str) -> None:
         """A place where the machine may die: `dies_at` counts them down."""
-        self.points += 1
         if self.dies_at > 0:
             self.dies_at -= 1
+            self.survived.append(what)
         elif self.dies_at == 0:
             self.dies_at = -1
             self.world.seen[f"died {what}"] += 1
