@@ -63,6 +63,9 @@ MEANING: Final[dict[Reason, str]] = {
     Reason.OTHER: "a reason this version does not know",
 }
 
+PASSING: Final = frozenset((Reason.FULL, Reason.QUOTA, Reason.RATE, Reason.BUSY_AUDIT, Reason.STORAGE_FULL))
+"""What is so at the moment only: whoever says one of these may take the same task later."""
+
 _KNOWN: Final = {reason.value: reason for reason in Reason}
 
 

@@ -14,7 +14,7 @@ from clawnet.market import taskspec
 from clawnet.market.auction import Auction, Candidate, encode_record, weights_from
 from clawnet.market.awarded import AwardOrder
 from clawnet.market.capability import AI
-from clawnet.market.reasons import Reason
+from clawnet.market.reasons import PASSING, Reason
 from clawnet.market.records import FINAL_STATES, Task
 from clawnet.market.waiting import Waiting
 from clawnet.money import format_credits
@@ -25,7 +25,6 @@ from clawnet.wire.messages import Bid, Decline
 if TYPE_CHECKING:
     from clawnet.node.kernel import Rooms
 
-TRANSIENT = frozenset(("full", "rate", "busy_audit", "storage_full"))
 MINUTE_MS = 60_000
 BACKOFF_MIN_MS = 100
 BACKOFF_MAX_MS = 5_000
@@ -37,9 +36,12 @@ SPEND = "spend"
 
 
 def _lane(task: Task) -> bytes:
-    """Tasks that the same candidates would take or refuse for want of room; 8 bytes, so that it is no task's id."""
+    """Tasks that the same candidates would take or refuse for want of room; 8 bytes, so that it is no task's id.
+
+    Room on a disk is for those alone that have inputs.
+    """
     spec = task.spec
-    asked = [task.kind, spec["requirements"], spec["peer"], spec["exclude"], task.stages]
+    asked = [task.kind, spec["requirements"], spec["peer"], spec["exclude"], task.stages, bool(task.inputs)]
     return hashlib.blake2b(msgspec.msgpack.encode(asked), digest_size=8).digest()
 
 
@@ -375,7 +377,7 @@ class Auctions:
     def _exhausted(self, task: Task) -> None:
         """Nobody in any ring takes it: later, where somebody was only full, else never."""
         lost = {peer for peer, gone in {one.peer: one.lost for one in task.attempts}.items() if gone}
-        if TRANSIENT & set(task.refusals) and self._ctx.now < task.deadline_ms:
+        if PASSING & set(task.refusals) and self._ctx.now < task.deadline_ms:
             self.pause(task)
         elif SPEND in task.refusals:
             self._no_bid(task)

@@ -10,6 +10,7 @@ from clawnet.identity.keys import verify
 from clawnet.ledger import statements
 from clawnet.market import usage
 from clawnet.market.auction import BidFacts
+from clawnet.market.reasons import PASSING
 from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.money import format_credits
 from clawnet.node.context import Context, held_as, job_id
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 TEN_S_MS = 10_000
 RUNNING = ("awarded", "locked", "accepted")
 WAIVABLE = (*RUNNING, "unpaid")
-TRANSIENT = frozenset(("full", "quota", "rate", "no_bid", "busy_audit", "storage_full", "exposure"))
+TRANSIENT = PASSING | {"no_bid", "exposure"}
 """Words of a REJECT after which the same executor may be asked again: its state of the moment stood in the way."""
 GONE = frozenset(("restarted", "draining"))
 """Words of a WAIVER or REJECT that say nothing of the task, only that its executor could not go on."""

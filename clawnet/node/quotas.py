@@ -58,12 +58,12 @@ class Quotas:
 
         Who leaves results unpaid gets nothing more, also nothing without inputs: it would fill the disk with results.
         """
+        share = self._ctx.config.integer("storage.requester_max")
         if not input_bytes:
-            unpaid = ring != "own" and self._unpaid_bytes(peer) > self._ctx.config.integer("storage.requester_max")
-            return Reason.QUOTA if unpaid else None
-        if input_bytes > self.input_bytes_max(ring):
-            return Reason.TOO_LARGE
-        if ring != "own" and self.held_bytes(peer) + input_bytes > self._ctx.config.integer("storage.requester_max"):
+            return Reason.QUOTA if ring != "own" and self._unpaid_bytes(peer) > share else None
+        if input_bytes > self.input_bytes_max(ring) or (ring != "own" and input_bytes > share):
+            return Reason.TOO_LARGE  # also when nothing else is kept here
+        if ring != "own" and self.held_bytes(peer) + input_bytes > share:
             return Reason.QUOTA
         if peer != self._ctx.me and input_bytes > self._ctx.ports.room_bytes():
             return Reason.STORAGE_FULL

@@ -8,12 +8,12 @@ import pytest
 from msgspec.structs import replace
 
 from clawnet import limits
-from clawnet.market.records import Attempt, Task
+from clawnet.market.records import FINAL_STATES, Attempt, Task
 from clawnet.reputation.receipts import Outcome
 from clawnet.wire import events as e
 from tests.node.meshkit import Member, Mesh
 from tests.node.outcomes import answer
-from tests.node.trades import CREDIT, SELFLESS, compute, laws, only, paid, pair
+from tests.node.trades import CREDIT, SELFLESS, compute, laws, only, paid, pair, tasks
 
 HOUR_S = 3_600
 SIZE = 500
@@ -286,6 +286,34 @@ def test_one_requester_fills_no_more_than_its_share(mesh: Mesh) -> None:
     assert len(bob.runs) == 1
     assert bob.node.rooms.quotas.refusal(alice.peer, "member", half) == "quota"
     assert bob.node.rooms.quotas.refusal(alice.peer, "own", half) is None
+
+
+def submitted(member: Member) -> list[Task]:
+    """Its tasks, oldest first."""
+    return sorted(tasks(member), key=lambda task: task.created_ms)
+
+
+def test_who_holds_its_share_already_is_asked_again_when_some_of_it_has_ended(mesh: Mesh) -> None:
+    alice = mesh.found("alice", **SELFLESS)
+    bob = mesh.join(alice, "bob", credits_ucr=CREDIT, **{"storage.requester_max": str(limits.MIB)})
+    mesh.link_all()
+    mesh.run(2)
+    runner, bob.runner = bob.runner, lambda member, run: None
+    with_input(alice, limits.MIB, deadline_s=60, retries=0)
+    mesh.run(5)
+    bob.runner = runner
+    with_input(alice, limits.MIB // 2)
+    mesh.run(30)
+    first, second = submitted(alice)
+    assert first.state == "executing" and second.state not in FINAL_STATES and not second.attempts
+    compute(alice)
+    mesh.run(5)
+    assert submitted(alice)[2].state == "settled", "who asks for no room on the disk waits for none"
+    mesh.run(60)
+    assert [task.state for task in submitted(alice)] == ["timed_out", "settled", "settled"]
+    with_input(alice, limits.MIB + 1)
+    mesh.run(5)
+    assert "too_large" in submitted(alice)[3].error_text, "what is never taken is not waited for"
 
 
 def test_all_nodes_of_an_owner_are_one_requester(mesh: Mesh) -> None:
