@@ -31,18 +31,29 @@ ExitCallback = Callable[[int, Any], None]
 
 def memory_file(data: bytes) -> int:
     """A descriptor to read `data` from: a memory file on Linux, an unlinked temporary file elsewhere."""
-    if sys.platform == "linux":
-        descriptor = os.memfd_create("clawnet", os.MFD_CLOEXEC)
-    else:
-        import tempfile
+    descriptor = empty_memory_file()
+    fill(descriptor, data)
+    return descriptor
 
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
+
+def empty_memory_file() -> int:
+    """One to be filled later."""
+    if sys.platform == "linux":
+        return os.memfd_create("clawnet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def fill(descriptor: int, data: bytes) -> None:
+    """Writes all that it will ever hold: a run could keep there, by its descriptor, what counts as nobody's memory."""
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+        view = view[os.pwrite(descriptor, view, len(data) - len(view)) :]
+    if sys.platform == "linux":
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
 
 
 def _inheritable() -> Iterator[int]:

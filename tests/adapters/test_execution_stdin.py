@@ -124,3 +124,15 @@ def test_of_the_home_nothing_else_travels(tmp_path: Path) -> None:
     assert feeding.private_but(home, str(home.stdin_file("a")), private) == ()
     for path in (link, home.keys_dir / "stdin-key", home.run_dir / "daemon.lock", home.run_dir / "deeper" / "stdin-a"):
         assert feeding.private_but(home, str(path), private) == private
+
+
+@BOTH
+def test_nothing_can_be_kept_where_a_short_one_lies(sandbox: str) -> None:
+    """It is memory of nobody's: a run wrote into it what its own memory had no room for."""
+
+    async def body(bench: Bench) -> None:
+        script = "printf more >> /proc/self/fd/0 && echo escaped; cat"
+        found = await bench.shell(script, sandbox, stdin=b"given")
+        assert found.stdout == b"given"
+
+    with_bench(body)
