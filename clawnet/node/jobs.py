@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 INPUTS = b"inputs:"
 ACTIVE = ("fetching", "queued", "running")
+PAYLOAD_KEPT_BYTES = 4 * limits.KIB
+"""Up to here a job's payload stays as it was read when the award came; a longer one is read again when it runs."""
 
 
 class Jobs:
@@ -39,6 +41,7 @@ class Jobs:
         self.jobs: dict[bytes, Job] = {}
         self.running: dict[bytes, None] = {}
         self.documents: dict[bytes, taskdoc.TaskDocument] = {}
+        self._payloads: dict[bytes, dict[str, Any]] = {}
         self._dirty: dict[bytes, Job] = {}
         self._progress_armed = False
 
@@ -54,10 +57,12 @@ class Jobs:
 
     # --- running
 
-    def begin(self, job: Job, document: taskdoc.TaskDocument) -> None:
-        """Takes on an accepted award."""
+    def begin(self, job: Job, document: taskdoc.TaskDocument, payload: dict[str, Any]) -> None:
+        """Takes on an accepted award; `payload` is what its document asks for."""
         self.jobs[job.job] = job
         self.documents[job.job] = document
+        if len(document.payload) <= PAYLOAD_KEPT_BYTES:
+            self._payloads[job.job] = payload
         job.input_bytes = received(document)
         self._start(job, document)
 
@@ -115,7 +120,9 @@ class Jobs:
         if document is None or left_s <= 0:
             self._give_up(job, "deadline", "its deadline passed before a slot was free")
             return
-        payload = payload_of(document)
+        payload = self._payloads.pop(job.job, None)
+        if payload is None:
+            payload = payload_of(document)
         key = None
         if job.lock_seq >= 0:
             secret = self._rooms.pay.key_of(job)
@@ -248,6 +255,7 @@ class Jobs:
     def leave(self, job: Job) -> None:
         """The job needs neither document nor inputs nor a place in the queue."""
         document = self.documents.pop(job.job, None)
+        self._payloads.pop(job.job, None)
         if document is not None and document.inputs:
             self._rooms.fetches.forget(INPUTS + job.job)
             self._ctx.let_go(held_as(job.job, "inputs"))

@@ -248,7 +248,7 @@ class Taking:
         if job.kind == "shell":
             ctx.durable()  # what may not run twice is remembered even when the power fails
         ctx.send(job.peer, Accept(job.task_id, job.attempt))
-        self._rooms.jobs.begin(job, award.document)
+        self._rooms.jobs.begin(job, award.document, award.payload)
 
     def _objection(self, award: Award) -> str:
         """Why an award with a good lock is still not taken; "" when it is."""

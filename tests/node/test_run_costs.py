@@ -9,6 +9,9 @@ import pytest
 
 from clawnet import limits
 from clawnet.execution import bundle
+from clawnet.ledger.taskdoc import TaskDocument
+from clawnet.node import jobs, taking
+from clawnet.node.taking import payload_of
 from clawnet.wire import events as e
 from clawnet.wire.blobid import blob_id
 from tests.node.meshkit import Member, Mesh
@@ -135,3 +138,22 @@ def test_the_executor_tells_what_it_did_for_whom(mesh: Mesh) -> None:
     assert [item["state"] for item in jobs(bob, limit=1, after=page["next"])["items"]] == ["done"]
     assert jobs(carol) == {"items": [], "next": None} == jobs(alice)
     assert jobs(bob, after="x-y")["exit_code"] == 65
+
+
+def test_what_a_task_asks_for_is_read_once_unless_it_is_long(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    alice, bob = pair(mesh)
+    read: list[int] = []
+
+    def counted(document: TaskDocument) -> dict[str, Any]:
+        read.append(len(document.payload))
+        return payload_of(document)
+
+    monkeypatch.setattr(taking, "payload_of", counted)
+    monkeypatch.setattr(jobs, "payload_of", counted)
+    compute(alice)
+    mesh.run(5)
+    assert len(read) == len(bob.runs) == 1
+    compute(alice, op="sha256", op_args={}, stdin_b64="eHh4" * (jobs.PAYLOAD_KEPT_BYTES // 3))
+    mesh.run(5)
+    assert len(read) == 3 and len(bob.runs) == 2
+    assert not bob.node.rooms.jobs._payloads
