@@ -189,6 +189,14 @@ def mesh(count: int, *, keep: bool = False) -> Iterator[Mesh]:
     With `keep` all stays; of a block that failed, the files, for the logs in them. Raises ConfigError when there is no
     place for it.
     """
+    # What a start needs is loaded before a signal is turned into an exception: Python drops one that comes while it
+    # tidies up after an import, and the demo would go on as if nothing had been pressed.
+    import zipfile  # noqa: F401
+
+    import yaml  # noqa: F401
+
+    import clawnet.home  # noqa: F401
+
     signals = Signals()
     made: Mesh | None = None
     done = failed = False
