@@ -21,6 +21,8 @@ from clawnet.execution.spec import BlobPort, InputRef, JobSpec
 from clawnet.paths import Home
 
 _PIPE_BYTES: Final = limits.MIB
+_AHEAD_BYTES: Final = 4 * limits.MIB
+_READ_BYTES: Final = 256 * limits.KIB
 _F_SETPIPE_SZ: Final = 1031
 
 
@@ -50,8 +52,9 @@ if sys.platform != "win32":
     class Feed:
         """A file on its way into a pipe, as fast as the command reads. `reading` is the command's end.
 
-        `on_error` is called once when the file cannot be read on. Whoever starts the command closes `reading`; `close`
-        ends the rest at any time. POSIX.
+        A disk may take its time, and the node would stand still: a thread reads ahead, and what is moved here is in
+        memory by then. `on_error` is called once when the file cannot be read on. Whoever starts the command closes
+        `reading`; `close` ends the rest at any time. POSIX.
         """
 
         def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, on_error: Callable[[str], None]) -> None:
@@ -60,6 +63,8 @@ if sys.platform != "win32":
             self._on_error = on_error
             self._source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._sink = -1
+            self._moved = self._ahead = 0
+            self._looking = self._pushing = False
             try:
                 self.reading, self._sink = os.pipe()
             except OSError:
@@ -75,11 +80,27 @@ if sys.platform != "win32":
 
         def start(self) -> None:
             """Begins; the command need not run yet."""
-            self._loop.add_writer(self._sink, self._push)
+            self._look_ahead()
+
+        def _look_ahead(self) -> None:
+            if not self._looking:
+                self._looking = True
+                looked = self._loop.run_in_executor(None, read_ahead, self._source, self._ahead)
+                looked.add_done_callback(self._looked)
+
+        def _looked(self, future: asyncio.Future[None]) -> None:
+            self._looking = False
+            if self._sink < 0:
+                os.close(self._source)
+                return
+            self._ahead += _AHEAD_BYTES
+            if not self._pushing:
+                self._pushing = True
+                self._loop.add_writer(self._sink, self._push)
 
         def _push(self) -> None:
             try:
-                moved = self._move()
+                moved = self._move(min(_PIPE_BYTES, self._ahead - self._moved))
             except (BlockingIOError, InterruptedError):
                 return
             except BrokenPipeError:
@@ -90,11 +111,19 @@ if sys.platform != "win32":
                 return
             if not moved:
                 self.close()
+                return
+            self._moved += moved
+            left = self._ahead - self._moved
+            if left <= _AHEAD_BYTES // 2:
+                self._look_ahead()
+            if not left:
+                self._pushing = False
+                self._loop.remove_writer(self._sink)
 
-        def _move(self) -> int:
+        def _move(self, most: int) -> int:
             if sys.platform == "linux":
-                return os.splice(self._source, self._sink, _PIPE_BYTES)
-            data = os.read(self._source, limits.OUTPUT_CHUNK_BYTES_MAX)
+                return os.splice(self._source, self._sink, most)
+            data = os.read(self._source, min(most, limits.OUTPUT_CHUNK_BYTES_MAX))
             written = os.write(self._sink, data) if data else 0
             if written < len(data):
                 os.lseek(self._source, written - len(data), os.SEEK_CUR)
@@ -105,8 +134,16 @@ if sys.platform != "win32":
             if self._sink >= 0:
                 self._loop.remove_writer(self._sink)
                 os.close(self._sink)
-                os.close(self._source)
                 self._sink = -1
+                if not self._looking:
+                    os.close(self._source)
+
+    def read_ahead(descriptor: int, start: int) -> None:
+        """Brings the next part of a file into memory; who reads it there says what is wrong with it."""
+        with contextlib.suppress(OSError):
+            for at in range(start, start + _AHEAD_BYTES, _READ_BYTES):
+                if not os.pread(descriptor, _READ_BYTES, at):
+                    return
 
 
 # --- the client's file

@@ -6,10 +6,12 @@ import asyncio
 import fcntl
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from clawnet import limits
 from clawnet.execution import feeding
 from clawnet.execution.spec import InputRef
 from clawnet.paths import Home
@@ -136,3 +138,38 @@ def test_nothing_can_be_kept_where_a_short_one_lies(sandbox: str) -> None:
         assert found.stdout == b"given"
 
     with_bench(body)
+
+
+def test_a_disk_that_takes_its_time_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(9 * limits.MIB + 1)
+    (tmp_path / "file").write_bytes(data)
+    began, go, real = threading.Event(), threading.Event(), feeding.read_ahead
+
+    def slowly(descriptor: int, start: int) -> None:
+        began.set()
+        assert go.wait(60)
+        real(descriptor, start)
+
+    monkeypatch.setattr(feeding, "read_ahead", slowly)
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        before = _descriptors()
+        feeds = [feeding.Feed(tmp_path / "file", loop, lambda reason: None) for _ in range(2)]
+        for feed in feeds:
+            feed.start()
+        assert await asyncio.to_thread(began.wait, 60)
+        feeds[1].close()
+        os.close(feeds[1].reading)
+        os.set_blocking(feeds[0].reading, False)
+        with pytest.raises(BlockingIOError):
+            os.read(feeds[0].reading, 1)
+        go.set()
+        os.set_blocking(feeds[0].reading, True)
+        with os.fdopen(feeds[0].reading, "rb") as reading:
+            assert await asyncio.to_thread(reading.read) == data
+        async with asyncio.timeout(20):
+            while _descriptors() > before:  # what a thread was at when it was closed is closed after it
+                await asyncio.sleep(0)
+
+    asyncio.run(body())
