@@ -19,6 +19,8 @@ from clawnet import limits
 JOB_DIR: Final = "/job"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")
+OUTSIDE: Final = {"PATH": PATH}
+"""The environment of the programs around a run, which read locales for nothing where it names one."""
 STATUS_FD, SECCOMP_FD, OPTIONS_FD = 3, 4, 5
 _TOP: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 

@@ -222,7 +222,6 @@ class ShellRun:
         limit = sandbox_bwrap.limit_words(
             wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes, gpu=bool(spec.gpus)
         )
-        clean = {"PATH": PATH, "LANG": "C.UTF-8"}
         if place.sandbox is not None:
             tmp_bytes = min(spec.memory_bytes_max // 4, limits.RUN_TMP_BYTES_MAX)
             argv = place.sandbox.argv(
@@ -234,14 +233,14 @@ class ShellRun:
                 devices=gpu.bind_words(place.gpus, spec.gpus),
             )
             # Not in the task's own: by it a later life of the node finds a sandbox that outlived this one's.
-            return argv, {**clean, process.MARK: place.mark + spec.job.hex()}
+            return argv, {**sandbox_bwrap.OUTSIDE, process.MARK: place.mark + spec.job.hex()}
         argv = ["/bin/sh", "-c", _HOST_SCRIPT.format(**limit), "sh", str(self._directory), *command_of(spec)]
         if place.seatbelt is not None:
             argv = place.seatbelt.argv(self._directory, argv)
         if place.uid is None:
             return argv, environment
         words = [f"{name}={value}" for name, value in environment.items()]
-        return [*sandbox_bwrap.drop_words(place.uid), "/usr/bin/env", "-", *words, *argv], clean
+        return [*sandbox_bwrap.drop_words(place.uid), "/usr/bin/env", "-", *words, *argv], sandbox_bwrap.OUTSIDE
 
     def _later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> None:
         self._timers.append(self._loop.call_later(delay_s, callback, *args))
