@@ -17,6 +17,7 @@ from clawnet.execution.gpu import Gpu
 from clawnet.execution.sandbox_bwrap import Bubblewrap
 from clawnet.execution.sandbox_macos import Seatbelt
 from clawnet.execution.shell import Place
+from clawnet.execution.spares import Spares
 from clawnet.execution.spec import ExecutionSettings
 from clawnet.execution.workdirs import WorkDirs
 from clawnet.paths import Home
@@ -56,6 +57,7 @@ class Places:
         self._filter = -1
         self._host: Place | None = None
         self._sandbox: Place | None = None
+        self._spares: Spares | None = None
         self._probe = ProbeResult(False, "the sandbox was not probed yet")
 
     async def open(self) -> ProbeResult:
@@ -102,7 +104,9 @@ class Places:
             for dirs in pair:
                 dirs.remove()
         if result.passed:
-            self._sandbox = inside
+            if inside.sandbox is not None and inside.sandbox.in_memory:
+                self._spares = Spares(inside.sandbox, inside.seccomp, self.dirs, self._mark)
+            self._sandbox = msgspec.structs.replace(inside, spares=self._spares)
         return result
 
     def mode(self, ring: str) -> str:
@@ -123,7 +127,9 @@ class Places:
         return place
 
     def close(self) -> None:
-        """Removes the working directories."""
+        """Ends the sandbox that waits for a run, and removes the working directories."""
+        if self._spares is not None:
+            self._spares.close()
         self.dirs.close()
         if self._filter >= 0:
             os.close(self._filter)

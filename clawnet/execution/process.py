@@ -120,7 +120,23 @@ class Child:
         else:
             self._in_thread(lambda: _wait_unreaped(self.pid), self._over)
 
+    def hand_over(self, on_exit: ExitCallback) -> None:
+        """Whom its end is told from now on."""
+        self._on_exit = on_exit
+
+    def wait(self) -> None:
+        """Returns when it has ended, is reaped and its end is told; for a child without `before_reaping`."""
+        if not self.over:
+            _wait_unreaped(self.pid)
+            self._over()
+
+    def lives(self) -> bool:
+        """Whether it still runs; the loop may not have heard of its end yet."""
+        return not self.over and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def _over(self) -> None:
+        if self.over:
+            return  # it was waited for meanwhile
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -176,7 +192,8 @@ def _wait_unreaped(pid: int) -> None:
         finally:
             queue.close()
     else:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ChildProcessError):  # it was waited for meanwhile
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def send(pid: int, number: int) -> None:

@@ -8,6 +8,7 @@ directory. `/` itself is never bound, and no uid of the run is root towards host
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from clawnet import limits
 JOB_DIR: Final = "/job"
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")
+ENVIRONMENT: Final = {"PATH": PATH, "HOME": JOB_DIR, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
 OUTSIDE: Final = {"PATH": PATH}
 """The environment of the programs around a run, which read locales for nothing where it names one."""
-STATUS_FD, SECCOMP_FD, OPTIONS_FD = 3, 4, 5
+STATUS_FD, SECCOMP_FD, OPTIONS_FD, STDIN_FD = 3, 4, 5, 6
 _TOP: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 # Inside, as process 1: the limits, a mark that the set-up is done, then the command in a process of its own. The
@@ -31,7 +33,7 @@ SCRIPT: Final = (
     "echo 1000 2>/dev/null >/proc/self/oom_score_adj; "
     "ulimit -c 0 && ulimit -t {cpu_s} && ulimit -f {file_blocks} && ulimit -v {address_kib} && ulimit -n {files} && "
     "{{ ulimit -p {processes} 2>/dev/null || ulimit -u {processes}; }} && printf r >&3 || exit 125; "
-    'exec 4>&2 2>&3; (exec "$@" 2>&4 3>&- 4>&-); echo "$?" >&3'
+    'exec 4>&2 2>&3; (exec "$@" {stdin}2>&4 3>&- 4>&-); echo "$?" >&3'
 )
 
 
@@ -150,6 +152,14 @@ class Bubblewrap:
 
         `devices` are words that bind the device files of GPUs that are this run's own (execution/gpu.py).
         """
+        around = self._around(directory, tmp_bytes, seccomp, devices)
+        return [*around, "/bin/sh", "-c", SCRIPT.format(stdin="", **limit), "sh", *command]
+
+    def waiting_argv(self, directory: Path, *, tmp_bytes: int, seccomp: bool) -> list[str]:
+        """The command line of a sandbox that reads the script of its one run from its standard input."""
+        return [*self._around(directory, tmp_bytes, seccomp, ()), "/bin/sh", "-s"]
+
+    def _around(self, directory: Path, tmp_bytes: int, seccomp: bool, devices: Sequence[str]) -> list[str]:
         words = [*drop_words(self.uid), self.program, *self._fixed, *devices]
         if self._sizes:
             words += ["--size", str(tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
@@ -160,7 +170,17 @@ class Bubblewrap:
         words += ["--args", str(OPTIONS_FD)]
         if seccomp:
             words += ["--seccomp", str(SECCOMP_FD)]
-        return [*words, "--", "/bin/sh", "-c", SCRIPT.format(**limit), "sh", *command]
+        return [*words, "--"]
+
+
+def waiting_script(command: Sequence[str], limit: Mapping[str, int], stdin: bool) -> bytes:
+    """What a sandbox that waits is told; `stdin` is whether the command reads STDIN_FD.
+
+    All of it is read before any of it runs: the shell's own standard input is at its end then.
+    """
+    source = f"<&{STDIN_FD} {STDIN_FD}<&- " if stdin else f"</dev/null {STDIN_FD}<&- "
+    text = f"{{ set -- {shlex.join(command)}; {SCRIPT.format(stdin=source, **limit)}; exit; }}\n"
+    return os.fsencode(text)
 
 
 def options(environment: Mapping[str, str]) -> bytes:

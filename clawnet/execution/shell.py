@@ -22,7 +22,8 @@ from clawnet import limits
 from clawnet.execution import gpu, process, sandbox_bwrap, sandbox_macos
 from clawnet.execution.endings import Ended
 from clawnet.execution.feeding import Feed
-from clawnet.execution.sandbox_bwrap import JOB_DIR, PATH, Bubblewrap
+from clawnet.execution.sandbox_bwrap import PATH, Bubblewrap
+from clawnet.execution.spares import Spare, Spares
 from clawnet.execution.spec import JobSpec
 from clawnet.execution.watching import Bounds, Watchdog
 
@@ -50,6 +51,7 @@ class Place(Struct, frozen=True):
 
     Outside bubblewrap they run as `uid` if that is not None. `seccomp` is the descriptor of the filter (-1: none);
     `mark` begins the mark that such runs carry, so that a node finds what an earlier life of its own left behind.
+    `spares` has a sandbox that is set up already, at times.
     """
 
     sandbox: Bubblewrap | None
@@ -61,13 +63,13 @@ class Place(Struct, frozen=True):
     backlog: Callable[[], bool] = lambda: False
     gpus: tuple[gpu.Gpu, ...] = ()
     seatbelt: sandbox_macos.Seatbelt | None = None
+    spares: Spares | None = None
 
 
 def environment_of(spec: JobSpec, place: Place, directory: Path) -> dict[str, str]:
     """All that a run finds in its environment."""
     if place.sandbox is not None:
-        base = {"PATH": PATH, "HOME": JOB_DIR, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
-        return {**base, **spec.env, **gpu.variables(place.gpus, spec.gpus)}
+        return {**sandbox_bwrap.ENVIRONMENT, **spec.env, **gpu.variables(place.gpus, spec.gpus)}
     mark = {process.MARK: place.mark + spec.job.hex()}
     if place.seatbelt is not None:
         return {**sandbox_macos.environment(spec.env, directory), **mark}
@@ -161,6 +163,31 @@ class ShellRun:
 
     def start(self) -> None:
         """Raises OSError when the process cannot be started at all."""
+        spare = self._spare()
+        if spare is None:
+            pid, ours = self._launch()
+            hunt = self._before_reaping if self._place.sandbox is None else None
+            self._child = process.Child(pid, self._on_exit, self._loop, hunt)
+        else:
+            self._child, ours = spare.child, spare.ours
+            self._child.hand_over(self._on_exit)
+        self._status = ours.pop()
+        self._attend(ours)
+
+    def _spare(self) -> Spare | None:
+        """A sandbox that was set up before and has been told this run's command, if one is there that is like it."""
+        self._started_s = time.monotonic()
+        spares = self._place.spares
+        if spares is None or not self._is_plain():
+            return None
+        return spares.take(self._directory, self._tmp_bytes(), command_of(self.spec), self._limit(), self.spec.stdin)
+
+    def _is_plain(self) -> bool:
+        """Whether nothing but the command, the limits and a short standard input tells this run from others."""
+        return not self.spec.env and not self.spec.gpus and self._stdin is None
+
+    def _launch(self) -> tuple[int, list[int]]:
+        """Starts the process; its pid, and our ends of its stdout, stderr and status."""
         spec, place = self.spec, self._place
         environment = environment_of(spec, place, self._directory)
         argv, own = self._command(environment)
@@ -180,7 +207,7 @@ class ShellRun:
                     # Its own open file, hence its own place in it: runs start at the same time.
                     theirs[sandbox_bwrap.SECCOMP_FD] = os.open(f"/proc/self/fd/{place.seccomp}", os.O_RDONLY)
             self._started_s = time.monotonic()
-            pid = process.start(argv, own, theirs)
+            return process.start(argv, own, theirs), ours
         except OSError:
             for descriptor in ours:
                 os.close(descriptor)
@@ -189,11 +216,12 @@ class ShellRun:
         finally:
             for descriptor in theirs.values():
                 os.close(descriptor)
-        self._status = ours.pop()
-        hunt = self._before_reaping if place.sandbox is None else None
-        self._child = process.Child(pid, self._on_exit, self._loop, hunt)
-        for number, descriptor in zip((STDOUT, STDERR), ours, strict=True):
-            stream = _Stream(number, descriptor, place.spool_dir)
+
+    def _attend(self, outputs: list[int]) -> None:
+        """Reads what it writes, feeds it, and watches over it from now on."""
+        spec = self.spec
+        for number, descriptor in zip((STDOUT, STDERR), outputs, strict=True):
+            stream = _Stream(number, descriptor, self._place.spool_dir)
             self.streams.append(stream)
             self._loop.add_reader(descriptor, self._on_readable, stream)
         if self._feed is not None:
@@ -216,19 +244,13 @@ class ShellRun:
     def _command(self, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """The command line, and the environment of its outermost program: never the task's where that one is root."""
         spec, place = self.spec, self._place
-        processes = place.processes
-        if place.sandbox is None:
-            processes += process.threads_of(os.getuid() if place.uid is None else place.uid)
-        limit = sandbox_bwrap.limit_words(
-            wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes, gpu=bool(spec.gpus)
-        )
+        limit = self._limit()
         if place.sandbox is not None:
-            tmp_bytes = min(spec.memory_bytes_max // 4, limits.RUN_TMP_BYTES_MAX)
             argv = place.sandbox.argv(
                 self._directory,
                 command_of(spec),
                 limit=limit,
-                tmp_bytes=tmp_bytes,
+                tmp_bytes=self._tmp_bytes(),
                 seccomp=place.seccomp >= 0,
                 devices=gpu.bind_words(place.gpus, spec.gpus),
             )
@@ -241,6 +263,19 @@ class ShellRun:
             return argv, environment
         words = [f"{name}={value}" for name, value in environment.items()]
         return [*sandbox_bwrap.drop_words(place.uid), "/usr/bin/env", "-", *words, *argv], sandbox_bwrap.OUTSIDE
+
+    def _limit(self) -> dict[str, int]:
+        """The rlimits of the command, in words of the shell that sets them."""
+        spec, place = self.spec, self._place
+        processes = place.processes
+        if place.sandbox is None:
+            processes += process.threads_of(os.getuid() if place.uid is None else place.uid)
+        return sandbox_bwrap.limit_words(
+            wall_s=spec.wall_s, memory_bytes_max=spec.memory_bytes_max, processes=processes, gpu=bool(spec.gpus)
+        )
+
+    def _tmp_bytes(self) -> int:
+        return min(self.spec.memory_bytes_max // 4, limits.RUN_TMP_BYTES_MAX)
 
     def _later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> None:
         self._timers.append(self._loop.call_later(delay_s, callback, *args))
@@ -394,7 +429,10 @@ class ShellRun:
         for timer in self._timers:
             timer.cancel()
         self._close_held()
-        self._on_end(self._ended(*self._result))
+        ended = self._ended(*self._result)
+        self._on_end(ended)
+        if self._place.spares is not None and ended.how == "exit" and self._is_plain():
+            self._place.spares.wanted(self._tmp_bytes())
 
     def _close_held(self) -> None:
         if self._feed is not None:

@@ -20,6 +20,8 @@ from clawnet.paths import Home
 
 __all__ = ["JobDirs", "WorkDirs", "remove_tree"]
 
+SPARE_PREFIX = "next-"
+
 if sys.platform == "win32":
 
     def _user() -> int:
@@ -89,6 +91,14 @@ class WorkDirs:
         if self.owner is not None:
             root.chmod(0o711)  # whatever the umask took away
         return dirs
+
+    def make_spare(self) -> Path:
+        """A fresh working directory that no job has yet; it comes to lie where a job's is. Raises OSError."""
+        path = self.base / (SPARE_PREFIX + os.urandom(16).hex())
+        path.mkdir(mode=0o700)
+        if self.owner is not None:
+            _give(path, self.owner)
+        return path
 
     def close(self) -> None:
         """Removes the base directory, if it could be had."""

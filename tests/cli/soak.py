@@ -32,7 +32,7 @@ from clawnet.api import Client
 from clawnet.errors import ClawnetError
 from clawnet.execution.places import run_as
 from clawnet.execution.process import tree
-from clawnet.execution.workdirs import WorkDirs
+from clawnet.execution.workdirs import SPARE_PREFIX, WorkDirs
 from tests.cli.auditor import Accepted, Disk, Verdict, judge, story
 from tests.cli.harness import TRACEBACK, Node, Nodes, alive, connected, free_port, join, processes_with, until
 
@@ -365,7 +365,9 @@ class Soak:
             broken.append(f"{node.name}: its own audit says {report}")
         for name in [name for name in ("log", "security_log") if TRACEBACK in getattr(node, name)]:
             broken.append(f"{node.name}: a traceback in its {name}: {_traceback(getattr(node, name))}")
-        left = [path.name for path in WorkDirs(node.home, run_as("nobody")).base.iterdir() if path.name != "etc"]
+        base = WorkDirs(node.home, run_as("nobody")).base
+        kept = ("etc", SPARE_PREFIX)  # what all sandboxes share, and the one that waits for a run
+        left = [path.name for path in base.iterdir() if not path.name.startswith(kept)]
         if left:
             broken.append(f"{node.name}: working directories are left: {left}")
         with node.client() as client:
