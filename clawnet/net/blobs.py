@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError, LinkError, WireError
-from clawnet.net.port import Stream
+from clawnet.net.port import Bytes, Stream
 from clawnet.wire.batch import frame
 from clawnet.wire.blobid import leaf
 from clawnet.wire.codec import decode_struct, encode
@@ -61,7 +61,7 @@ class BlobPart(Protocol):
     def begin(self, leaves: bytes, /) -> object:
         """These are its chunks' hashes, checked against the blob's id."""
 
-    def write(self, pieces: Sequence[bytes], /) -> object:
+    def write(self, pieces: Sequence[Bytes], /) -> object:
         """The next chunks, in pieces of any length."""
 
     def commit(self) -> object:

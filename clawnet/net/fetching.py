@@ -30,13 +30,12 @@ from clawnet.net.blobs import (
 from clawnet.net.joining import read_frame
 from clawnet.net.port import Connection, Stream
 from clawnet.wire.batch import frame
-from clawnet.wire.blobid import LEAF_BYTES, id_of_leaves, leaf_count, leaf_of, split_leaves
+from clawnet.wire.blobid import LEAF_BYTES, id_of_leaves, leaf, leaf_count, split_leaves
 from clawnet.wire.codec import decode_struct, encode
 from clawnet.wire.events import CONTENT, LINK, STORAGE, BlobReady
 
 Way = Callable[[str, int], AbstractAsyncContextManager[Connection]]
 BATCH_CHUNKS = limits.BLOB_PIECE_BYTES // limits.BLOB_CHUNK_BYTES
-Chunk = list[bytes]
 
 
 class Wish(Struct):
@@ -197,8 +196,9 @@ class BlobFetcher:
         batches = _Batches(part, split_leaves(answer.leaves), offset // limits.BLOB_CHUNK_BYTES, left)
         try:
             while left:
-                chunk = await _read_chunk(stream, min(left, limits.BLOB_CHUNK_BYTES))
-                left -= sum(map(len, chunk))
+                chunk = batches.room(min(left, limits.BLOB_CHUNK_BYTES))
+                await _read_chunk(stream, chunk)
+                left -= len(chunk)
                 await batches.add(chunk)
                 offset = self._counted(wish, offset, part)
                 now_s = asyncio.get_running_loop().time()
@@ -223,17 +223,27 @@ class BlobFetcher:
 
 
 class _Batches:
-    """Verifies and writes chunks in a thread: those of one batch while the next one is read."""
+    """Verifies and writes chunks in a thread: those of one batch while the next one is read.
+
+    The memory a chunk lay in is used again for another one.
+    """
 
     def __init__(self, part: BlobPart, leaves: list[bytes], first: int, size: int) -> None:
         self._part = part
         self._leaves = leaves
         self._next = first
         self._size = size
-        self._waiting: list[Chunk] = []
+        self._waiting: list[memoryview] = []
+        self._written: list[memoryview] = []
+        self._free: list[memoryview] = []
         self._busy: asyncio.Future[None] | None = None
 
-    async def add(self, chunk: Chunk) -> None:
+    def room(self, size: int) -> memoryview:
+        """Where the next chunk goes."""
+        whole = self._free.pop() if self._free else memoryview(bytearray(min(self._size, limits.BLOB_CHUNK_BYTES)))
+        return whole[:size]
+
+    async def add(self, chunk: memoryview) -> None:
         """The next chunk; waits while a whole batch waits already."""
         self._waiting.append(chunk)
         if self._busy is None or self._busy.done() or len(self._waiting) >= BATCH_CHUNKS:
@@ -250,6 +260,8 @@ class _Batches:
             await asyncio.wait([self._busy])
             busy, self._busy = self._busy, None
             busy.result()
+        self._free += self._written
+        self._written = []
 
     async def _hand_over(self) -> None:
         batch, self._waiting = self._waiting, []
@@ -258,35 +270,35 @@ class _Batches:
         expected = self._leaves[first : self._next]
         if self._size <= limits.BLOB_PIECE_BYTES:
             _keep(self._part, batch, expected, first)
+            self._free += batch
             return
+        self._written = batch
         self._busy = asyncio.get_running_loop().run_in_executor(None, _keep, self._part, batch, expected, first)
 
 
-def _keep(part: BlobPart, batch: Sequence[Chunk], expected: Sequence[bytes], first: int) -> None:
+def _keep(part: BlobPart, batch: Sequence[memoryview], expected: Sequence[bytes], first: int) -> None:
     """Writes the chunks that are what their hashes say, up to the first that is not: that one raises WireError."""
-    good: list[bytes] = []
-    wrong = -1
-    for number, (chunk, leaf) in enumerate(zip(batch, expected, strict=True), start=first):
-        if leaf_of(chunk) != leaf:
-            wrong = number
+    good = 0
+    for chunk, promised in zip(batch, expected, strict=True):
+        if leaf(chunk) != promised:
             break
-        good += chunk
+        good += 1
     if good:
-        part.write(good)
-    if wrong >= 0:
-        raise WireError(f"chunk {wrong} of the blob is not what its hash says")
+        part.write(batch[:good])
+    if good < len(batch):
+        raise WireError(f"chunk {first + good} of the blob is not what its hash says")
 
 
 async def _receive_inline(stream: Stream, blob: bytes, size: int) -> bytes:
     answer = await _answer(stream, blob, size)
-    parts: list[bytes] = []
+    content = bytearray(size)
+    rest = memoryview(content)
     for number, expected in enumerate(split_leaves(answer.leaves)):
-        left = size - number * limits.BLOB_CHUNK_BYTES
-        chunk = await _read_chunk(stream, min(left, limits.BLOB_CHUNK_BYTES))
-        if leaf_of(chunk) != expected:
+        chunk, rest = rest[: limits.BLOB_CHUNK_BYTES], rest[limits.BLOB_CHUNK_BYTES :]
+        await _read_chunk(stream, chunk)
+        if leaf(chunk) != expected:
             raise WireError(f"chunk {number} of the blob is not what its hash says")
-        parts += chunk
-    return b"".join(parts)
+    return bytes(content)
 
 
 async def _answer(stream: Stream, blob: bytes, size: int) -> BlobAnswer:
@@ -308,20 +320,12 @@ async def _answer(stream: Stream, blob: bytes, size: int) -> BlobAnswer:
     return answer
 
 
-async def _read_chunk(stream: Stream, size: int) -> Chunk:
-    """The next `size` bytes as they came. LinkError when none come for BLOB_STALL_S, or they drip beyond patience."""
-    loop = asyncio.get_running_loop()
-    latest_s = loop.time() + limits.BLOB_CHUNK_S
-    pieces: Chunk = []
+async def _read_chunk(stream: Stream, chunk: memoryview) -> None:
+    """Fills `chunk`. LinkError when no byte comes for BLOB_STALL_S, or they drip beyond patience."""
     try:
-        async with asyncio.timeout(limits.BLOB_STALL_S) as patience:
-            while size:
-                piece = await stream.read(size)
-                if not piece:
-                    raise LinkError(f"the stream ended {size} bytes before its time", peer=stream.connection.peer)
-                pieces.append(piece)
-                size -= len(piece)
-                patience.reschedule(min(loop.time() + limits.BLOB_STALL_S, latest_s))
+        async with asyncio.timeout(limits.BLOB_CHUNK_S):
+            filled = await stream.read_into(chunk, limits.BLOB_STALL_S)
     except TimeoutError as late:
         raise LinkError(f"the blob's sender stalled for {limits.BLOB_STALL_S:g} s") from late
-    return pieces
+    if filled < len(chunk):
+        raise LinkError(f"the stream ended {len(chunk) - filled} bytes before its time", peer=stream.connection.peer)

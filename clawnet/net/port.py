@@ -65,6 +65,13 @@ class Stream(Protocol):
     async def readexactly(self, n: int) -> bytes:
         """Exactly `n` bytes; LinkError when the stream ends before. `n` above the window is fine."""
 
+    async def read_into(self, buffer: memoryview, stall_s: float) -> int:
+        """Fills `buffer` and returns its length, or fewer when the peer ended its direction before.
+
+        The reader is woken once, however many pieces the bytes come in, and the peer's window opens as they come.
+        Raises TimeoutError when none came for `stall_s`, and LinkError as `read` does; what came is lost then.
+        """
+
     async def write(self, data: Bytes) -> None:
         """Returns when all of `data` is on its way; waits while the peer's window or the connection is full.
 

@@ -40,6 +40,7 @@ class BufferedStream(ABC):
         self._chunks: deque[bytes] = deque()
         self._first_from = 0
         self._reader: asyncio.Future[None] | None = None
+        self._filling: _Filling | None = None
         self._writer: asyncio.Future[None] | None = None
         self._on_data: DataHandler | None = None
         self._end_told = False
@@ -75,6 +76,29 @@ class BufferedStream(ABC):
             missing -= len(part)
         return b"".join(parts)
 
+    async def read_into(self, buffer: memoryview, stall_s: float) -> int:
+        """See port.Stream.read_into."""
+        filled = 0
+        while self._chunks and filled < len(buffer):
+            chunk = self._take(len(buffer) - filled)
+            buffer[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+            self._consumed(len(chunk))
+        if filled == len(buffer) or self.read_ended:
+            return filled
+        self._check_alive()
+        assert self._reader is None, "one reader at a time"
+        filling = self._filling = _Filling(buffer, filled, stall_s)
+        self._reader = filling.over
+        try:
+            await filling.over
+        finally:
+            self._reader = self._filling = None
+            filling.stop()
+        if filling.filled < len(buffer) and not self.read_ended:
+            self._check_alive()
+        return filling.filled
+
     def set_data_handler(self, on_data: DataHandler | None) -> None:
         """See port.Stream.set_data_handler."""
         self._on_data = on_data
@@ -101,6 +125,12 @@ class BufferedStream(ABC):
 
     def feed(self, data: bytes) -> None:
         """Bytes from the peer; at least one."""
+        if self._filling is not None:
+            taken = self._filling.take(data)
+            self._consumed(taken)
+            if taken == len(data):
+                return
+            data = data[taken:]
         if self._on_data is not None and not self._paused and not self._chunks:
             self._on_data(data)
             self._consumed(len(data))
@@ -249,6 +279,45 @@ class BufferedStream(ABC):
     @abstractmethod
     def _ended(self) -> None:
         """Both directions are over: the carrier forgets the stream."""
+
+
+class _Filling:
+    """A reader's buffer that arriving bytes go straight into; `over` resolves when it is full, fails when none come."""
+
+    __slots__ = ("_buffer", "_heard_s", "_loop", "_stall_s", "_watch", "filled", "over")
+
+    def __init__(self, buffer: memoryview, filled: int, stall_s: float) -> None:
+        self.filled = filled
+        self._buffer = buffer
+        self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._heard_s = self._loop.time()
+        self.over: asyncio.Future[None] = self._loop.create_future()
+        self._watch = self._loop.call_at(self._heard_s + stall_s, self._look)
+
+    def take(self, data: bytes) -> int:
+        """Takes of `data` what there is room for, and returns how much that was."""
+        start = self.filled
+        room = len(self._buffer) - start
+        if len(data) > room:
+            data = data[:room]
+        self.filled = stop = start + len(data)
+        self._buffer[start:stop] = data
+        self._heard_s = self._loop.time()
+        if len(data) == room and not self.over.done():
+            self.over.set_result(None)
+        return len(data)
+
+    def stop(self) -> None:
+        """The reader does not wait any longer."""
+        self._watch.cancel()
+
+    def _look(self) -> None:
+        latest_s = self._heard_s + self._stall_s
+        if self._loop.time() < latest_s:
+            self._watch = self._loop.call_at(latest_s, self._look)
+        elif not self.over.done():
+            self.over.set_exception(TimeoutError())
 
 
 class StreamDesk:

@@ -23,6 +23,7 @@ from clawnet.wire.blobid import LEAF_BYTES, id_of_leaves, leaf, leaf_count, spli
 if TYPE_CHECKING:
     from clawnet.storage.blobs import BlobStore
 
+Bytes = bytes | bytearray | memoryview
 _PART: Final = ".part"
 _LEAVES: Final = ".leaves"
 
@@ -92,7 +93,7 @@ class BlobPart:
         except OSError as err:
             raise self._failed(err) from err
 
-    def write(self, pieces: Sequence[bytes]) -> None:
+    def write(self, pieces: Sequence[Bytes]) -> None:
         """The next chunks, verified before, in pieces of any length."""
         if not self.wanted:
             raise NotFoundError(f"nobody waits for the blob {self.blob.hex()[:16]} any longer")
@@ -280,7 +281,7 @@ class SeenPart:
     def begin(self, leaves: bytes) -> None:
         assert len(leaves) == LEAF_BYTES * leaf_count(self.size)
 
-    def write(self, pieces: Sequence[bytes]) -> None:
+    def write(self, pieces: Sequence[Bytes]) -> None:
         self.verified += sum(map(len, pieces))
 
     def commit(self) -> None:
@@ -290,7 +291,7 @@ class SeenPart:
         """Nothing was kept."""
 
 
-def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
+def _write_all(fd: int, pieces: Sequence[Bytes]) -> None:
     """All bytes, in as few calls as the system allows."""
     waiting = [memoryview(piece) for piece in pieces if piece]
     while waiting:

@@ -7,7 +7,7 @@ limits.BLOB_CHUNK_BYTES, the last one shorter. The two prefixes keep a leaf from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Final
 
@@ -22,14 +22,6 @@ def leaf(chunk: bytes | bytearray | memoryview) -> bytes:
     """The hash of one chunk."""
     digest = sha256(LEAF_PREFIX)
     digest.update(chunk)
-    return digest.digest()
-
-
-def leaf_of(pieces: Iterable[bytes | memoryview]) -> bytes:
-    """The hash of one chunk that lies in pieces."""
-    digest = sha256(LEAF_PREFIX)
-    for piece in pieces:
-        digest.update(piece)
     return digest.digest()
 
 

@@ -141,6 +141,72 @@ def test_readexactly_says_when_the_stream_ends_too_early(kind: str) -> None:
     run(kind, body)
 
 
+def test_a_buffer_is_filled_whatever_pieces_the_bytes_come_in(kind: str) -> None:
+    async def body(pair: Pair) -> None:
+        near, far = await pair.streams()
+        buffer = memoryview(bytearray(6))
+        await near.write(b"early ")
+        assert await far.read(2) == b"ea"
+        filling = asyncio.ensure_future(far.read_into(buffer, 30))
+        for piece in (b"l", b"at", b"e, and more"):
+            await near.write(piece)
+        assert await filling == 6 and buffer == b"rly la"
+        assert await far.readexactly(6) == b"te, an"
+        near.close_write()
+        assert await far.read_into(memoryview(bytearray(100)), 30) == 6, "the peer's end"
+        assert await far.read_into(buffer, 30) == 0
+
+    run(kind, body)
+
+
+def test_a_buffer_above_the_window_is_filled(kind: str) -> None:
+    async def body(pair: Pair) -> None:
+        near, far = await pair.streams()
+        data = hashlib.sha256(b"much").digest() * (limits.STREAM_WINDOW_BYTES // 8)
+        writer = asyncio.ensure_future(near.write(data))
+        buffer = bytearray(len(data))
+        assert await far.read_into(memoryview(buffer), 30) == len(data) and buffer == data
+        await writer
+
+    run(kind, body)
+
+
+def test_who_fills_a_buffer_learns_of_silence_and_of_a_reset(kind: str) -> None:
+    async def body(pair: Pair) -> None:
+        near, far = await pair.streams()
+        buffer = memoryview(bytearray(10))
+        await near.write(b"abc")
+        with pytest.raises(TimeoutError):
+            await far.read_into(buffer, 0.05)
+        filling = asyncio.ensure_future(far.read_into(buffer, 30))
+        await asyncio.sleep(0)
+        near.reset()
+        with pytest.raises(LinkError, match="reset"):
+            await filling
+        with pytest.raises(LinkError, match="reset"):
+            await far.read_into(buffer, 30)
+
+    run(kind, body)
+
+
+def test_what_was_written_may_be_overwritten_at_once(kind: str) -> None:
+    async def body(pair: Pair) -> None:
+        near, far = await pair.streams()
+        memory, expected = bytearray(300_000), hashlib.sha256()
+        reader = asyncio.ensure_future(far.readexactly(8 * len(memory) + 4))
+        for n in range(8):
+            memory[:] = bytes([n]) * len(memory)
+            expected.update(memory)
+            await near.write(memoryview(memory))
+        memory[:4] = b"last"
+        near.write_nowait(memory[:4])
+        memory[:] = bytes(len(memory))
+        expected.update(b"last")
+        assert hashlib.sha256(await reader).digest() == expected.digest()
+
+    run(kind, body)
+
+
 def test_four_mebibytes_pass_whole(kind: str) -> None:
     async def body(pair: Pair) -> None:
         near, far = await pair.streams()
