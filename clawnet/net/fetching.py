@@ -246,7 +246,7 @@ class _Batches:
     async def add(self, chunk: memoryview) -> None:
         """The next chunk; waits while a whole batch waits already."""
         self._waiting.append(chunk)
-        if self._busy is None or self._busy.done() or len(self._waiting) >= BATCH_CHUNKS:
+        if len(self._waiting) >= BATCH_CHUNKS:
             await self._hand_over()
 
     async def end(self) -> None:

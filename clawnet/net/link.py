@@ -25,6 +25,7 @@ from clawnet.net.streams import StreamDesk
 from clawnet.net.upgrade import Upgrade
 
 _BUFFER_BYTES_MIN = 16 * limits.KIB
+_FLUSH_BYTES = 4 * PLAIN_BYTES_MAX
 _LINGER_S = 2.0
 
 
@@ -279,7 +280,7 @@ class Link(asyncio.BufferedProtocol):
             return
         self._out.append(data)
         self._out_bytes += len(data)
-        if self._out_bytes >= PLAIN_BYTES_MAX:
+        if self._out_bytes >= _FLUSH_BYTES:
             self._flush()
         elif not self._flush_due and not self._receiving:
             self._flush_due = True
@@ -296,7 +297,7 @@ class Link(asyncio.BufferedProtocol):
         plain = b"".join(self._out)
         self._out.clear()
         self._out_bytes = 0
-        self._socket.write(b"".join(self._channel.seal(plain)))
+        self._socket.write(self._channel.seal(plain))
         if self._paused and not self.closed.done():
             # Streams stop by themselves; what still grows are answers to a peer that asks and never reads.
             waiting = self._socket.get_write_buffer_size()

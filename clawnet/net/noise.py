@@ -26,6 +26,7 @@ NAME = b"Noise_XX_25519_ChaChaPoly_SHA256"
 FRAME_BYTES_MAX = 65_535
 TAG_BYTES = 16
 PLAIN_BYTES_MAX = FRAME_BYTES_MAX - TAG_BYTES
+FRAME_BYTES_MORE = 2 + TAG_BYTES  # what a frame has on the wire besides its content
 
 _SIGNED_PREFIX = b"noise-libp2p-static-key:"
 _IDENTITY_KEY, _IDENTITY_SIGNATURE, _EXTENSIONS = 1, 2, 4
@@ -160,24 +161,38 @@ class Handshake:
 class Channel:
     """The two directions after the handshake. The nonce counts frames, so order and completeness are proven too."""
 
-    __slots__ = ("_decrypt", "_encrypt", "_received", "_sent")
+    __slots__ = ("_decrypt", "_encrypt", "_encrypt_into", "_received", "_sent")
 
     def __init__(self, sending: ChaCha20Poly1305, receiving: ChaCha20Poly1305) -> None:
         self._encrypt = sending.encrypt
+        self._encrypt_into: Any = getattr(sending, "encrypt_into", None) or self._encrypt_and_copy
         self._decrypt = receiving.decrypt
         self._sent = 0
         self._received = 0
 
-    def seal(self, plain: bytes | memoryview) -> list[bytes]:
-        """Frames on the wire, length bytes included, to be written one after the other."""
-        out: list[bytes] = []
-        view = memoryview(plain)
-        for start in range(0, len(view), PLAIN_BYTES_MAX):
-            part = view[start : start + PLAIN_BYTES_MAX]
-            out.append((len(part) + TAG_BYTES).to_bytes(2, "big"))
-            out.append(self._encrypt(b"\0\0\0\0" + self._sent.to_bytes(8, "little"), part, None))
+    def seal(self, plain: bytes) -> bytes | bytearray:
+        """What goes on the wire for it: frames one after the other, length bytes included."""
+        if len(plain) <= PLAIN_BYTES_MAX:
+            sealed = self._encrypt(b"\0\0\0\0" + self._sent.to_bytes(8, "little"), plain, None)
             self._sent += 1
+            return len(sealed).to_bytes(2, "big") + sealed
+        view = memoryview(plain)
+        starts = range(0, len(view), PLAIN_BYTES_MAX)
+        out = bytearray(len(view) + len(starts) * FRAME_BYTES_MORE)
+        wire = memoryview(out)
+        at = 0
+        for start in starts:
+            part = view[start : start + PLAIN_BYTES_MAX]
+            stop = at + len(part) + FRAME_BYTES_MORE
+            wire[at : at + 2] = (len(part) + TAG_BYTES).to_bytes(2, "big")
+            self._encrypt_into(b"\0\0\0\0" + self._sent.to_bytes(8, "little"), part, None, wire[at + 2 : stop])
+            self._sent += 1
+            at = stop
         return out
+
+    def _encrypt_and_copy(self, nonce: bytes, data: memoryview, associated: None, buf: memoryview) -> None:
+        """What encrypt_into does, for releases of cryptography that do not have it yet."""
+        buf[:] = self._encrypt(nonce, data, associated)
 
     def open(self, frame: bytes | memoryview) -> bytes:
         """The content of one frame without its length bytes; WireError when it was tampered with or is out of order."""

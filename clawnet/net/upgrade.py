@@ -78,7 +78,7 @@ class Upgrade:
             return out
         self._select = _select(self._initiator, yamux.PROTOCOL)
         if isinstance(self._select, multistream.Proposer):
-            out += b"".join(self.channel.seal(self._select.start()))
+            out += self.channel.seal(self._select.start())
         return out
 
     def _on_muxer(self, message: bytes) -> bytes:
@@ -87,7 +87,7 @@ class Upgrade:
         if self._select.agreed:
             self.plain = self._select.rest
             self.done = True
-        return b"".join(self.channel.seal(answer))
+        return bytes(self.channel.seal(answer)) if answer else b""
 
 
 def _select(initiator: bool, protocol: str) -> multistream.Proposer | multistream.Responder:

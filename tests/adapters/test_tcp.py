@@ -75,7 +75,7 @@ class Puppet:
     def send(self, kind: int, flags: int, number: int, value: int, data: bytes = b"") -> None:
         assert self.side.channel is not None
         raw = struct.pack(">BBHII", 0, kind, flags, number, value) + data
-        self.writer.write(b"".join(self.side.channel.seal(raw)))
+        self.writer.write(self.side.channel.seal(raw))
 
     async def frame(self) -> bytes:
         """The plain content of the next encrypted frame; b"" at the end."""
@@ -315,7 +315,7 @@ def test_who_asks_and_never_reads_the_answers_is_cut_off() -> None:
         pings = struct.pack(">BBHII", 0, PING, SYN, 0, 1) * 5000
         assert puppet.side.channel is not None
         while not link.closed.done():
-            puppet.writer.write(b"".join(puppet.side.channel.seal(pings)))
+            puppet.writer.write(puppet.side.channel.seal(pings))
             await asyncio.sleep(0)
             if puppet.writer.transport.is_closing():
                 break
