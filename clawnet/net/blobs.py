@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedIOBase, RawIOBase
 from itertools import islice
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ BLOB_PROTOCOL = "/clawnet/blob/1.0.0"
 NOT_FOUND = "not found"
 NO_OFFSET = "no such offset"
 T = TypeVar("T")
+Content = RawIOBase | BufferedIOBase
 Moved = Callable[[str, bytes, int, int], None]
 """How far a long transfer is, every PROGRESS_S: (what, about, bytes done, bytes in all), as in wire/fileevents.py."""
 
@@ -92,8 +94,11 @@ class BlobStore(Protocol):
     def leaves(self, blob: bytes, /) -> Sequence[bytes]:
         """The hashes of its chunks."""
 
-    def read_chunks(self, blob: bytes, offset: int = 0, /) -> Iterator[bytes]:
-        """Its content from `offset` on in chunks of limits.BLOB_CHUNK_BYTES, the last one shorter."""
+    def read_chunks(self, blob: bytes, /) -> Iterator[bytes]:
+        """Its content in chunks of limits.BLOB_CHUNK_BYTES, the last one shorter."""
+
+    def opened(self, blob: bytes, offset: int, /) -> Content:
+        """Its content from `offset` on."""
 
     def fetching(self, blob: bytes, size: int, source: str, /) -> BlobPart:
         """Room for a blob of `size` bytes that `source` sends, and what an earlier try has left of it."""
@@ -114,7 +119,7 @@ async def where_due(size: int, work: Callable[..., T], *args: Any) -> T:
     return await in_thread(work, *args) if size > limits.BLOB_PIECE_BYTES else work(*args)
 
 
-async def write_all(stream: Stream, data: bytes) -> None:
+async def write_all(stream: Stream, data: Bytes) -> None:
     """Writes with back-pressure; LinkError when the peer takes nothing for BLOB_STALL_S."""
     try:
         async with asyncio.timeout(limits.BLOB_STALL_S):
@@ -194,39 +199,49 @@ class BlobDesk:
         return True
 
     async def _send(self, stream: Stream, request: BlobRequest, size: int, leaves: Sequence[bytes]) -> None:
-        blob, offset = request.blob, request.offset
-        chunks = self._store.read_chunks(blob, offset)
-        expected = islice(leaves, offset // limits.BLOB_CHUNK_BYTES, None)
-        if size - offset <= limits.BLOB_PIECE_BYTES:
-            for chunk in _take(chunks, expected, blob):
-                await self._send_chunk(stream, chunk)
-            return
-        loop = asyncio.get_running_loop()
-        told_s, sent = loop.time(), offset
-        ahead = loop.run_in_executor(None, _take, chunks, expected, blob)
-        try:
-            while piece := await asyncio.shield(ahead):
-                ahead = loop.run_in_executor(None, _take, chunks, expected, blob)
-                for chunk in piece:
-                    await self._send_chunk(stream, chunk)
-                    sent += len(chunk)
-                if loop.time() - told_s >= limits.PROGRESS_S:
-                    told_s = loop.time()
-                    self._moved("uploading", request.task_id, sent, size)
-        finally:
-            if not ahead.done():
-                await asyncio.wait([ahead])
-            chunks.close()  # type: ignore[attr-defined]
+        blob, left = request.blob, size - request.offset
+        expected = islice(leaves, request.offset // limits.BLOB_CHUNK_BYTES, None)
+        with self._store.opened(blob, request.offset) as file:
+            room = _room(left)
+            if left <= len(room):
+                await self._send_piece(stream, _take(file, room, left, expected, blob))
+                return
+            loop = asyncio.get_running_loop()
+            told_s, other = loop.time(), _room(left)
+            ahead = loop.run_in_executor(None, _take, file, room, left, expected, blob)
+            try:
+                while left:
+                    piece = await asyncio.shield(ahead)
+                    left -= len(piece)
+                    # What was sent before has left this memory: the next piece goes there, while this one is sent.
+                    room, other = other, room
+                    ahead = loop.run_in_executor(None, _take, file, room, left, expected, blob)
+                    await self._send_piece(stream, piece)
+                    if loop.time() - told_s >= limits.PROGRESS_S:
+                        told_s = loop.time()
+                        self._moved("uploading", request.task_id, size - left, size)
+            finally:
+                if not ahead.done():
+                    await asyncio.wait([ahead])
 
-    async def _send_chunk(self, stream: Stream, chunk: bytes) -> None:
-        await write_all(stream, chunk)
-        self._count("blob_bytes_sent", len(chunk))
+    async def _send_piece(self, stream: Stream, piece: memoryview) -> None:
+        for start in range(0, len(piece), limits.BLOB_CHUNK_BYTES):
+            chunk = piece[start : start + limits.BLOB_CHUNK_BYTES]
+            await write_all(stream, chunk)
+            self._count("blob_bytes_sent", len(chunk))
 
 
-def _take(chunks: Iterator[bytes], expected: Iterator[bytes], blob: bytes) -> list[bytes]:
-    """The next piece of a blob: nothing that this disk has damaged is passed on."""
-    piece = list(islice(chunks, limits.BLOB_PIECE_BYTES // limits.BLOB_CHUNK_BYTES))
-    for chunk in piece:
-        if leaf(chunk) != next(expected, b""):
+def _room(left: int) -> memoryview:
+    return memoryview(bytearray(min(left, limits.BLOB_PIECE_BYTES)))
+
+
+def _take(file: Content, room: memoryview, left: int, expected: Iterator[bytes], blob: bytes) -> memoryview:
+    """The next piece of a blob, in `room`: nothing that this disk has damaged is passed on."""
+    piece = room[:left]
+    filled = 0
+    while filled < len(piece) and (more := file.readinto(piece[filled:])):
+        filled += more
+    for start in range(0, len(piece), limits.BLOB_CHUNK_BYTES):
+        if leaf(piece[start : start + limits.BLOB_CHUNK_BYTES]) != next(expected, b"") or filled < len(piece):
             raise DataError(f"the stored blob {blob.hex()[:16]} is damaged")
     return piece

@@ -223,6 +223,7 @@ class Link(asyncio.BufferedProtocol):
             self,
             initiator=not self.inbound,
             send=self._send,
+            push=self._flush,
             is_open=self._is_open,
             accept=self._on_stream,
             now=self._loop.time,

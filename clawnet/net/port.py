@@ -75,6 +75,7 @@ class Stream(Protocol):
     async def write(self, data: Bytes) -> None:
         """Returns when all of `data` is on its way; waits while the peer's window or the connection is full.
 
+        The memory of `data` may be used again once this has returned or was cancelled, and after `write_nowait`.
         Raises LinkError when the stream is reset, its direction was closed, or the connection is lost. One writer at
         a time.
         """

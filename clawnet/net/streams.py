@@ -219,8 +219,7 @@ class BufferedStream(ABC):
 
     async def write(self, data: Bytes) -> None:
         """See port.Stream.write."""
-        # What may wait on its way must not change under us: only bytes are sent without a copy.
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))
+        view = memoryview(data)
         while True:
             self._check_writable()
             if not self.buffered:

@@ -35,7 +35,8 @@ _GROW_WITHIN_ROUND_TRIPS = 4
 class Session:
     """Both directions of one connection's streams.
 
-    `send` takes bytes for the wire and must keep their order; `is_open` says whether it wants bulk data now (control
+    `send` takes bytes for the wire and must keep their order; it may hold them until it is called again or `push` is,
+    after which their memory may change; `is_open` says whether it wants bulk data now (control
     frames are sent regardless); `accept` gets every new inbound stream, which is not yet negotiated. `rtt_s` is the
     smoothed round trip, 0.0 while unknown. `now` is the loop's clock, for windows and round trips only.
     """
@@ -46,6 +47,7 @@ class Session:
         *,
         initiator: bool,
         send: Callable[[Bytes], None],
+        push: Callable[[], None],
         is_open: Callable[[], bool],
         accept: Callable[[MuxedStream], None],
         now: Callable[[], float],
@@ -55,6 +57,7 @@ class Session:
         self.gone_away = False
         self.refused = 0
         self.send = send
+        self.push = push
         self.is_open = is_open
         self.now = now
         self.window_growth = limits.WINDOW_GROWTH_BYTES_MAX
@@ -256,7 +259,7 @@ class MuxedStream(BufferedStream):
         if self._pending:
             self._pending += data
             return
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))
+        view = memoryview(data)
         sent = self._send_some(view)
         if sent < len(view):
             self._pending += view[sent:]
@@ -308,6 +311,8 @@ class MuxedStream(BufferedStream):
             session.send(_HEADER.pack(0, DATA, self._take_flags(), self.number, n))
             session.send(data[sent : sent + n])
             sent += n
+        if sent and type(data.obj) is not bytes:
+            session.push()
         return sent
 
     def _finish(self) -> None:

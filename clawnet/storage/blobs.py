@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Set
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -188,15 +189,23 @@ class BlobStore:
 
     def read_chunks(self, blob: bytes, offset: int = 0) -> Iterator[bytes]:
         """Its content from `offset` on, in chunks of limits.BLOB_CHUNK_BYTES; NotFoundError when it is not here."""
-        try:
-            with self.path(blob).open("rb") as file:
-                file.seek(offset)
+        with self.opened(blob, offset) as file:
+            try:
                 while chunk := file.read(limits.BLOB_CHUNK_BYTES):
                     yield chunk
+            except OSError as err:
+                raise translated(err, self.path(blob)) from err
+
+    def opened(self, blob: bytes, offset: int = 0) -> RawIOBase:
+        """Its file from `offset` on, to be read and closed; NotFoundError when it is not here."""
+        try:
+            file = self.path(blob).open("rb", buffering=0)
         except FileNotFoundError as err:
             raise NotFoundError(f"blob {blob.hex()} is not here", blob=blob.hex()) from err
         except OSError as err:
             raise translated(err, self.path(blob)) from err
+        file.seek(offset)
+        return file
 
     def read_at(self, blob: bytes, offset: int, length: int) -> bytes:
         """At most `length` bytes from `offset` on; NotFoundError when the blob is not here."""

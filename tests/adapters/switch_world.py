@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from io import BytesIO
 from typing import Any
 
 from clawnet import limits
@@ -77,10 +78,15 @@ class MemoryBlobs:
             raise DataError("the stored blob is damaged")
         return leaves
 
-    def read_chunks(self, blob: bytes, offset: int = 0) -> Iterator[bytes]:
+    def read_chunks(self, blob: bytes) -> Iterator[bytes]:
         data = self.kept[blob]
-        for at in range(offset, len(data), limits.BLOB_CHUNK_BYTES):
+        for at in range(0, len(data), limits.BLOB_CHUNK_BYTES):
             yield data[at : at + limits.BLOB_CHUNK_BYTES]
+
+    def opened(self, blob: bytes, offset: int) -> BytesIO:
+        file = BytesIO(self.kept[blob])
+        file.seek(offset)
+        return file
 
     def fetching(self, blob: bytes, size: int, source: str) -> MemoryPart:
         return MemoryPart(self, blob, size, source)

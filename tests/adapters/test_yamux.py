@@ -31,6 +31,7 @@ class Side:
             cast(Any, SimpleNamespace(peer="somebody")),
             initiator=initiator,
             send=self.send,
+            push=lambda: None,
             is_open=lambda: self.is_open,
             accept=self.accepted.append,
             now=lambda: self.now,

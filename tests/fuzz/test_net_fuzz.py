@@ -79,6 +79,7 @@ def _yamux(raw: bytes) -> None:
             cast(Any, SimpleNamespace(peer="somebody")),
             initiator=False,
             send=lambda data: None,
+            push=lambda: None,
             is_open=lambda: True,
             accept=accepted.append,
             now=lambda: 0.0,
