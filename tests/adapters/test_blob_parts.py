@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -345,3 +346,20 @@ def test_a_large_file_is_out_of_sight_at_once(store: BlobStore, monkeypatch: pyt
         if thread.name == "clawnet-unlink":
             thread.join()
     assert files(store) == []
+
+
+def test_a_blob_that_goes_to_the_disk_on_its_way_is_whole_and_is_gone_on_with(store: BlobStore) -> None:
+    data = random.Random(1).randbytes(20 * limits.MIB + 5)
+    hasher = BlobHasher()
+    hasher.update(data)
+    blob, leaves = hasher.digest(), b"".join(hasher.leaves)
+    store.grant(TASK, "me", blob)
+    for end in (9 * limits.MIB, len(data)):
+        part = store.fetching(blob, len(data), BOB)
+        part.begin(leaves)
+        while part.verified < end:
+            part.write([memoryview(data)[part.verified : min(end, part.verified + 3 * CHUNK)]])
+        if end < len(data):
+            part.stop()
+    part.commit()
+    assert b"".join(store.read_chunks(blob)) == data
