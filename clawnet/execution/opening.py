@@ -33,7 +33,7 @@ class Opener:
         self._deliver = deliver
 
     def open(self, effect: Open) -> None:
-        """Long results in a thread."""
+        """Long results in a thread, and those that may hold files: a liar's take long to look at, all are written."""
 
         def done(future: Future[bundle.Summary]) -> None:
             try:
@@ -45,7 +45,7 @@ class Opener:
             except OSError as error:
                 self._deliver(Opened(effect.request, error.strerror or str(error), fault=STORAGE))
 
-        if len(effect.inline) > limits.RUN_INLINE_WORK_BYTES_MAX or not effect.inline:
+        if len(effect.inline) > limits.RUN_INLINE_WORK_BYTES_MAX or not effect.inline or effect.outputs:
             self._in_thread(done, self._unpacked, effect)
             return
         future: Future[Any] = Future()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import threading
+from typing import Any
 
 import pytest
 
 from clawnet import limits
 from clawnet.errors import DataError
-from clawnet.execution.outputs import listing
+from clawnet.execution import bundle
+from clawnet.execution.bundle import Outputs
+from clawnet.execution.outputs import Listing, listing
+from clawnet.wire.events import Open, Opened
 from clawnet.wire.globs import Globs, State
+from tests.adapters.execution_bench import Bench, with_bench
 from tests.adapters.hostile_trees import file, tree
 
 DIST = ("dist/*",)
@@ -35,3 +41,22 @@ def test_directories_that_are_only_on_the_way_count_too(monkeypatch: pytest.Monk
     assert listing(io.BytesIO(tree(*each[:2])), DIST, bytes_max=2**40).count == 2
     with pytest.raises(DataError, match="beyond the 20 files and directories"):
         listing(io.BytesIO(tree(*each)), DIST, bytes_max=2**40)
+
+
+def test_files_are_not_looked_at_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, looked = bundle.listing, list[int]()
+
+    def listing(*args: Any, **words: Any) -> Listing:
+        looked.append(threading.get_ident())
+        return real(*args, **words)
+
+    monkeypatch.setattr(bundle, "listing", listing)
+
+    async def body(bench: Bench) -> None:
+        plain = bundle.encode(bundle.Bundle(0, None, b"out", outputs=Outputs(), files=tree(file("dist/x"))))
+        bench.executor.open_result(Open(b"r", None, plain, b"", len(plain), (), DIST))
+        opened = await bench.until(lambda: next((e for e in bench.events if isinstance(e, Opened)), None))
+        assert opened.bundle.outputs_count == 1
+        assert looked and threading.get_ident() not in looked
+
+    with_bench(body)
