@@ -97,7 +97,8 @@ class Connection(asyncio.Protocol):
         if self._check_length(max(map(len, lines)), len(last)):
             self._waiting += lines
             self.take()
-        self._count_held()
+        else:
+            self._count_held()
 
     def eof_received(self) -> bool:
         # A client that no longer writes is taken for gone: else one that was killed would be followed for ever.
@@ -138,7 +139,8 @@ class Connection(asyncio.Protocol):
             done += 1
         self._waiting = waiting[done:]
         self._hold(bool(self._waiting))
-        self._count_held()
+        if self._waiting or self._partial or self.held:
+            self._count_held()
 
     def take_share(self, count: int) -> list[int]:
         """Acts on so many of the lines that were held; their sizes. The rest waits for the next share."""
