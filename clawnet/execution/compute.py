@@ -51,10 +51,13 @@ class _Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 _decode: Final = msgspec.msgpack.Decoder(_Answer).decode
+_inf: Final = float("inf")
 
 
 class _Asked:
-    __slots__ = ("alone", "answer", "job", "request", "time_s")
+    """An operation that somebody waits for. `answer_bytes_max` is how long its answer may be."""
+
+    __slots__ = ("alone", "answer", "answer_bytes_max", "job", "request", "time_s")
 
     def __init__(self, job: bytes, request: list[Any], time_s: float, answer: Answer) -> None:
         self.job = job
@@ -62,11 +65,7 @@ class _Asked:
         self.time_s = time_s
         self.alone = False
         self.answer = answer
-
-    @property
-    def answer_bytes_max(self) -> int:
-        """How long its answer may be."""
-        return min(int(self.request[5]), limits.WORKER_FRAME_BYTES_MAX)
+        self.answer_bytes_max = min(int(request[5]), limits.WORKER_FRAME_BYTES_MAX)
 
 
 class _Worker(asyncio.Protocol):
@@ -92,7 +91,8 @@ class _Worker(asyncio.Protocol):
     def ask(self, number: int, asked: _Asked) -> None:
         """It is about to be asked this."""
         self.unanswered[number] = asked
-        self._frame_bytes_max = max(self._frame_bytes_max, asked.answer_bytes_max + _FRAME_MORE_BYTES)
+        if asked.answer_bytes_max + _FRAME_MORE_BYTES > self._frame_bytes_max:
+            self._frame_bytes_max = asked.answer_bytes_max + _FRAME_MORE_BYTES
 
     def give_away(self) -> None:
         """All but what it is at is asked of another; that it comes to answer it all the same is known."""
@@ -137,7 +137,7 @@ class _Worker(asyncio.Protocol):
             known = answer.number in self._given_away
             self._given_away.discard(answer.number)
             return known
-        if len(answer.data) > asked.answer_bytes_max or not 0 <= answer.cpu_s < float("inf"):
+        if len(answer.data) > asked.answer_bytes_max or not 0 <= answer.cpu_s < _inf:
             self.unanswered = {answer.number: asked, **self.unanswered}
             return False
         asked.answer(answer.data, answer.reason[: limits.TEXT_CHARS_MAX], answer.cpu_s)
