@@ -1,8 +1,9 @@
 """Real nodes for tests: homes under short paths, daemons that are started, joined and waited for, and surely ended.
 
 A `Node` is a home with the real program in front of it. Its commands run as processes with an environment that does not
-leak in; what a test only needs to wait for is asked over the local socket, which is quick. `close` ends the one daemon
-that has this home, by its pid, and then looks whether anything of it is left and whether its log holds a traceback.
+leak in; what a test only needs to wait for, or to have done before it begins, is asked over the local socket, which is
+quick. `close` ends the one daemon that has this home, by its pid, and then looks whether anything of it is left and
+whether its log holds a traceback.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from clawnet import api
+from clawnet import api, launch
 from clawnet.answers import ANSWERS, ErrorAnswer, Task
 from clawnet.api import Client
 from clawnet.errors import ClawnetError
-from clawnet.paths import Home
+from clawnet.paths import Home, make_private_dir
 
 PROGRAM = (sys.executable, "-P", "-m", "clawnet.commands")
 PATIENCE_S = 40.0
@@ -91,6 +92,7 @@ class Node:
         self.environ.setdefault("CLAWNET_NETWORK_ENABLE_MDNS", "false")
         self.program: tuple[str, ...] = PROGRAM
         self.may_log_tracebacks = False
+        self._spawned: list[subprocess.Popen[bytes]] = []
 
     # --- commands
 
@@ -142,19 +144,54 @@ class Node:
     # --- the daemon
 
     def start(self) -> Node:
-        """Starts the daemon; a home that is none yet becomes one."""
-        done = self("daemon", "start", "--json")
-        assert done.code == 0, done.err
+        """Starts the daemon, and returns when it answers; a home that is none yet becomes one.
+
+        As `daemon start` does, without a process for that command: the tests of the command run the command.
+        """
+        if "CLAWNET_JOIN" in self.environ:
+            done = self("daemon", "start", "--json")
+            assert done.code == 0, done.err
+            return self
+        return self.spawn().ready()
+
+    def spawn(self) -> Node:
+        """Starts the daemon and does not wait for it, so that others can start at the same time."""
+        self._collect()
+        if not self.pid:
+            for directory in (self.home.dir, self.home.run_dir):
+                make_private_dir(directory)
+            self._spawned.append(launch.spawn(self.home, self.environ, self.program))
         return self
+
+    def ready(self) -> Node:
+        """Waits until the daemon that `spawn` started answers."""
+
+        def look() -> bool:
+            code = self._spawned[-1].poll() if self._spawned else None
+            if self.pid:
+                return True
+            if code is not None:
+                raise launch.failure(self.home, code)
+            return False
+
+        self.until("answers", look)
+        return self
+
+    def _collect(self) -> None:
+        """Those of its daemons that are over are no longer kept in the table of processes."""
+        self._spawned = [process for process in self._spawned if process.poll() is None]
 
     @property
     def pid(self) -> int:
-        """The pid of the daemon that answers, else 0."""
+        """The pid of the daemon that answers, else 0.
+
+        The socket of one that was killed takes connections until the last of its threads has ended.
+        """
         channel = api.open_channel(self.home)
         if channel is None:
             return 0
         with contextlib.closing(channel):
-            return channel.pid or 0
+            return channel.pid if channel.pid and alive(channel.pid) else 0
 
     def client(self) -> Client:
         """A client of the running daemon; never starts one."""
@@ -205,6 +242,9 @@ class Node:
         assert pid
         os.kill(pid, signal.SIGKILL)
         until(f"{self.name} dies", lambda: not alive(pid))
+        for process in self._spawned:
+            if process.pid == pid:
+                process.wait(PATIENCE_S)
         return pid
 
     def close(self) -> None:
@@ -218,6 +258,15 @@ class Node:
             if alive(pid):
                 left.append(f"{self.name} did not end after SIGTERM within 15 s; its log ends:\n{self.log[-2000:]}")
                 os.kill(pid, signal.SIGKILL)
+        for process in self._spawned:
+            try:
+                process.wait(15.0)
+            except subprocess.TimeoutExpired:
+                left.append(
+                    f"{self.name} has a daemon that runs and does not answer; its log ends:\n{self.log[-2000:]}"
+                )
+                process.kill()
+                process.wait()
         if TRACEBACK in self.log and not self.may_log_tracebacks:
             left.append(f"the log of {self.name} holds a traceback:\n{self.log[-6000:]}")
         shutil.rmtree(self.dir, ignore_errors=True)
@@ -239,7 +288,7 @@ class Nodes:
 
     def mesh(self, *names: str, ring: str = "member") -> list[Node]:
         """Started nodes, all in the mesh of the first."""
-        founder, *others = nodes = [self(name).start() for name in names]
+        founder, *others = nodes = started(*(self(name) for name in names))
         for node in others:
             join(founder, node, ring=ring)
         for node in nodes:
@@ -254,11 +303,17 @@ class Nodes:
                 stack.callback(node.close)
 
 
+def started(*nodes: Node) -> list[Node]:
+    """Nodes that all start at once, when all of them answer."""
+    for node in nodes:
+        node.spawn()
+    return [node.ready() for node in nodes]
+
+
 def join(founder: Node, newcomer: Node, *, ring: str = "member") -> None:
-    """An invite of `founder`, handed to `newcomer` over a pipe as its user would."""
-    token = founder("peer", "invite", "--ring", ring).line
-    joined = newcomer("peer", "join", "-", stdin=token.encode() + b"\n")
-    assert joined.code == 0, joined.err
+    """An invite of `founder`, redeemed by `newcomer`, over their sockets: the tests of the two commands run these."""
+    token = founder.ask("peer.invite", ring=ring)["token"]
+    newcomer.ask("peer.join", token=token, leave=False)
     newcomer.until("knows the founder", lambda: connected(newcomer))
 
 
@@ -268,14 +323,18 @@ def connected(node: Node) -> set[str]:
 
 
 def until(what: str, found: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
-    """Asks again and again until the answer is true, and returns it; fails after `patience_s`."""
-    deadline = time.monotonic() + patience_s
+    """Asks again and again until the answer is true, and returns it; fails after `patience_s`.
+
+    What takes long is asked less often: the asking is work too, for who asks and for the node.
+    """
+    began = time.monotonic()
     while True:
         value = found()
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {patience_s:g} s: {what}"
-        time.sleep(0.01)
+        passed = time.monotonic() - began
+        assert passed < patience_s, f"not within {patience_s:g} s: {what}"
+        time.sleep(min(max(passed / 20, 0.01), 0.1))
 
 
 def alive(pid: int) -> bool:

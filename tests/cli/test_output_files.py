@@ -146,6 +146,9 @@ def test_a_submitted_task_is_waited_for_or_fetched_from_later(pair: tuple[Node, 
     assert (attached.code, _files(where)) == (0, {"x": "2\n"})
     bob.kill()
     bob.start()
+    # Each start takes another port: one of the two has to know where the other is when both have died.
+    place = bob.ask("status")["listen"][0].partition("/p2p/")[0]
+    alice.until("knows where bob is", lambda: place in " ".join(alice.ask("peer.list")["items"][0]["addresses"]))
     alice.kill()
     alice.start()
     assert alice("market", "result", name[:10], "--output-dir", str(tmp_path / "there")).code == 0
