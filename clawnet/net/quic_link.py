@@ -188,6 +188,7 @@ class QuicLink:
         self._asked = False
         self._flush_due = False
         self._receiving = False
+        self._answered = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._limit: asyncio.TimerHandle | None = self._loop.call_later(limits.HANDSHAKE_TIMEOUT_S, self._too_slow)
@@ -303,7 +304,9 @@ class QuicLink:
 
     def flush_soon(self) -> None:
         """What the core has to send leaves at the end of this turn of the loop, or of the datagram being taken in."""
-        if not self._flush_due and not self._receiving:
+        if self._receiving:
+            self._answered = True
+        elif not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
 
@@ -321,7 +324,7 @@ class QuicLink:
 
     def _after(self) -> None:
         """Takes in what the core has found, then sends what it has to say."""
-        self._receiving = True
+        self._receiving, self._answered = True, False
         try:
             while (event := self._core.next_event()) is not None:
                 self._on_event(event)
@@ -331,7 +334,11 @@ class QuicLink:
             self._receiving = False
         if self._core.over:
             self._finish(self._problem or self._core.why or "closed by the peer")
-        self._flush()
+        if self._answered or not self.ready or self.closed.done():
+            self._flush()
+        else:
+            # Whoever waited for these bytes runs first: what he has to say leaves with the acknowledgement.
+            self.flush_soon()
 
     def _on_event(self, event: events.QuicEvent) -> None:
         if isinstance(event, events.StreamDataReceived):
