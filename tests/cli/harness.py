@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,8 +314,9 @@ def started(*nodes: Node) -> list[Node]:
 def join(founder: Node, newcomer: Node, *, ring: str = "member") -> None:
     """An invite of `founder`, redeemed by `newcomer`, over their sockets: the tests of the two commands run these."""
     token = founder.ask("peer.invite", ring=ring)["token"]
-    newcomer.ask("peer.join", token=token, leave=False)
+    granted = Decimal(newcomer.ask("peer.join", token=token, leave=False)["granted"])
     newcomer.until("knows the founder", lambda: connected(newcomer))
+    newcomer.until("has its grant", lambda: Decimal(newcomer.ask("wallet.balance")["available"]) >= granted)
 
 
 def connected(node: Node) -> set[str]:
