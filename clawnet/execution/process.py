@@ -202,6 +202,22 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def kill_sandbox(pid: int) -> None:
+    """SIGKILL to a child of ours that is bubblewrap, or to process 1 inside, after whose end it ends by itself.
+
+    Process 1 begins as one that waits for bubblewrap's word, and it would for ever if that were killed after our look.
+    Stopped, bubblewrap begins none between the look and its end. Linux.
+    """
+    inside = children(pid)
+    if not inside:
+        send(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        inside = children(pid)
+        send(pid, signal.SIGKILL)
+    for each in inside:
+        send(each, signal.SIGKILL)
+
+
 def children(pid: int) -> list[int]:
     """The processes that `pid` started and that still live; empty where the system does not tell."""
     if sys.platform == "darwin":

@@ -372,11 +372,7 @@ class ShellRun:
             self._kill_host()
             return
         # Process 1 of the sandbox takes all others with it, and bubblewrap then ends by itself, after them.
-        inside = process.children(child.pid)
-        for pid in inside:
-            process.send(pid, signal.SIGKILL)
-        if not inside:
-            child.kill()
+        process.kill_sandbox(child.pid)
         self._later(limits.RUN_DRAIN_S, child.kill)
 
     def _kill_host(self) -> None:

@@ -108,11 +108,7 @@ class Spare:
 
     def end(self) -> None:
         """Kills it; `gone` is called in a moment."""
-        inside = process.children(self.child.pid)
-        for pid in inside:
-            process.send(pid, 9)
-        if not inside:
-            self.child.kill()
+        process.kill_sandbox(self.child.pid)
 
     def close(self) -> None:
         """Lets go of what belongs to it."""

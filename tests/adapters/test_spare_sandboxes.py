@@ -335,3 +335,19 @@ def test_killing_the_node_ends_it() -> None:
         shutil.rmtree(directory)
     assert len(handles) == 2
     assert have_ended(handles)
+
+
+def test_one_that_is_killed_at_any_moment_of_its_set_up_leaves_nothing() -> None:
+    """Its first process waited for ever for bubblewrap, which was killed after a look that had not found it."""
+
+    async def body(bench: Bench) -> None:
+        here = of(bench)
+        for turns in range(40):
+            here._set_up(limits.MIB)
+            for _ in range(turns):
+                await asyncio.to_thread(os.getpid)
+            here._drop()
+            await until(lambda: not here._leaving)
+        await until(lambda: not process.marked(bench.home.digest))
+
+    with_bench(body)
