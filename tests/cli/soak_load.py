@@ -205,7 +205,7 @@ class Load:
                 out, err = command.communicate(timeout=patience_s)
             except subprocess.TimeoutExpired:
                 command.kill()
-                command.communicate()
+                out, err = command.communicate()  # it may have ended by itself meanwhile
             if command.returncode == 0 and out != f"{key}\n".encode():
                 self.journal.note(key=key, node=node, command=[out.decode(), err.decode()])
             elif b"Traceback" in err:
