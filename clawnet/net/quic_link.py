@@ -94,8 +94,15 @@ class _Core(QuicConnection):
         """How many bytes the stream may be given now: what the peer's window and our share of memory allow."""
         stream = self._get_or_create_stream_for_send(number)
         sender = stream.sender
+        if sender._reset_error_code is not None:
+            return 0  # the peer wants no more: the stream hears of it when the datagrams at hand are taken in
         window: int = stream.max_stream_data_remote - sender._buffer_stop
         return max(0, min(window, limits.STREAM_WINDOW_BYTES_MAX // 8 - (sender._buffer_stop - sender._buffer_start)))
+
+    def stopped(self, number: int) -> bool:
+        """Whether our direction of a stream was cut, by the peer or here."""
+        stream = self._streams.get(number)
+        return stream is not None and stream.sender._reset_error_code is not None
 
     def dropped(self, number: int) -> bool:
         """Whether a stream that the peer still sends on was ended by this side."""
@@ -293,7 +300,9 @@ class QuicLink:
         return size
 
     def end(self, number: int) -> None:
-        """Ends our direction of a stream."""
+        """Ends our direction of a stream, unless the peer has ended it just now."""
+        if self._core.stopped(number):
+            return
         self._core.send_stream_data(number, b"", end_stream=True)
         self.flush_soon()
 
