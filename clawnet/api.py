@@ -21,6 +21,7 @@ from clawnet import __version__, limits, paths, rpc
 from clawnet.errors import ClawnetError, NoDaemonError, TimedOutError, UnreachableError
 from clawnet.paths import Home
 
+SIGNAL_WAIT_S = 0.5
 _RECEIVE_BYTES = 256 * 1024
 
 
@@ -217,7 +218,8 @@ class Client:
             if left_s is not None and left_s <= 0:
                 raise TimedOutError("the daemon did not answer in time", hint="`clawnet daemon status` shows its state")
             try:
-                data = self._channel.read(left_s)
+                # Python acts on a signal that came just before a read began only when that read ends.
+                data = self._channel.read(SIGNAL_WAIT_S if left_s is None else min(left_s, SIGNAL_WAIT_S))
             except TimeoutError:
                 continue
             except OSError as error:

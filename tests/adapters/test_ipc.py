@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import stat
 import threading
@@ -173,6 +174,34 @@ def test_a_call_that_a_signal_sends_while_another_is_sent_takes_no_number_of_it(
         call = client.send("echo", {"from": "the program"})
         assert client.receive(call).value == {"from": "the program"}
         assert client.receive(sent[0]).value == {"from": "the handler"}
+
+
+def test_a_signal_that_does_not_end_the_wait_for_an_answer_is_acted_on_all_the_same(served: Served) -> None:
+    begun, acted = threading.Event(), threading.Event()
+
+    def answer(text: str) -> None:
+        served.soon(lambda: [served.server.reply(call, text) for call in served.held])
+
+    def elsewhere() -> None:
+        # Taken by this thread, the signal leaves the other's read alone, as one does that comes just before it.
+        assert begun.wait(10)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        if not acted.wait(10):
+            answer("nobody acted on it")
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: (acted.set(), answer("acted on")))
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    with Client(served.home, autostart=False) as client:
+        client.call("echo")
+        held = client.send("hold")
+        channel = client._channel
+        assert channel is not None
+        read = channel.read
+        channel.read = lambda timeout_s: begun.set() or read(timeout_s)  # type: ignore[method-assign,func-returns-value]
+        assert client.receive(held).value == "acted on"
+    thread.join()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_thousand_calls_in_flight_on_one_connection(served: Served) -> None:
