@@ -291,3 +291,36 @@ def test_data_beyond_the_window_costs_the_peer_its_connection() -> None:
         await good_link_works(stage)
 
     run(body)
+
+
+@pytest.mark.parametrize("act", ["write", "end"])
+def test_what_is_said_on_a_stream_in_the_moment_its_peer_cuts_it_harms_nobody(act: str) -> None:
+    async def body(stage: Stage) -> None:
+        transport = QuicTransport(ALICE, [], "a/1")
+        link: Any = await transport.dial(stage.listener.addresses[0], BOB.peer_id)
+        far = await stage.arrived.get()
+        inbound: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        far.set_stream_handler(inbound.set_result)
+        stream = await link.open_stream([SINK])
+        said: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        take_in = link.received
+
+        def received() -> None:
+            # The core has read the datagram, and the stream has not been told yet.
+            if link._core.dropped(stream.number) and not said.done():
+                try:
+                    stream.write_nowait(b"x") if act == "write" else stream.close_write()
+                except RuntimeError as error:  # what aioquic says of a stream that is reset
+                    said.set_exception(error)
+                else:
+                    said.set_result(None)
+            take_in()
+
+        link.received = received
+        (await inbound).reset()
+        await said
+        assert await Pinger(link).ping() >= 0
+        link.close("done")
+        await transport.close()
+
+    run(body)
