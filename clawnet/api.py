@@ -301,6 +301,25 @@ def no_daemon(home: Home) -> NoDaemonError:
     return NoDaemonError(f"no daemon runs for {home.dir}", hint="start it with `clawnet daemon start`")
 
 
+def answers(home: Home) -> bool:
+    """Whether a daemon serves this home. One that was killed accepts connections until the system has removed it.
+
+    One that has not answered after RPC_HELLO_TIMEOUT_S is taken for busy. Raises UnreachableError as `open_channel`.
+    """
+    channel = open_channel(home)
+    if channel is None:
+        return False
+    try:
+        channel.write(rpc.hello_line(__version__))
+        return bool(channel.read(limits.RPC_HELLO_TIMEOUT_S))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    finally:
+        channel.close()
+
+
 def open_channel(home: Home) -> Channel | None:
     """A connection to the daemon of this home, or None when none listens.
 

@@ -74,10 +74,10 @@ def start(
     with _open_lock(home.autostart_lock) as lock:
         joins = bool(token) and (fresh or _to_join(home).exists())
         while not _try_lock(lock):
-            if _answers(home) and not joins:
+            if api.answers(home) and not joins:
                 return False
             _pause(deadline, home)
-        if _answers(home):
+        if api.answers(home):
             return False
         if fresh and not home.mesh_file.exists():
             say(f"making a new home in {home.dir} with defaults (`clawnet config show`)")
@@ -172,25 +172,17 @@ def _said(home: Home) -> Path:
 
 
 def _wait(home: Home, process: subprocess.Popen[bytes], deadline: float) -> None:
-    while not _answers(home):
+    while not api.answers(home):
         code = process.poll()
         if code is not None and not (code == 0 and _answers_soon(home, deadline)):
             raise failure(home, code)
         _pause(deadline, home)
 
 
-def _answers(home: Home) -> bool:
-    channel = api.open_channel(home)
-    if channel is None:
-        return False
-    channel.close()
-    return True
-
-
 def _answers_soon(home: Home, deadline: float) -> bool:
     """A daemon that left with 0 found another one at work; that one answers, or is on its way to."""
     while time.monotonic() < deadline:
-        if _answers(home):
+        if api.answers(home):
             return True
         time.sleep(_POLL_S)
     return False

@@ -44,7 +44,7 @@ def run(context: typer.Context) -> None:
 
 def serve(invocation: Invocation) -> int:
     """The daemon itself; 0 with one line when one runs already."""
-    if _running(invocation):
+    if api.answers(invocation.home):
         invocation.warn(f"a daemon runs already for {invocation.home.dir}")
         return 0
     from clawnet import config
@@ -102,7 +102,7 @@ def serve(invocation: Invocation) -> int:
 def _comes_up(invocation: Invocation, *, holder: int) -> bool:
     """Whether a daemon answers; the process that has the home is given its time to start or to end."""
     deadline = time.monotonic() + limits.DAEMON_START_TIMEOUT_S
-    while not _running(invocation):
+    while not api.answers(invocation.home):
         if not _alive(holder) or time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)
@@ -124,14 +124,6 @@ def bare(invocation: Invocation) -> int:
 
 
 # --- starting and stopping
-
-
-def _running(invocation: Invocation) -> bool:
-    channel = api.open_channel(invocation.home)
-    if channel is None:
-        return False
-    channel.close()
-    return True
 
 
 def _start(invocation: Invocation) -> bool:
@@ -205,13 +197,13 @@ def _stop(invocation: Invocation) -> int:
     except UnreachableError as error:
         # A daemon of another version still understands a signal; one that went away is being waited for below.
         pid = int(error.details.get("pid") or pid)
-        if _running(invocation):
+        if api.answers(invocation.home):
             if not pid or sys.platform == "win32":
                 raise
             os.kill(pid, signal.SIGTERM)
     limit_s = invocation.timeout_s or STOP_TIMEOUT_S
     deadline = time.monotonic() + limit_s
-    while _running(invocation) or _alive(pid):
+    while api.answers(invocation.home) or _alive(pid):
         if time.monotonic() > deadline:
             raise TimedOutError(
                 f"the daemon (pid {pid}) has not ended within {limit_s:g} s; it is still draining",
@@ -245,7 +237,7 @@ def _alive(pid: int) -> bool:
 def status(context: typer.Context) -> None:
     """Whether the node runs, and how it is; exit code 69 when it does not run."""
     invocation = here(context)
-    if not _running(invocation):
+    if not api.answers(invocation.home):
         answer = {"running": False, "home": str(invocation.home.dir)}
         pairs(invocation, answer, [("running", False), ("home", answer["home"])])
         raise typer.Exit(UnreachableError.exit_code)

@@ -76,9 +76,7 @@ class Mesh:
     @staticmethod
     def _answers(node: Node) -> bool:
         assert node.process is not None
-        channel = api.open_channel(node.home)
-        if channel is not None:
-            channel.close()
+        if api.answers(node.home):
             return True
         code = node.process.poll()
         if code is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from clawnet import api, launch
 from clawnet.errors import ClawnetError
-from clawnet.paths import Home
+from clawnet.paths import Home, make_private_dir
 from tests.cli.conftest import Program, failure
 from tests.cli.harness import processes_with, until
 
@@ -45,6 +46,21 @@ def test_twenty_commands_at_once_start_one_node(starting: Program) -> None:
     log = starting.home.log_file.read_text()
     assert log.count("daemon.ready") == 1
     assert status(starting)["running"] is True
+
+
+def test_a_socket_that_takes_connections_and_answers_nobody_is_no_daemon(starting: Program) -> None:
+    # As that of a daemon that was killed, while the system removes it.
+    home = starting.home
+    assert starting("init").returncode == 0
+    make_private_dir(home.run_dir)
+    with socket.socket(socket.AF_UNIX) as dying:
+        dying.bind(str(home.socket))
+        dying.listen()
+        process = starting.start("daemon", "start", "--json")
+        dying.accept()[0].close()
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said.decode()
+    assert status(starting)["pid"] == json.loads(out)["pid"]
 
 
 def test_a_daemon_holds_nothing_of_the_command_that_started_it(starting: Program) -> None:
