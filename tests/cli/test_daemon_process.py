@@ -16,6 +16,7 @@ import pytest
 
 from tests.cli.harness import (
     PATIENCE_S,
+    Gate,
     Node,
     Nodes,
     alive,
@@ -45,12 +46,14 @@ def ended(node: Node, pid: int) -> None:
 def test_the_node_ends_on_sigterm_after_what_runs(node: Node) -> None:
     node.start()
     task = node("run", "--json", "-n", "--", "true").json("run")["task_id"]
-    running = node("market", "submit", "--type", "shell", "sleep 1; echo done; exit 4").line
+    gate = Gate()
+    running = node("market", "submit", "--type", "shell", gate.script + "echo done; exit 4").line
     node.reaches(running, "executing")
     pid = node.pid
     os.kill(pid, signal.SIGTERM)
     node.until("drains", lambda: node.ask("status")["draining"])
     node("run", "-n", "--", "true").failed(69, "is stopping")
+    gate.open()
     ended(node, pid)
     assert "daemon.stopped" in node.log
     # The next command finds everything as it was left.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.harness import PATIENCE_S, Node, Nodes, alive, connected, join, processes_with, until
+from tests.cli.harness import PATIENCE_S, Gate, Node, Nodes, alive, connected, join, processes_with, until
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +54,13 @@ def nothing_lost(nodes: list[Node]) -> None:
 
 def test_what_runs_finishes_and_is_paid_before_the_node_ends(nodes: Nodes) -> None:
     alice, bob = nodes.mesh("alice", "bob")
-    words = ("run", "--ring", "member", "--prefer", "market", "-n", "--", "sh", "-c", "sleep 2; echo done; exit 3")
-    with alice.popen(*words) as waiting:
+    gate = Gate()
+    script = gate.script + "echo done; exit 3"
+    with alice.popen("run", "--ring", "member", "--prefer", "market", "-n", "--", "sh", "-c", script) as waiting:
         until("it runs", lambda: bob.ask("status")["runs"] == 1)
         pid = terminate(bob)
+        bob.until("drains", lambda: bob.ask("status")["draining"])
+        gate.open()
         assert waiting.wait(PATIENCE_S) == 3
         assert waiting.stdout is not None
         assert waiting.stdout.read() == b"done\n"
@@ -108,7 +111,8 @@ def test_what_waits_for_a_slot_goes_elsewhere_even_without_retries(nodes: Nodes)
     alice, bob = nodes("alice").start(), nodes("bob", CLAWNET_EXECUTION_SLOTS="1").start()
     carol = nodes("carol").start()
     join(alice, bob)
-    first = submit(alice, "sleep 4; echo first")
+    gate = Gate()
+    first = submit(alice, gate.script + "echo first")
     runs_at(alice, first, name="bob")
     second = submit(alice, "echo second")
     alice.until("bob has both", lambda: alice.task(second)["state"] == "executing")
@@ -117,6 +121,7 @@ def test_what_waits_for_a_slot_goes_elsewhere_even_without_retries(nodes: Nodes)
     pid = terminate(bob)
     told = alice.reaches(second, "settled")
     assert (_executor(told), told["result"]["stdout"]) == ("carol", "second\n")
+    gate.open()
     told = alice.reaches(first, "settled")
     assert (_executor(told), told["result"]["stdout"]) == ("bob", "first\n")
     gone(bob, pid)
@@ -161,7 +166,8 @@ def test_tasks_of_a_requester_that_stops_go_on_when_it_is_back(nodes: Nodes) -> 
     alice, bob = nodes.mesh("alice", "bob")
     # The command follows the task once it prints; only then is the node stopped under it.
     words = ("--type", "shell", "--ring", "member", "--prefer", "market", "--deadline", "30m", "--wait", "--stream")
-    with alice.popen("market", "submit", "-v", "-n", *words, "echo begun; sleep 4; echo kept") as waiting:
+    gate = Gate()
+    with alice.popen("market", "submit", "-v", "-n", *words, f"echo begun; {gate.script} echo kept") as waiting:
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == b"begun\n"
         task = alice.ask("task.list", limit=1)["items"][0]["task_id"]
@@ -169,6 +175,7 @@ def test_tasks_of_a_requester_that_stops_go_on_when_it_is_back(nodes: Nodes) -> 
         pid = alice.pid
         assert alice("daemon", "stop").code == 0
         gone(alice, pid)
+        gate.open()
         bob.until("the run is over", lambda: bob.ask("status")["runs"] == 0)
         assert waiting.poll() is None, "whoever waits goes on waiting"
         assert not alice.pid, "and does not start what was stopped on purpose"

@@ -108,14 +108,13 @@ def test_a_gpu_is_shown_to_the_task_that_asks_for_it(mesh: list[Node]) -> None:
 
 def test_what_waits_goes_by_priority_and_its_wait_is_told(mesh: list[Node], tmp_path: Path) -> None:
     alice, bob, _ = mesh
-    gate = "head -c 1 gate"
     on_bob = (*MEMBERS, "--type", "shell", "--peer", "bob", "--json")
     # One that runs until it is cancelled, then three that wait for the only slot.
     first = alice("market", "submit", *on_bob, "sleep 60").json()["task_id"]
     alice.until("it runs", lambda: bob.ask("status")["runs"] == 1)
     waiting = {}
     for priority in ("0", "-7", "50"):
-        submitted = alice("market", "submit", *on_bob, "--priority", priority, f"echo {priority} {gate}").json()
+        submitted = alice("market", "submit", *on_bob, "--priority", priority, f"echo {priority}").json()
         waiting[priority] = submitted["task_id"]
         alice.reaches(submitted["task_id"], "executing")
     (bid,) = alice("market", "bids", waiting["50"], "--json").json("market bids")["items"]

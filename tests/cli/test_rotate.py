@@ -9,7 +9,7 @@ import pytest
 
 from clawnet.handover import begin
 from clawnet.identity.keys import KeyPair
-from tests.cli.harness import Node, Nodes, connected, until
+from tests.cli.harness import Gate, Node, Nodes, connected, until
 from tests.cli.test_market_run import ABROAD
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,8 @@ def test_a_key_changes_while_tasks_run() -> None:
         assert alice("run", "--peer", "bob", *ABROAD, "--", "true").code == 0
         before = seen(alice, "bob")
         held = bob("wallet", "balance").line
-        waits = ["sh", "-c", "sleep 5; echo done"]
+        gate = Gate()
+        waits = ["sh", "-c", gate.script + "echo done"]
         # One of bob's own tasks runs at carol, one of alice's at bob, while bob changes his key.
         with (
             alice.popen("run", "--peer", "bob", *ABROAD, "--", *waits) as to_bob,
@@ -46,6 +47,7 @@ def test_a_key_changes_while_tasks_run() -> None:
             for node in (alice, carol):
                 node.until("bob is followed", lambda node=node: "bob" in connected(node))
                 assert seen(node, "bob")["peer_id"] == bob.peer_id
+            gate.open(2)
             for process in (to_bob, to_carol):
                 out, err = process.communicate(timeout=60)
                 assert (process.returncode, out) == (0, b"done\n"), err
