@@ -22,6 +22,7 @@ from clawnet.errors import ClawnetError, NoDaemonError, TimedOutError, Unreachab
 from clawnet.paths import Home
 
 SIGNAL_WAIT_S = 0.5
+ANSWER_WAIT_S = 3.0
 _RECEIVE_BYTES = 256 * 1024
 
 
@@ -304,14 +305,14 @@ def no_daemon(home: Home) -> NoDaemonError:
 def answers(home: Home) -> bool:
     """Whether a daemon serves this home. One that was killed accepts connections until the system has removed it.
 
-    One that has not answered after RPC_HELLO_TIMEOUT_S is taken for busy. Raises UnreachableError as `open_channel`.
+    One that has not answered after ANSWER_WAIT_S is taken for busy. Raises UnreachableError as `open_channel` does.
     """
     channel = open_channel(home)
     if channel is None:
         return False
     try:
         channel.write(rpc.hello_line(__version__))
-        return bool(channel.read(limits.RPC_HELLO_TIMEOUT_S))
+        return bool(channel.read(ANSWER_WAIT_S))
     except TimeoutError:
         return True
     except OSError:
