@@ -367,13 +367,18 @@ class Gate:
 
     def open(self, count: int = 1) -> None:
         """Waits until so many stand there, and lets them on."""
-        until("tasks wait at the gate", lambda: len(self._places()) == count)
+        until("tasks wait at the gate", lambda: len(self._places()) >= count)
         for place in self._places():
             (place / "go").touch()
 
     def _places(self) -> list[Path]:
-        found = [Path(f"/proc/{pid}/cwd") for pid in processes_with(self._mark)]
-        return [place for place in found if (place / "here").exists()]
+        """Their working directories, each once, though several processes of a task are in one."""
+        places: dict[int, Path] = {}
+        for pid in processes_with(self._mark):
+            place = Path(f"/proc/{pid}/cwd")
+            with contextlib.suppress(OSError):
+                places[(place / "here").stat().st_ino] = place
+        return list(places.values())
 
 
 def free_port() -> int:
