@@ -156,10 +156,14 @@ def _until(met: Callable[[], bool], otherwise: str) -> None:
 
 
 class Signals:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into an exception; after that, or once `over`, they do nothing."""
+    """Turns SIGINT, SIGTERM or SIGHUP into an exception; for a second after that, or once `over`, they do nothing.
+
+    Python drops an exception that comes while it tidies up; whoever then presses Ctrl-C again is heard.
+    """
 
     def __init__(self) -> None:
         self.over = False
+        self._again_s = 0.0
         names = ("SIGINT", "SIGTERM", "SIGHUP")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         # What nohup made deaf to a closed terminal stays so.
@@ -167,9 +171,10 @@ class Signals:
         self._before = {number: signal.signal(number, self._came) for number in numbers}
 
     def _came(self, number: int, frame: Any) -> None:
-        if self.over:
+        now_s = time.monotonic()
+        if self.over or now_s < self._again_s:
             return
-        self.over = True
+        self._again_s = now_s + 1.0
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
