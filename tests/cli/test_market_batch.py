@@ -223,7 +223,7 @@ def test_ctrl_c_waits_for_what_runs_and_the_second_leaves_it_running(alice: Node
         assert batch.wait(20) == 130
         assert batch.stdout.read() == b""
     (task,) = [one for one in alice.ask("task.list", states=["executing"])["items"] if "86.5" in one["description"]]
-    with alice.popen(*command, "--timeout", "500ms", "--in-flight", "1") as batch:
+    with alice.popen(*command, "--timeout", "2s", "--in-flight", "1") as batch:
         assert batch.wait(20) == 124
     assert processes_with("86.5"), "it was left running"
     with alice.popen(*command) as batch:

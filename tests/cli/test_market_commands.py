@@ -101,8 +101,8 @@ def test_a_cancelled_task_is_81_for_whoever_waits(alice: Node) -> None:
 
 def test_waiting_ends_with_its_timeout_and_the_task_goes_on(alice: Node) -> None:
     with busy(alice) as task:
-        alice("market", "wait", task, "--timeout", "300ms").failed(124, "not done in time")
-        alice("market", "logs", "-f", task, "--timeout", "300ms").failed(124, "goes on")
+        alice("market", "wait", task, "--timeout", "2s").failed(124, "not done in time")
+        alice("market", "logs", "-f", task, "--timeout", "2s").failed(124, "goes on")
         assert alice("market", "status", task).line == "executing"
 
 
@@ -112,7 +112,7 @@ def test_submit_that_waits(alice: Node) -> None:
     done = alice("market", "submit", "--type", "compute", "--op", "wordcount", "--wait", *ABROAD, "one two two")
     assert done.code == 0
     assert done.out.split() == ["0", "3", "11"]
-    late = alice("market", "submit", "--type", "shell", "--wait", "--timeout", "300ms", *ABROAD, "sleep 600")
+    late = alice("market", "submit", "--type", "shell", "--wait", "--timeout", "2s", *ABROAD, "sleep 600")
     late.failed(124, "goes on")
     task = alice("market", "list").rows()[0][0]
     assert alice("market", "cancel", task).code == 0

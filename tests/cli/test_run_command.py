@@ -220,10 +220,10 @@ def test_a_timeout_of_run_cancels_and_one_of_wait_does_not(clawnet: Program, acc
 
     del accepting.answers["task.follow"]
     accepting.answers["task.cancel"] = cancel
-    error = failure(clawnet("run", "--json", "--timeout", "200ms", "--", "sleep", "60"))
+    error = failure(clawnet("run", "--json", "--timeout", "2s", "--", "sleep", "60"))
     assert (error["code"], error["task_id"]) == ("timed_out", TASK_ID)
     before = len(accepting.calls)
-    assert clawnet("market", "wait", TASK_ID, "--timeout", "200ms").returncode == 124
+    assert clawnet("market", "wait", TASK_ID, "--timeout", "2s").returncode == 124
     assert [name for name, _ in accepting.calls[before:]] == ["task.get", "task.follow"]
 
 
@@ -255,7 +255,7 @@ def test_a_cancel_that_does_not_end_is_waited_for_so_long_and_no_longer(
     process = clawnet.start("run", "--json", "--status-file", str(cut), "--", "sleep", "60")
     accepting.wait_for("task.follow")
     process.send_signal(signal.SIGINT)
-    done = clawnet("run", "--json", "--timeout", "200ms", "--status-file", str(late), "--", "sleep", "60")
+    done = clawnet("run", "--json", "--timeout", "2s", "--status-file", str(late), "--", "sleep", "60")
     assert done.returncode == 124 and json.loads(done.stdout) == json.loads(late.read_text())
     told = json.loads(late.read_text())
     assert (told["state"], told["error"]["code"], told["error"]["exit_code"]) == ("executing", "timed_out", 124)
