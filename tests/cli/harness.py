@@ -319,6 +319,14 @@ def join(founder: Node, newcomer: Node, *, ring: str = "member") -> None:
     newcomer.until("has its grant", lambda: Decimal(newcomer.ask("wallet.balance")["available"]) >= granted)
 
 
+def at_fixed_ports(nodes: Nodes, *names: str) -> list[Node]:
+    """A mesh whose nodes find each other also when all of them were down."""
+    made = [nodes(name, CLAWNET_NODE_LISTEN_ADDRS=f"/ip4/127.0.0.1/tcp/{free_port()}").start() for name in names]
+    for node in made[1:]:
+        join(made[0], node)
+    return made
+
+
 def connected(node: Node) -> set[str]:
     """The names of the peers that are connected."""
     return {peer["name"] for peer in node.ask("peer.list")["items"] if peer["state"] == "connected"}

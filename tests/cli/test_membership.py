@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clawnet.identity.membership import load_mesh_key
-from tests.cli.harness import Node, Nodes, alive, connected, join, until
+from tests.cli.harness import Node, Nodes, alive, at_fixed_ports, connected, join, until
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,10 @@ def events(node: Node, name: str) -> list[dict[str, object]]:
 
 
 def test_a_member_is_removed_by_the_founder_alone_and_for_good(nodes: Nodes) -> None:
-    alice, bob, carol = nodes.mesh("alice", "bob", "carol")
+    # One after the other is killed: at another port each time, they would lose sight of each other.
+    alice, bob, carol = at_fixed_ports(nodes, "alice", "bob", "carol")
+    for node in (alice, bob, carol):
+        node.until("sees all", lambda node=node: len(connected(node)) == 2)
     old = load_mesh_key(alice.home)
     bob("peer", "remove", "carol").failed(77, "founder", "alice")
     bob_id, bob_address = bob.peer_id, bob.ask("status")["listen"][0]

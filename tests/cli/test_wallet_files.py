@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from clawnet import limits
-from tests.cli.harness import Node, Nodes, alive, connected, free_port, join, until
+from tests.cli.harness import Node, Nodes, alive, at_fixed_ports, connected, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,14 +30,6 @@ def secret(nodes: Nodes) -> str:
     path.write_text(WORD + "\n")
     path.chmod(0o600)
     return str(path)
-
-
-def at_fixed_ports(nodes: Nodes, *names: str) -> list[Node]:
-    """A mesh whose nodes find each other also when all of them were down."""
-    made = [nodes(name, CLAWNET_NODE_LISTEN_ADDRS=f"/ip4/127.0.0.1/tcp/{free_port()}").start() for name in names]
-    for node in made[1:]:
-        join(made[0], node)
-    return made
 
 
 def compute(node: Node, *, by: str) -> None:
