@@ -45,7 +45,10 @@ def submit(alice: Node, script: str = PRINTS, *more: str) -> str:
 def upto(process: subprocess.Popen[bytes], out: bytes, number: int) -> bytes:
     """What the command has printed, at least up to this line."""
     line = b"line %d\n" % number
-    return out if line in out else out + read_until(process.stdout, line)
+    try:
+        return out if line in out else out + read_until(process.stdout, line)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; exit code {process.wait(30)}: {process.stderr.read()[-2000:]!r}") from error
 
 
 def complete(process: subprocess.Popen[bytes], before: tuple[bytes, bytes] = (b"", b"")) -> None:
