@@ -7,7 +7,6 @@ and to the streams' readers or handlers; what these send in one turn leaves in a
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -112,9 +111,6 @@ class Link(asyncio.BufferedProtocol):
         """The socket is connected."""
         self._socket = cast(asyncio.Transport, transport)
         self._socket.set_write_buffer_limits(high=limits.SOCKET_BUFFER_BYTES, low=limits.SOCKET_BUFFER_BYTES // 4)
-        raw: socket.socket | None = transport.get_extra_info("socket")
-        if raw is not None:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         name: Any = transport.get_extra_info("peername")
         if not name:
             self.abort("the peer left at once")
@@ -330,9 +326,11 @@ class Link(asyncio.BufferedProtocol):
         self._session.go_away(code)
         self._flush()
         self._finish(reason)
-        if self._socket.can_write_eof():
-            self._socket.write_eof()
         self._timer = self._loop.call_later(_LINGER_S, self._socket.abort)
+        try:
+            self._socket.write_eof()
+        except OSError:  # the peer has reset the connection, and asyncio has not noticed yet
+            self._socket.abort()
 
     def _finish(self, reason: str) -> None:
         if self.closed.done():

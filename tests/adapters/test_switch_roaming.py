@@ -1,4 +1,4 @@
-"""A switch whose network changes, or that hears of a peer's new address: links are asked, pauses end."""
+"""A switch whose network changes, whose peer's machine goes away, or that hears of a peer's new address."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from clawnet import limits
 from clawnet.errors import LinkError
 from clawnet.net.dialling import Dialler
+from clawnet.net.link import Link as TcpLink
 from clawnet.wire.events import PeerDown, PeerUp
 from tests.adapters.switch_world import switch_world
 
@@ -28,6 +29,31 @@ def test_after_a_change_a_dead_link_is_found_and_made_anew(monkeypatch: pytest.M
             await one.find(PeerDown, peer=other.peer)
             world.network.heal()
             await one.until(lambda: len(list(one.all(PeerUp))) == 2)
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_says_goodbye_and_is_gone_leaves_no_link() -> None:
+    """What is answered meets a closed socket, whose reset comes back at once.
+
+    A link that fails to end then is connected to nobody: nothing passes, and the next one is refused as a second one.
+    """
+
+    async def main() -> None:
+        async with switch_world("tcp") as world:
+            one, other = await world.pair()
+            near, far = one.switch.connection(other.peer), other.switch.connection(one.peer)
+            assert isinstance(near, TcpLink) and near._socket is not None
+            assert isinstance(far, TcpLink) and far._socket is not None
+            far._socket.pause_reading()
+            one.switch.hangup(other.peer, "you may go")
+            near.abort("its machine is gone")
+            while near._socket is not None:
+                await asyncio.sleep(0)
+            far._socket.resume_reading()
+            assert "you may go" in (await other.find(PeerDown)).reason
+            assert other.switch.links() == []
+            assert await one.dial(other, 2) == ""
 
     asyncio.run(main())
 
