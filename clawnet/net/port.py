@@ -180,7 +180,7 @@ class Transport(Protocol):
     async def dial(
         self, address: Multiaddr, peer: str | None, timeout_s: float = limits.HANDSHAKE_TIMEOUT_S
     ) -> Connection:
-        """Connects, encrypts, and proves the peer.
+        """Connects to an IP address, encrypts, and proves the peer.
 
         `peer` (or the address's own /p2p/ part) is whom it must be. Raises LinkError: refused, timed out, wrong peer,
         not libp2p. The far side may still refuse after this returns: then `closed` resolves.

@@ -97,8 +97,9 @@ class QuicTransport:
         ready: asyncio.Future[QuicLink] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                family, where = await _resolve(address)
-                endpoint = await self._outward(family, where)
+                inet6 = address.family == "ip6"
+                where: Address = (address.host, address.port, 0, 0) if inet6 else (address.host, address.port)
+                endpoint = await self._outward(socket.AF_INET6 if inet6 else socket.AF_INET)
                 plan = self.plan(endpoint, lambda link: ready.set_result(link))
                 link = QuicLink(plan, self._dialling, where, expected)
                 self._links[link] = asyncio.get_running_loop().create_future()
@@ -163,7 +164,7 @@ class QuicTransport:
         if gone is not None and not gone.done():
             gone.set_result(None)
 
-    async def _outward(self, family: socket.AddressFamily, where: Address) -> Endpoint:
+    async def _outward(self, family: socket.AddressFamily) -> Endpoint:
         """The socket to dial from: a listening one where it can reach there, else one of our own."""
         for endpoint in self._endpoints:
             if endpoint.family == family and endpoint.host == _ANYWHERE[family]:
@@ -459,16 +460,6 @@ def _udp_socket(family: socket.AddressFamily, host: str, port: int) -> socket.so
         raw.close()
         raise
     return raw
-
-
-async def _resolve(address: Multiaddr) -> tuple[socket.AddressFamily, Address]:
-    """The socket address of a multiaddr; a name's first address."""
-    families = {"ip4": socket.AF_INET, "dns4": socket.AF_INET, "ip6": socket.AF_INET6, "dns6": socket.AF_INET6}
-    family = families.get(address.family, socket.AF_UNSPEC)
-    found = await asyncio.get_running_loop().getaddrinfo(
-        address.host, address.port, family=family, type=socket.SOCK_DGRAM
-    )
-    return found[0][0], found[0][4]
 
 
 def _said(error: OSError | UnicodeError) -> str:

@@ -26,6 +26,7 @@ from clawnet.net.dialling import DUPLICATE, Dialler, parsed, peer_in, race
 from clawnet.net.fetching import BlobFetcher, Wish
 from clawnet.net.joining import JOIN_PROTOCOL, JoinDesk
 from clawnet.net.listening import listen, reachable
+from clawnet.net.names import Names, is_name
 from clawnet.net.port import Connection, Listener, Stream, Transport
 from clawnet.net.ratelimit import Bans
 from clawnet.net.settings import SwitchSettings
@@ -75,6 +76,7 @@ class Switch:
         self._joins = JoinDesk(deliver, self.note)
         self._blobs = BlobDesk(blobs, self.note, self.count, self._moved)
         self._fetcher = BlobFetcher(blobs, self.note, self.count, self._moved)
+        self._names = Names()
         self._bulk = BulkRoutes(self._dial_bulk, addresses_of)
         self._links: dict[str, Link] = {}
         self._chosen: dict[str, Link] = {}
@@ -364,6 +366,8 @@ class Switch:
 
     async def _dial(self, peer: str, timeout_s: float, where: Multiaddr) -> Connection:
         self._visits.may_dial(where.host, self._loop.time())
+        if is_name(where):  # any number of names may stand for one address: that counts too
+            return await race(partial(self._dial, peer, timeout_s), await self._names.addresses(where, timeout_s))
         return await self._transports[where.transport].dial(where, peer or None, timeout_s)
 
     async def open_link(self, connection: Connection, wanted: str = "") -> Link:

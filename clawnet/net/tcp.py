@@ -1,9 +1,8 @@
-"""libp2p over TCP: dialling by IPv4, IPv6 and DNS, listening, and the limits on handshakes under way."""
+"""libp2p over TCP: dialling by IPv4 and IPv6, listening, and the limits on handshakes under way."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,15 +15,7 @@ from clawnet.net.doors import Doors
 from clawnet.net.link import Link, LinkPlan
 from clawnet.net.port import Connection, ConnectionHandler, expected_peer
 
-_FAMILIES = {
-    "ip4": socket.AF_INET,
-    "dns4": socket.AF_INET,
-    "ip6": socket.AF_INET6,
-    "dns6": socket.AF_INET6,
-    "dns": socket.AF_UNSPEC,
-}
 _ACCEPT_BACKLOG = 256
-_NEXT_ADDRESS_AFTER_S = 0.25
 
 
 class TcpTransport:
@@ -55,7 +46,7 @@ class TcpTransport:
         up = False
         try:
             async with asyncio.timeout(timeout_s):
-                await self._connect(link, address)
+                await asyncio.get_running_loop().create_connection(lambda: link, address.host, address.port)
                 await asyncio.wait((ready, link.closed), return_when=asyncio.FIRST_COMPLETED)
             up = ready.done()
         except TimeoutError as error:
@@ -93,13 +84,6 @@ class TcpTransport:
                 link.abort("this node stops")
         if self._links:
             await asyncio.wait(list(self._links.values()))
-
-    async def _connect(self, link: Link, address: Multiaddr) -> None:
-        family = _FAMILIES[address.family]
-        eyeballs = _NEXT_ADDRESS_AFTER_S if address.family == "dns" else None
-        await asyncio.get_running_loop().create_connection(
-            lambda: link, address.host, address.port, family=family, happy_eyeballs_delay=eyeballs
-        )
 
     def _plan(self, on_ready: ConnectionHandler, listened: set[Link] | None = None) -> LinkPlan:
         return LinkPlan(
