@@ -25,7 +25,7 @@ from tests.cli.netns import ip, possible
 
 pytestmark = [needs_bubblewrap, pytest.mark.slow]
 
-NETWORK: Final = "10.213.77"
+NETWORK: Final = f"10.213.{os.getpid() % 254 + 1}"
 _SERVER: Final = r"""
 import os, selectors, socket, sys
 ready = selectors.DefaultSelector()

@@ -193,8 +193,8 @@ def test_a_signal_that_does_not_end_the_wait_for_an_answer_is_acted_on_all_the_s
     thread = threading.Thread(target=elsewhere)
     thread.start()
     with Client(served.home, autostart=False) as client:
-        client.call("echo")
         held = client.send("hold")
+        client.call("echo")  # the server has the other call now
         channel = client._channel
         assert channel is not None
         read = channel.read

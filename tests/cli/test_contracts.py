@@ -20,6 +20,8 @@ from tests.cli.harness import Node, Nodes, checked, connected, join, processes_w
 
 pytestmark = pytest.mark.slow
 
+NAP = f"1000.{os.getpid()}"
+"""Seconds that no other process sleeps."""
 ABROAD = ("--ring", "member", "--prefer", "market", "--peer")
 TRUSTING = (sys.executable, "-P", "-c", "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
             "sys.argv[0] = 'clawnet'; runpy.run_module('tests.cli.trusting_node', run_name='__main__')",
@@ -93,7 +95,7 @@ def test_what_passes_is_paid(pair: tuple[Node, Node], files: Path) -> None:
         ("schema:wanted.json", "echo hi", "it is no JSON"),
         ("test:echo told >&2; exit 4", "echo hi", 'exit code 4; it said: "told"'),
         ("test:kill -SEGV $$", "echo hi", "its verifier crashed (signal 11)"),
-        ("test:sleep 1000", "echo hi", "its verifier did not end"),
+        ("test:sleep NAP", "echo hi", "its verifier did not end"),
         ("wasm:y.wasm", "echo no", 'exit code 1; it said: "no good"'),
         ("wasm:y.wasm", "echo trap", "its verifier trapped"),
         ("wasm:y.wasm", "echo loop", "came to no verdict"),
@@ -104,6 +106,7 @@ def test_what_fails_is_refunded_at_once_to_the_last_micro_credit(
 ) -> None:
     alice, bob = pair
     before = money(alice, bob)
+    condition = condition.replace("NAP", NAP)
     code, task = run(alice, "bob", "--accept", condition, "--", "sh", "-c", script, cwd=files)
     assert (code, task["state"], task["error"]["code"]) == (80, "failed", "verification_failed")
     assert why in task["error"]["message"], task["error"]["message"]
@@ -112,7 +115,7 @@ def test_what_fails_is_refunded_at_once_to_the_last_micro_credit(
     assert (one["state"], one["escrow"]["state"]) == ("waived", "refunded") and why in one["reason"]
     assert task["acceptance"][0]["judged_by"] == "executor"
     assert why in alice("market", "why", task["task_id"]).line
-    assert processes_with("sleep\0001000") == []
+    assert processes_with(f"sleep\0{NAP}") == []
     reputation = alice("peer", "reputation", "bob", "--json").json("peer reputation")["items"][0]
     assert "task_fault" in " ".join(reputation["notes"]) and "bad_result" not in " ".join(reputation["notes"])
 
