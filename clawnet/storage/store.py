@@ -187,8 +187,18 @@ class Store:
         return _run(self._reader, self.path, name, args)
 
     def query_later(self, name: str, args: Row, done: Done) -> None:
-        """The same in the worker thread; `done` is called there with the rows, or with the error."""
-        self._submit(self._query_in_worker, name, args, done)
+        """The same in the worker thread; `done` is called there with the rows, or with the error.
+
+        Where there is no such thread `done` is called at once, with a StorageError.
+        """
+        if not self._submit(self._query_in_worker, name, args, done):
+            done(
+                StorageError(
+                    f"the database {self.path} cannot be read now: the system gives no thread",
+                    hint="end what else runs for this user, or raise the limit of its processes",
+                    path=str(self.path),
+                )
+            )
 
     def _query_in_worker(self, name: str, args: Row, done: Done) -> None:
         try:
@@ -202,10 +212,16 @@ class Store:
         else:
             done(rows)
 
-    def _submit(self, work: Callable[..., None], *args: Any) -> None:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="clawnet-store")
-        self._worker.submit(work, *args)
+    def _submit(self, work: Callable[..., None], *args: Any) -> bool:
+        """False when the system gives no thread: the work is not done then, nor later."""
+        worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="clawnet-store")
+        try:
+            worker.submit(work, *args)
+        except RuntimeError:
+            # The work lies in this executor's queue all the same, so the next gets a new one.
+            return False
+        self._worker = worker
+        return True
 
     # --- upkeep
 
@@ -222,22 +238,25 @@ class Store:
             self._wal_bytes = min(self._wal_bytes, log_bytes)
         elif self._wal_bytes > WAL_SOFT_BYTES or log_bytes > WAL_HARD_BYTES:
             self._checkpointing = True
-            self._submit(self._checkpoint, log_bytes > WAL_HARD_BYTES)
+            if not self._submit(self._checkpoint, log_bytes > WAL_HARD_BYTES):
+                # What called this is committed and must not seem to have failed; the next commits try again.
+                self._checkpointing = False
+                self._wal_bytes = WAL_SOFT_BYTES // 2
 
     def _checkpoint(self, empty: bool) -> None:
         """In the worker thread: copies the log into the database beside the writer; `empty` stops it briefly."""
-        connection = _connect(self.path)
+        # Nothing is lost by a checkpoint that fails, be it that no file can be opened: the next commits trigger
+        # another, and a full disk shows there.
+        left = WAL_SOFT_BYTES // 2
         try:
-            _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            if empty:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                frames = copied = 0
-            self._wal_bytes = (frames - copied) * PAGE_BYTES
-        except sqlite3.Error:
-            # Nothing is lost by a checkpoint that fails; the next commits trigger another, and a full disk shows there.
-            self._wal_bytes = WAL_SOFT_BYTES // 2
+            with contextlib.suppress(sqlite3.Error, OSError), contextlib.closing(_connect(self.path)) as connection:
+                _, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if empty:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    frames = copied = 0
+                left = (frames - copied) * PAGE_BYTES
         finally:
-            connection.close()
+            self._wal_bytes = left
             self._checkpointing = False
 
     def served(self) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clawnet.errors import ConfigError, StorageError, StorageFullError
+from clawnet.errors import ClawnetError, ConfigError, NotFoundError, StorageError, StorageFullError
 from clawnet.storage import store as store_module
 from clawnet.storage.migrations import SCHEMA_VERSION
+from clawnet.storage.queries import Row
 from clawnet.storage.store import Store
 from clawnet.wire.events import Delete, Put
 
@@ -218,6 +221,15 @@ def test_a_full_disk_rolls_back_and_room_made_is_used(small_disk: Path) -> None:
 
 def test_the_log_is_folded_in_beside_the_writer(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "WAL_SOFT_BYTES", 64 * 1024)
+    begin_checkpoint(store)
+    assert not store._checkpointing
+    assert path.stat().st_size > 64 * 1024
+    store.commit([meta("last")])
+    assert "last" in keys(store)
+
+
+def begin_checkpoint(store: Store) -> None:
+    """Commits until the worker has one to do, and waits for its end."""
     for n in range(40):
         store.commit([meta(str(n), bytes(8_000))])
         if store._worker is not None:
@@ -225,10 +237,55 @@ def test_the_log_is_folded_in_beside_the_writer(store: Store, path: Path, monkey
     assert store._worker is not None
     store._worker.shutdown(wait=True)
     store._worker = None
-    assert not store._checkpointing
+
+
+def test_a_checkpoint_that_can_open_no_file_is_made_later(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_table(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(store_module, "WAL_SOFT_BYTES", 64 * 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_connect", full_table)
+        begin_checkpoint(store)
+        assert path.stat().st_size < 64 * 1024
+    begin_checkpoint(store)
     assert path.stat().st_size > 64 * 1024
-    store.commit([meta("last")])
-    assert "last" in keys(store)
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """As where the user has as many processes as allowed."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        yield
+
+
+def test_a_commit_succeeds_where_no_thread_can_be_started_for_the_checkpoint(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "WAL_SOFT_BYTES", 64 * 1024)
+    with no_threads():
+        for n in range(40):
+            store.commit([meta(str(n), bytes(8_000))])
+    assert (len(keys(store)), store._worker) == (40, None)
+    begin_checkpoint(store)
+    assert path.stat().st_size > 64 * 1024
+
+
+def test_a_query_that_gets_no_thread_is_answered_once_with_the_error(store: Store) -> None:
+    answers: list[list[Row] | ClawnetError] = []
+    with no_threads():
+        store.query_later("no such query", (), answers.append)
+    store.query_later("no such query", (), answers.append)
+    assert store._worker is not None
+    store._worker.shutdown(wait=True)
+    assert [type(answer) for answer in answers] == [StorageError, NotFoundError]
 
 
 def test_a_log_beyond_the_hard_bound_is_emptied(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
