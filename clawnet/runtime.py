@@ -27,6 +27,7 @@ from clawnet.inbox import Inbox, describe
 from clawnet.ports import BlobsPort, ExecutorPort, IpcPort, Item, NodeLike, Observer, StorePort, SwitchPort
 from clawnet.storage.queries import is_quick
 from clawnet.timers import Timers
+from clawnet.undone import failing, internal
 from clawnet.wire import events as e
 from clawnet.wire.fileevents import SaveOutputs
 
@@ -237,12 +238,14 @@ class Runtime:
                 self._loop_back(items)
             else:
                 self.switch.send(peer, items)
-        table = self._acts
         for effect in acts:
-            try:
-                table[type(effect)](effect)
-            except Exception as error:  # noqa: BLE001 -- the rows are durable: one effect lost must not lose the others
-                self._effect_failed(effect, error)
+            self._act(effect)
+
+    def _act(self, effect: e.Effect) -> None:
+        try:
+            self._acts[type(effect)](effect)
+        except Exception as error:  # noqa: BLE001 -- the rows are durable: one effect lost must not lose the others
+            self._effect_failed(effect, error)
 
     def _loop_back(self, items: list[Item]) -> None:
         """Messages to this node itself: the same rooms, without encoding."""
@@ -276,7 +279,7 @@ class Runtime:
             return False
         waiting = self._stopping.pop(job)
         if waiting is not None:
-            self._run(waiting)
+            self._act(waiting)
         return True
 
     def _succeeded(self, effect: e.Succeeded) -> None:
@@ -365,13 +368,7 @@ class Runtime:
             self._start_again(handled)
             return
         stimulus = handled[0] if handled else None
-        identifier = self._report("node.defect", describe(stimulus), error)
-        answer = InternalError(
-            f"an internal error happened (id {identifier})",
-            hint="`clawnet daemon logs` shows it under that id; please report it",
-            id=identifier,
-        )
-        self._answer(handled, answer)
+        self._answer(handled, internal(self.report("node.defect", describe(stimulus), error)))
         if type(stimulus) is e.MessageIn and stimulus.peer != self.me:
             self.switch.hangup(stimulus.peer, "its message could not be handled")
         elif self._too_often(repr(error)):
@@ -379,15 +376,19 @@ class Runtime:
         self._start_again([])
 
     def _effect_failed(self, effect: e.Effect, error: Exception) -> None:
-        """An adapter raised where it should have answered; its call, if it has one, must not wait for ever."""
-        identifier = self._report("runtime.effect_failed", type(effect).__name__, error)
+        """An adapter raised where it should have answered: neither its call nor the node must wait for ever."""
+        identifier = self.report("runtime.effect_failed", type(effect).__name__, error)
+        answer = error if isinstance(error, ClawnetError) else internal(identifier)
         call = getattr(effect, "call", 0)
-        if call in self._calls:
-            answer = error if isinstance(error, ClawnetError) else InternalError(f"an internal error (id {identifier})")
+        if call in self._calls and type(effect) is not e.JoinReply:  # whose number is the network's
             self._calls.discard(call)
             self.ipc.reply(call, None, answer.as_dict())
+        stimulus = failing(effect, answer)
+        if stimulus is not None:
+            self.feed(stimulus)
 
-    def _report(self, event: str, about: str, error: BaseException) -> str:
+    def report(self, event: str, about: str, error: BaseException) -> str:
+        """Logs and counts a defect with its traceback; returns the id under which the log has it."""
         self._reports += 1
         identifier = f"{self.clock():x}-{self._reports:x}"
         story = "".join(traceback.format_exception(error))
@@ -427,7 +428,7 @@ class Runtime:
             self._rest(error)
             return
         except Exception as error:  # noqa: BLE001 -- a node that cannot be made is the end of the daemon
-            self._report("node.cannot_start", "start", error)
+            self.report("node.cannot_start", "start", error)
             self.stopped = True
             self._fail(error.message if isinstance(error, ClawnetError) else repr(error))
             return
@@ -459,7 +460,8 @@ class Runtime:
         for job in sorted(self._jobs):
             self.executor.stop(job)
         left = NotPermittedError("this node has left its mesh for another one").as_dict()
-        for call in sorted(self._calls - {but}):
+        waiting = {stimulus.call for stimulus in self._inbox if type(stimulus) is e.RpcCall}
+        for call in sorted((self._calls | waiting) - {but}):
             self.ipc.reply(call, None, left)
         self._calls.clear()
 

@@ -39,6 +39,7 @@ FLOORS = {
     "ports": 5,
     "timers": 5,
     "inbox": 5,
+    "undone": 5,
     "runtime": 6,
     "backup": 6,
     "handover": 6,
