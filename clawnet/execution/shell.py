@@ -305,17 +305,23 @@ class ShellRun:
             return False
         room = self.spec.output_bytes_max - sum(each.size for each in self.streams)
         if len(data) > room:
-            self.stop("output_limit", f"the run wrote more than {self.spec.output_bytes_max} bytes")
+            self._lose("output_limit", f"the run wrote more than {self.spec.output_bytes_max} bytes")
             data = data[: max(0, room)]
         if data:
             try:
                 stream.kept.write(data)
             except OSError as error:
-                self.stop("failed", f"its output cannot be kept: {error.strerror or error}")
+                self._lose("failed", f"its output cannot be kept: {error.strerror or error}")
                 return True
             offset, stream.size = stream.size, stream.size + len(data)
             self._on_output(stream.number, offset, data)
         return True
+
+    def _lose(self, how: str, reason: str) -> None:
+        """Some of its output is not kept: so the run ends, also when that is found only after its command has ended."""
+        self.stop(how, reason)
+        if self._stopped is None:
+            self._stopped = (how, reason)
 
     def _close(self, stream: _Stream) -> None:
         if stream.open:

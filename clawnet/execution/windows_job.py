@@ -378,16 +378,22 @@ if sys.platform == "win32":
         def _take(self, stream: _Stream, data: bytes) -> None:
             room = self.spec.output_bytes_max - sum(each.size for each in self.streams)
             if len(data) > room:
-                self.stop("output_limit", f"the run wrote more than {self.spec.output_bytes_max} bytes")
+                self._lose("output_limit", f"the run wrote more than {self.spec.output_bytes_max} bytes")
                 data = data[: max(0, room)]
             if data:
                 try:
                     stream.kept.write(data)
                 except OSError as error:
-                    self.stop("failed", f"its output cannot be kept: {error.strerror or error}")
+                    self._lose("failed", f"its output cannot be kept: {error.strerror or error}")
                     return
                 offset, stream.size = stream.size, stream.size + len(data)
                 self._on_output(stream.number, offset, data)
+
+        def _lose(self, how: str, reason: str) -> None:
+            """Some of its output is not kept: so the run ends, also when its command is over by then."""
+            self.stop(how, reason)
+            if self._stopped is None:
+                self._stopped = (how, reason)
 
         def written(self, number: int, offset: int, length: int) -> bytes:
             """What the command wrote to a stream from `offset` on; empty where nothing is kept."""
