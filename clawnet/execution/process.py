@@ -74,11 +74,13 @@ def start(argv: Sequence[str], environment: Mapping[str, str], descriptors: Mapp
     posix_spawn: the time does not grow with this process's memory, and no Python runs between fork and exec. Raises
     OSError when it cannot be started.
     """
-    copies = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _FD_MIN) for target, source in descriptors.items()}
-    actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in copies]
-    actions += [(os.POSIX_SPAWN_DUP2, copy, target) for target, copy in copies.items()]
+    copies: dict[int, int] = {}
     defaults = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGXFSZ]
     try:
+        for target, source in descriptors.items():
+            copies[target] = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _FD_MIN)
+        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in copies]
+        actions += [(os.POSIX_SPAWN_DUP2, copy, target) for target, copy in copies.items()]
         return os.posix_spawn(
             argv[0],
             [os.fsencode(word) for word in argv],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import signal
 import threading
@@ -228,3 +230,29 @@ def test_a_run_ends_whole_where_no_thread_is_to_be_had(monkeypatch: pytest.Monke
         assert running(number) == []
 
     with_bench(body)
+
+
+@pytest.mark.parametrize("fails", ["copy", "listing", "spawn"])
+def test_a_start_that_fails_keeps_no_descriptor(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, copied = fcntl.fcntl, list[int]()
+
+    def full(*args: Any, **words: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def copy(descriptor: int, command: int, argument: int) -> int:
+        if fails == "copy" and copied:
+            full()
+        copied.append(real(descriptor, command, argument))
+        return copied[-1]
+
+    monkeypatch.setattr(process.fcntl, "fcntl", copy)
+    if fails == "listing":
+        monkeypatch.setattr(process.os, "listdir", full)
+    if fails == "spawn":
+        monkeypatch.setattr(process.os, "posix_spawn", full)
+    with open(os.devnull, "rb") as file, pytest.raises(OSError, match="Too many open files"):
+        process.start(["/bin/true"], {}, {0: file.fileno(), 5: file.fileno()})
+    assert len(copied) == (1 if fails == "copy" else 2)
+    for descriptor in copied:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
