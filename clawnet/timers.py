@@ -98,11 +98,16 @@ class Timers:
 
 
 def every(seconds: float, work: Callable[[], None], *, first_s: float = 0.0) -> None:
-    """Calls `work` again and again for as long as the running loop does, first after `first_s`, else `seconds`."""
+    """Calls `work` again and again for as long as the running loop does, first after `first_s`, else `seconds`.
+
+    What `work` raises goes to the loop's exception handler, and `work` is called again nevertheless.
+    """
     loop = asyncio.get_running_loop()
 
     def again() -> None:
-        work()
-        loop.call_later(seconds, again)
+        try:
+            work()
+        finally:
+            loop.call_later(seconds, again)
 
     loop.call_later(first_s or seconds, again)
