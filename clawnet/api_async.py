@@ -51,11 +51,17 @@ class AsyncClient(asyncio.Protocol):
             raise api.no_daemon(self.home) from error
         except OSError as error:
             raise UnreachableError(f"cannot reach the daemon of {self.home.dir}: {error.strerror or error}") from error
-        answer = self._loop.create_future()
-        self._open[0] = answer
-        self._write(rpc.hello_line(__version__))
-        self.hello = await self._within(answer, limits.RPC_HELLO_TIMEOUT_S)
-        rpc.check_daemon(self.hello)
+        try:
+            answer = self._loop.create_future()
+            self._open[0] = answer
+            self._write(rpc.hello_line(__version__))
+            self.hello = await self._within(answer, limits.RPC_HELLO_TIMEOUT_S)
+            rpc.check_daemon(self.hello)
+        except BaseException:
+            # Whoever does not get in has nothing to close.
+            if self._transport is not None:
+                self._transport.abort()
+            raise
 
     async def close(self) -> None:
         """Ends the connection; open calls fail with UnreachableError."""
