@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 
 from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
-from clawnet.storage.files import open_new, sync, sync_directory, translated
+from clawnet.storage.files import noting, open_new, sync, sync_directory, translated
 from clawnet.storage.partials import BlobPart, Parts, SeenPart, source_tag
 from clawnet.wire.blobid import BlobHasher, blob_id, id_of_leaves, leaf, leaf_count, split_leaves
 
@@ -164,10 +164,19 @@ class BlobStore:
                 self._bytes -= size
 
     def keep_leaves(self, blob: bytes, size: int, leaves: Sequence[bytes]) -> None:
-        """Spares whoever serves this blob the reading of all of it before the first byte; small ones are read."""
-        if size >= limits.BLOB_LEAVES_KEPT_FROM:
-            with open_new(self.path(blob).with_suffix(_LEAVES), replace=True) as file:
+        """Spares whoever serves this blob the reading of all of it before the first byte; small ones are read.
+
+        So is one whose hashes find no room: the blob is here all the same.
+        """
+        if size < limits.BLOB_LEAVES_KEPT_FROM:
+            return
+        path = self.path(blob).with_suffix(_LEAVES)
+        try:
+            with open_new(path, replace=True) as file:
                 file.write(b"".join(leaves))
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     # --- reading
 
@@ -228,8 +237,7 @@ class BlobStore:
         leaves = [leaf(chunk) for chunk in self.read_chunks(blob)]
         if id_of_leaves(size, leaves) != blob:
             raise DataError(f"the stored blob {blob.hex()[:16]} is damaged", blob=blob.hex())
-        with contextlib.suppress(OSError):
-            self.keep_leaves(blob, size, leaves)
+        self.keep_leaves(blob, size, leaves)
         return leaves
 
     @property
@@ -259,28 +267,45 @@ class BlobStore:
             self._bytes -= size
             self._sources.pop(blob, None)
             for suffix in (_LEAVES, _SOURCES):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what stays of them goes at a start
+                    path.with_suffix(suffix).unlink(missing_ok=True)
 
     def _unlink_apart(self, path: Path) -> None:
         """A large file takes its time to go: it is out of sight at once, and gone when a thread is done, or a start."""
         self._serial += 1
         gone = self._temporary / f"{os.getpid()}-{self._serial}"
         os.replace(path, gone)
-        threading.Thread(target=gone.unlink, args=(True,), name="clawnet-unlink", daemon=True).start()
+        try:
+            threading.Thread(target=gone.unlink, args=(True,), name="clawnet-unlink", daemon=True).start()
+        except RuntimeError:  # the system gives no thread
+            gone.unlink(missing_ok=True)
 
     def sweep(self, before_ms: int, kept: Set[bytes] = frozenset()) -> int:
-        """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many."""
-        old = [
-            blob
-            for blob, file in list(self._files())
-            if blob not in self._uses and blob not in kept and file.stat().st_mtime_ns < before_ms * 1_000_000
-        ]
-        for blob in old:
-            self.delete(blob)
-        return len(old)
+        """Deletes blobs that nobody may fetch, that are not kept and were last written before this time; how many.
+
+        Raises the first StorageError of files that cannot be deleted or looked at, when all others are done.
+        """
+        failures: list[StorageError] = []
+        found: list[tuple[bytes, Path]] = []
+        with noting(failures, self.directory):
+            for shelf in self._shelves():
+                with noting(failures, shelf):
+                    found += _blobs_in(shelf)
+        swept = 0
+        for blob, file in found:
+            with noting(failures, file):
+                if blob not in self._uses and blob not in kept and file.stat().st_mtime_ns < before_ms * 1_000_000:
+                    self.delete(blob)
+                    swept += 1
+        if failures:
+            raise failures[0]
+        return swept
 
     def sweep_parts(self, before_ms: int) -> None:
-        """Forgets what was half fetched for nobody any longer, and what was not gone on with since then."""
+        """Forgets what was half fetched for nobody any longer, and what was not gone on with since then.
+
+        Raises the first StorageError of files that cannot be deleted, when all others are done.
+        """
         self.parts.sweep(self._uses.__contains__, before_ms)
 
     def _shelves(self) -> Iterator[Path]:
@@ -290,11 +315,7 @@ class BlobStore:
 
     def _files(self) -> Iterator[tuple[bytes, Path]]:
         for shelf in self._shelves():
-            for file in shelf.iterdir():
-                try:
-                    yield bytes.fromhex(file.name), file
-                except ValueError:
-                    continue
+            yield from _blobs_in(shelf)
 
     # --- who may fetch
 
@@ -313,7 +334,10 @@ class BlobStore:
             self.grant(*row)
 
     def revoke(self, task_id: bytes) -> None:
-        """Nobody may fetch the task's blobs any longer; those granted for no other task are deleted."""
+        """Nobody may fetch the task's blobs any longer; those granted for no other task are deleted.
+
+        A file that cannot be deleted now is left to the sweeps, which tell of it when it still cannot be.
+        """
         for _, blob in self._grants.pop(task_id, ()):
             left = self._uses[blob] - 1
             if left:
@@ -321,8 +345,10 @@ class BlobStore:
             else:
                 del self._uses[blob]
                 # In this order: a fetch that ends between the two sees the one, or is seen by the other.
-                self.parts.forget(blob)
-                self.delete(blob, forced=False)
+                with contextlib.suppress(StorageError):
+                    self.parts.forget(blob)
+                with contextlib.suppress(StorageError):
+                    self.delete(blob, forced=False)
 
     def succeeded(self, old: str, new: str) -> None:
         """A peer goes by another id: what was granted under the old one is granted under the new one instead."""
@@ -363,6 +389,14 @@ class BlobStore:
             with contextlib.suppress(OSError, ValueError):
                 known.update(self.path(blob).with_suffix(_SOURCES).read_text().split())
         return known
+
+
+def _blobs_in(shelf: Path) -> Iterator[tuple[bytes, Path]]:
+    for file in shelf.iterdir():
+        try:
+            yield bytes.fromhex(file.name), file
+        except ValueError:
+            continue
 
 
 class BlobWriter:
@@ -413,13 +447,17 @@ class BlobWriter:
             self._file.close()
             target.parent.mkdir(mode=0o700, exist_ok=True)
             self._store.place(self._path, target, self._hasher.size)
-            self._store.keep_leaves(blob, self._hasher.size, self._hasher.leaves)
-            if durable:
-                sync_directory(target.parent)
         except OSError as err:
             self.abort()
             raise translated(err, target) from err
+        # From here on the bytes are the store's and stay counted, whatever fails.
         self._file = None
+        self._store.keep_leaves(blob, self._hasher.size, self._hasher.leaves)
+        if durable:
+            try:
+                sync_directory(target.parent)
+            except OSError as err:
+                raise translated(err, target) from err
         return blob
 
     def abort(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -60,3 +61,16 @@ def translated(err: OSError, path: Path) -> StorageError:
             f"cannot write {path}: {err.strerror}", hint="make room on the disk, then try again", path=str(path)
         )
     return StorageError(f"the blob store does not work: {path}: {err.strerror}", path=str(path))
+
+
+@contextlib.contextmanager
+def noting(failures: list[StorageError], path: Path) -> Iterator[None]:
+    """What fails within is noted and ends only that, so that other files have their turn; one that is gone is fine."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as err:
+        failures.append(translated(err, path))
+    except StorageError as err:
+        failures.append(err)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from clawnet import limits
-from clawnet.errors import DataError, NotFoundError, StorageFullError
-from clawnet.storage.files import open_new, sync, sync_directory, translated, write_back
+from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
+from clawnet.storage.files import noting, open_new, sync, sync_directory, translated, write_back
 from clawnet.wire.blobid import LEAF_BYTES, id_of_leaves, leaf, leaf_count, split_leaves
 
 if TYPE_CHECKING:
@@ -240,9 +240,13 @@ class Parts:
         for name, part in list(self._open.items()):
             if goes(self.directory / name):
                 part.wanted = False
+        failures: list[StorageError] = []
         for stem in self._stems():
-            if stem.name not in self._open and goes(stem):
-                self.remove(stem)
+            with noting(failures, stem):
+                if stem.name not in self._open and goes(stem):
+                    self.remove(stem)
+        if failures:
+            raise failures[0]
 
     def _bound(self) -> None:
         """Who sends no more than an even share loses nothing; parts that are being written cannot go."""

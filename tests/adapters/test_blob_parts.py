@@ -171,6 +171,18 @@ def test_the_sweep_takes_parts_that_are_old_or_of_no_use(store: BlobStore, tmp_p
     assert later.total_bytes == 0
 
 
+def test_the_sweep_of_parts_goes_on_after_one_that_it_cannot_delete(store: BlobStore, tmp_path: Path) -> None:
+    for n in range(30):
+        begun(store, 1, f"peer {n}").stop()
+    later = BlobStore(tmp_path / "blobs")
+    for name in ("00", "ff"):
+        (later.parts.directory / f"{name * 32}-{name * 8}.part").mkdir()
+    with pytest.raises(StorageError, match="does not work"):
+        later.sweep_parts(0)
+    assert files(later) == []
+    assert later.total_bytes == 0
+
+
 def test_the_part_untouched_longest_makes_room(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BLOB_PARTS_MAX", 2)
     for age, source in ((30, "a"), (20, "b"), (10, "c")):

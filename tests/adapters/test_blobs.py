@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from clawnet import limits
 from clawnet.errors import DataError, NotFoundError, StorageError, StorageFullError
 from clawnet.limits import BLOB_CHUNK_BYTES
 from clawnet.storage import blobs as blobs_module
@@ -179,6 +182,99 @@ def test_the_sweep_spares_what_is_granted_kept_or_young(store: BlobStore) -> Non
         os.utime(store.path(blob), (1_000, 1_000))
     assert store.sweep(2_000_000, {kept}) == 1
     assert [store.has(blob) for blob in (granted, kept, old, young)] == [True, True, False, True]
+
+
+def undeletable(store: BlobStore) -> list[bytes]:
+    """Directories in the places of the first blob and of the last."""
+    blobs = [bytes(32), b"\xff" * 32]
+    for blob in blobs:
+        store.path(blob).mkdir(parents=True)
+        os.utime(store.path(blob), (1_000, 1_000))
+    return blobs
+
+
+def test_the_sweep_goes_on_after_files_that_it_cannot_delete_and_tells_of_one(store: BlobStore) -> None:
+    old = [store.put_bytes(bytes([n])) for n in range(30)]
+    for blob in old:
+        os.utime(store.path(blob), (1_000, 1_000))
+    undeletable(store)
+    with pytest.raises(StorageError, match="does not work"):
+        store.sweep(2_000_000)
+    assert not any(store.has(blob) for blob in old)
+
+
+def test_the_sweep_does_not_mind_a_file_that_is_gone_when_it_comes_there(store: BlobStore) -> None:
+    old, gone = store.put_bytes(b"old"), store.path(bytes(32))
+    os.utime(store.path(old), (1_000, 1_000))
+    gone.parent.mkdir()
+    gone.symlink_to("nowhere")
+    assert store.sweep(2_000_000) == 1
+    assert not store.has(old)
+
+
+def test_a_revoked_task_lets_all_its_blobs_go_though_one_cannot_be_deleted(store: BlobStore) -> None:
+    blobs = [store.put_bytes(bytes([n])) for n in range(30)]
+    for blob in blobs + undeletable(store):
+        store.grant(TASK, "alice", blob)
+    store.revoke(TASK)
+    assert not any(store.has(blob) for blob in blobs)
+    with pytest.raises(StorageError, match="does not work"):
+        store.sweep(2_000_000)
+
+
+def test_a_blob_goes_though_what_lies_beside_it_does_not(store: BlobStore) -> None:
+    blob = store.put_bytes(b"deleted")
+    store.path(blob).with_suffix(".leaves").mkdir()
+    store.delete(blob)
+    assert (store.has(blob), store.total_bytes) == (False, 0)
+
+
+def test_a_large_file_goes_where_no_thread_can_be_started_for_it(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(limits, "BLOB_UNLINKED_APART_FROM", 1)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    store.delete(store.put_bytes(BIG))
+    assert (files(store.directory), store.total_bytes) == ([], 0)
+
+
+def test_a_blob_whose_chunk_hashes_find_no_room_is_here_and_counted(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open = blobs_module.open_new
+
+    def full(path: Path, *, replace: bool = False) -> BinaryIO:
+        if path.suffix == ".leaves":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "no room")
+        return real_open(path, replace=replace)
+
+    monkeypatch.setattr(limits, "BLOB_LEAVES_KEPT_FROM", 1)
+    monkeypatch.setattr(blobs_module, "open_new", full)
+    blob = store.put_bytes(BIG)
+    assert files(store.directory) == [blob.hex()]
+    assert store.total_bytes == len(BIG)
+    assert id_of_leaves(len(BIG), store.leaves(blob)) == blob
+
+
+def test_a_blob_whose_directory_cannot_be_synced_stays_counted(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(directory: Path) -> None:
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(blobs_module, "sync_directory", broken)
+    for _ in range(2):
+        writer = store.writer()
+        writer.write(BIG)
+        with pytest.raises(StorageError, match="no answer"):
+            writer.commit(durable=True)
+        writer.abort()
+        assert store.total_bytes == len(BIG)
+    assert files(store.directory) == [blob_id(BIG).hex()]
 
 
 def test_the_bound_holds_for_announced_and_for_growing_blobs(tmp_path: Path) -> None:
