@@ -18,8 +18,9 @@ LINUX: Final = sys.platform.startswith("linux")
 WATCHED: Final = LINUX or sys.platform == "darwin"
 """Whether the system tells what processes hold, so that a run can be watched."""
 MARK: Final = "CLAWNET_JOB"
-_LOOKS_AT_AN_EXEC: Final = 50
 """The environment variable by which a host run's processes are found even after they left its process group."""
+_LOOKS_AT_AN_EXEC: Final = 50
+_LOOK_S: Final = 0.05
 
 _FD_MIN: Final = 64
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -120,7 +121,10 @@ class Child:
         if self._pidfd >= 0:
             loop.add_reader(self._pidfd, self._over)
         else:
-            self._in_thread(lambda: _wait_unreaped(self.pid), self._over)
+            try:
+                self._in_thread(lambda: _wait_unreaped(self.pid), self._over)
+            except RuntimeError:  # nor is a thread to be had: the loop looks now and then
+                self._look()
 
     def hand_over(self, on_exit: ExitCallback) -> None:
         """Whom its end is told from now on."""
@@ -135,6 +139,12 @@ class Child:
     def lives(self) -> bool:
         """Whether it still runs; the loop may not have heard of its end yet."""
         return not self.over and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def _look(self) -> None:
+        if self.over or _is_over(self.pid):
+            self._over()
+        else:
+            self._loop.call_later(_LOOK_S, self._look)
 
     def _over(self) -> None:
         if self.over:
@@ -181,6 +191,11 @@ class Child:
 
 def _wait_unreaped(pid: int) -> None:
     """Returns when a child has ended; its pid still stands for it then."""
+    _is_over(pid, wait=True)
+
+
+def _is_over(pid: int, wait: bool = False) -> bool:
+    """Whether a child has ended, be it reaped or not; with `wait`, when it has."""
     if sys.platform == "darwin":
         import select
 
@@ -189,13 +204,15 @@ def _wait_unreaped(pid: int) -> None:
             end = select.kevent(
                 pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD | select.KQ_EV_ONESHOT, select.KQ_NOTE_EXIT
             )
-            with contextlib.suppress(ProcessLookupError):  # it has ended before it could be watched
-                queue.control([end], 1)
+            return bool(queue.control([end], 1, None if wait else 0))
+        except ProcessLookupError:  # it has ended before it could be watched
+            return True
         finally:
             queue.close()
-    else:
-        with contextlib.suppress(ChildProcessError):  # it was waited for meanwhile
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)) is not None
+    except ChildProcessError:  # it was waited for meanwhile
+        return True
 
 
 def send(pid: int, number: int) -> None:

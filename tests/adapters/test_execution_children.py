@@ -119,6 +119,19 @@ def test_where_no_thread_is_to_be_had_the_loop_looks(monkeypatch: pytest.MonkeyP
     in_loop(body)
 
 
+def test_where_neither_pidfd_nor_thread_is_to_be_had_its_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_pidfd(monkeypatch)
+    no_thread(monkeypatch)
+
+    async def body() -> None:
+        world = World()
+        assert not world.child.over
+        world.let_go()
+        await world.ended()
+
+    in_loop(body)
+
+
 def test_a_hunt_that_fails_does_not_keep_the_end_back(monkeypatch: pytest.MonkeyPatch) -> None:
     failed: list[object] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: failed.append(args.exc_type))
