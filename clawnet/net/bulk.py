@@ -38,7 +38,7 @@ class BulkRoutes:
             async with self._making.setdefault(peer, asyncio.Lock()):
                 known = self._open.get(peer)
                 if known is None or known.closed.done():
-                    known = await self._make(peer)
+                    known = await self._make(link)
         if known is None or link.closed.done():
             yield link
             return
@@ -61,12 +61,16 @@ class BulkRoutes:
         if connection is not None:
             connection.close("its link is gone")
 
-    async def _make(self, peer: str) -> Connection | None:
+    async def _make(self, link: Connection) -> Connection | None:
+        peer = link.peer
         try:
             addresses = [where for where in parsed(self._addresses_of(peer)) if where.transport == "tcp"]
             async with asyncio.timeout(limits.BULK_DIAL_S):
                 made = await self._dial(peer, addresses) if addresses else None
         except (LinkError, TimeoutError):
+            return None
+        if made is not None and link.closed.done():
+            made.close("its link is gone")
             return None
         if made is not None:
             self._open[peer] = made

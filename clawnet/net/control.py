@@ -402,11 +402,13 @@ class Link:
         self._stream.set_data_handler(_drop)
         if reset:
             self._stream.reset()
-        self.connection.close(told or reason)
-        if not self.settled.done():
-            self.settled.set_exception(LinkError(reason, peer=self.peer))
-            self.settled.exception()
-        self._owner.link_down(self, reason)
+        try:
+            self.connection.close(told or reason)
+        finally:
+            if not self.settled.done():
+                self.settled.set_exception(LinkError(reason, peer=self.peer))
+                self.settled.exception()
+            self._owner.link_down(self, reason)
 
 
 def _drop(data: bytes) -> None:

@@ -273,4 +273,8 @@ class Dialler:
             found = str(problem.details.get("found") or "")
             if not found or not self.peer:
                 raise
-        return await self._owner.open_link(await self._owner.connect(found, self.addresses), self.peer)
+            where = [str(address.with_peer(None)) for address in parsed(self.addresses)]
+            try:
+                return await self._owner.open_link(await self._owner.connect(found, where), self.peer)
+            except LinkError as later:
+                raise problem from later

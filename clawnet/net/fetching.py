@@ -149,7 +149,8 @@ class BlobFetcher:
                     failed.callback(stream.reset)
                     inline = await self._transfer(stream, wish, blobs)
                     failed.pop_all()
-                self._idle.setdefault(connection, []).append((stream, asyncio.get_running_loop().time()))
+                if not connection.closed.done():
+                    self._idle.setdefault(connection, []).append((stream, asyncio.get_running_loop().time()))
                 return inline
         finally:
             for name in names:

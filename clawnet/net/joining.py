@@ -43,7 +43,7 @@ class JoinDesk:
                 answer = await self._answer(stream)
                 await stream.write(frame(encode(answer)))
                 stream.close_write()
-                await stream.closed
+                await asyncio.wait([stream.closed])
         except (LinkError, WireError, TimeoutError) as problem:
             self._note("warn", "join.dropped", peer=connection.peer, address=connection.address, problem=str(problem))
         finally:
@@ -68,6 +68,9 @@ class JoinDesk:
                     connection.close("the join stream is done")
         except TimeoutError:
             error = f"the inviter gave no answer within {limits.JOIN_TIMEOUT_S:g} s"
+        except asyncio.CancelledError:
+            self._deliver(JoinAnswered(call, None, "this node stops, or goes on under another key", inviter))
+            raise
         except (LinkError, WireError) as problem:
             error = _ANOTHER if problem.details.get("found") else problem.message
         self._deliver(JoinAnswered(call, answer, error, inviter))

@@ -6,6 +6,7 @@ Imported only where zeroconf is. What zeroconf takes in from anybody it bounds i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -21,6 +22,8 @@ SERVICE: Final = "_p2p._udp.local."
 _TYPE_TXT: Final = 16
 _CLASS_IN: Final = 1
 _QUERY: Final = 0
+_NAME_BYTES_MAX: Final = 253
+_PART_BYTES_MAX: Final = 63
 
 
 class Records(RecordUpdateListener):
@@ -34,7 +37,7 @@ class Records(RecordUpdateListener):
         for update in records:
             record = update.new
             name = record.name.lower()
-            if isinstance(record, DNSText) and name.endswith(SERVICE):
+            if isinstance(record, DNSText) and name.endswith(SERVICE) and _can_be_asked(name):
                 held = 0.0 if record.is_expired(now) else float(record.ttl)
                 self._on_text(name, record.text, held)
 
@@ -81,7 +84,8 @@ class Responder:
         out = DNSOutgoing(_QUERY)
         for name in names:
             out.add_question(DNSQuestion(name, _TYPE_TXT, _CLASS_IN))
-        self._base.zeroconf.async_send(out)
+        with contextlib.suppress(Error):  # what anybody announces must not end who asks for it
+            self._base.zeroconf.async_send(out)
 
     async def close(self) -> None:
         """Says goodbye, as far as the network still lets it."""
@@ -110,6 +114,13 @@ async def _open(hosts: Sequence[str]) -> AsyncZeroconf:
         else:
             return base
     raise LinkError(f"multicast cannot be used: {problem}")
+
+
+def _can_be_asked(name: str) -> bool:
+    """Whether a name that was heard fits into a question: one that is no UTF-8 grows where it is read."""
+    return len(name.encode()) <= _NAME_BYTES_MAX and all(
+        len(part.encode()) <= _PART_BYTES_MAX for part in name.split(".")
+    )
 
 
 def _said(error: Exception) -> str:

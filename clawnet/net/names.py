@@ -27,17 +27,17 @@ class Names:
         self._room = asyncio.Semaphore(limits.NAME_LOOKUPS_MAX)
 
     async def addresses(self, name: Multiaddr, timeout_s: float) -> list[Multiaddr]:
-        """Where that is by IP address, the resolver's best first, at most DIAL_ADDRESSES_MAX. Raises LinkError."""
+        """Where that is by IP address, the resolver's best first, at most NAME_ADDRESSES_MAX. Raises LinkError."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._room.acquire()
                 hosts = await self._look_up(name.host, _FAMILIES[name.family])
         except TimeoutError as error:
-            raise LinkError(f"cannot connect to {name}: the name was not found within {timeout_s:g} s") from error
+            raise LinkError(f"cannot connect to {name}: the name was not looked up within {timeout_s:g} s") from error
         except (OSError, UnicodeError) as error:
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise LinkError(f"cannot connect to {name}: {said}") from error
-        return [of_socket(host, name.port, name.transport, name.peer) for host in hosts][: limits.DIAL_ADDRESSES_MAX]
+        return [of_socket(host, name.port, name.transport, name.peer) for host in hosts][: limits.NAME_ADDRESSES_MAX]
 
     def _look_up(self, host: str, family: int) -> asyncio.Future[list[str]]:
         """Begins a lookup; its place is free when its thread is done, whoever still waits for it."""
@@ -59,7 +59,7 @@ class Names:
             try:
                 rows = socket.getaddrinfo(host, None, family=family, type=socket.SOCK_STREAM)
                 hosts = list(dict.fromkeys(str(where[0]) for *_, where in rows))
-            except (OSError, UnicodeError) as error:
+            except Exception as error:  # noqa: BLE001 - else its place would never be free again
                 problem = error
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(done, hosts, problem)

@@ -91,8 +91,8 @@ class Stream(Protocol):
         """Hands every arriving chunk to `on_data` instead of `read`, what is already here at once.
 
         `on_data(b"")` comes exactly once, when nothing more will come: the peer's end, a reset, or a lost connection
-        (`closed` tells which). Bytes given to the handler count as consumed and open the peer's window again. None
-        gives the stream back to `read`.
+        (`closed` tells which). Bytes given to the handler count as consumed and open the peer's window again. A
+        LinkError out of it resets the stream. None gives the stream back to `read`.
         """
 
     def pause_reading(self) -> None:

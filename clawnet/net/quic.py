@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -244,7 +244,7 @@ class Endpoint(asyncio.DatagramProtocol):
                 break
             self._take(data, addr, touched)
         for link in touched:
-            link.received()
+            self._guarded(link, link.received)
 
     def _take(self, data: bytes, addr: Address, touched: dict[QuicLink, None]) -> None:
         """What is not QUIC v1 for one of ours is dropped without an answer, or told the version."""
@@ -261,8 +261,17 @@ class Endpoint(asyncio.DatagramProtocol):
         else:
             link = self._links.get(data[1 : 1 + _CID_BYTES])
         if link is not None:
-            link.receive(data, addr)
+            self._guarded(link, partial(link.receive, data, addr))
             touched[link] = None
+
+    def _guarded(self, link: QuicLink, step: Callable[[], None]) -> None:
+        """A defect that one peer brings about ends its link; the others on this socket go on."""
+        try:
+            step()
+        except Exception as defect:  # noqa: BLE001 - aioquic asserts
+            context = {"message": "a QUIC link failed", "exception": defect}
+            asyncio.get_running_loop().call_exception_handler(context)
+            link.abort("this node failed on what came")
 
     def error_received(self, exc: Exception) -> None:
         """The kernel knows of unreachable destinations: handshakes with them need not wait for their time-out."""

@@ -132,7 +132,7 @@ class BufferedStream(ABC):
                 return
             data = data[taken:]
         if self._on_data is not None and not self._paused and not self._chunks:
-            self._on_data(data)
+            self._tell(data)
             self._consumed(len(data))
             return
         chunks = self._chunks
@@ -195,13 +195,21 @@ class BufferedStream(ABC):
     def _hand_over(self) -> None:
         while self._on_data is not None and not self._paused and self._chunks:
             chunk = self._take(limits.STREAM_WINDOW_BYTES_MAX)
-            self._on_data(chunk)
+            self._tell(chunk)
             self._consumed(len(chunk))
         if self._on_data is None or self._paused or self._end_told:
             return
         if self.read_ended or self.error:
             self._end_told = True
-            self._on_data(b"")
+            self._tell(b"")
+
+    def _tell(self, data: bytes) -> None:
+        """To the data handler; one that cannot answer any more has no use for the stream."""
+        assert self._on_data is not None
+        try:
+            self._on_data(data)
+        except LinkError:
+            self.reset()
 
     async def _wait_for_data(self) -> None:
         assert self._reader is None, "one reader at a time"

@@ -304,6 +304,7 @@ class Switch:
         current = self._links.get(peer)
         if current is not None:
             if self.peer_id > peer and link.welcomed_ms < current.welcomed_ms:
+                current.probe()  # it may be dead, and the peer's clock set back
                 link.close("older than the present connection")
                 return
             current.close("replaced by a newer connection")

@@ -135,7 +135,8 @@ class Vicinity:
     # --- the watch
 
     def _look(self) -> None:
-        """One look at the clocks and the network."""
+        """One look at the clocks and the network, and the next one, whatever becomes of this."""
+        self._timer = self._loop.call_later(limits.NETWORK_WATCH_S, self._look)
         now_s, now_ms = self._loop.time(), self._clock()
         passed_s = now_s - self._then_s
         late_s = max(passed_s - limits.NETWORK_WATCH_S, abs((now_ms - self._then_ms) / 1000 - passed_s))
@@ -154,7 +155,6 @@ class Vicinity:
         if self._responder is not None:
             self._responder.ask(due)
         self._renew()
-        self._timer = self._loop.call_later(limits.NETWORK_WATCH_S, self._look)
 
     def _changed(self, why: str) -> None:
         self._log("info", "network.changed", {"why": why, "listen": " ".join(self._switch.addresses())})

@@ -132,7 +132,7 @@ class Successions:
         if self._anothers(keys):
             return "one of those keys is another node's"
         if wanted and self._ctx.ids.inner(wanted) != first and wanted not in map(peer_id_of, keys):
-            return f"that is not {wanted}, nor does it follow it"
+            return f"it is {peer_id_of(keys[-1])} there, not {wanted}, nor does it follow it"
         return ""
 
     def _anothers(self, keys: Sequence[bytes]) -> bool:

@@ -134,6 +134,7 @@ class SwitchNode:
         self.up: dict[str, PeerUp] = {}
         self.log: list[tuple[str, str, dict[str, Any]]] = []
         self.refuse: dict[str, str] = {}
+        self.followed: dict[str, str] = {}
         self.blobs = MemoryBlobs()
         self.clock_off_ms = 0
         self.addresses: list[str] = []
@@ -155,6 +156,8 @@ class SwitchNode:
         )
 
     def _admit(self, peer: str, hello: Hello, wanted: str) -> str:
+        if wanted and self.followed.get(wanted) != peer:
+            return f"it is {peer} there, not {wanted}"
         return self.refuse.get(peer, "" if hello.mesh == MESH else "another mesh")
 
     def _deliver(self, stimulus: Stimulus) -> None:

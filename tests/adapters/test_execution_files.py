@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from clawnet import limits
 from clawnet.execution import bundle, delivery, process
 from clawnet.wire.events import Open, Opened, TaskExited
+from clawnet.wire.fileevents import OutputsSaved, SaveOutputs
 from tests.adapters.execution_bench import Bench, needs_bubblewrap, with_bench
 
 PLACES = pytest.mark.parametrize("sandbox", [pytest.param("sandboxed", marks=needs_bubblewrap), "host"])
@@ -129,5 +131,25 @@ def test_what_this_nodes_user_waits_for_holds_up_no_run_of_others() -> None:
         for path in slow:
             await asyncio.to_thread(path.write_bytes, b"")
         await bench.until(lambda: len([one for one in bench.events if isinstance(one, Opened)]) == len(slow) or None)
+
+    with_bench(body)
+
+
+class _Going(type(Path())):  # type: ignore[misc]
+    """A file that is removed as soon as it has been looked at."""
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        found: os.stat_result = super().stat(follow_symlinks=follow_symlinks)
+        self.unlink()
+        return found
+
+
+def test_files_that_go_while_they_are_asked_for_are_told_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(bench: Bench) -> None:
+        blob = bench.blobs.put_bytes(b"files")
+        monkeypatch.setattr(bench.blobs, "path", lambda blob, real=bench.blobs.path: _Going(real(blob)))
+        bench.executor.save(SaveOutputs(1, blob, ("x",), str(bench.public / "to"), 0o022, told=True))
+        saved = await bench.until(lambda: next((e for e in bench.events if isinstance(e, OutputsSaved)), None))
+        assert (saved.files, saved.error["code"]) == (0, "not_found")
 
     with_bench(body)
