@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from clawnet.errors import ClawnetError, DataError, StorageFullError
@@ -83,8 +84,7 @@ class LocalFiles:
 
         def work() -> Saved:
             archive = self._blobs.path(effect.blob)
-            size = archive.stat().st_size if effect.told and archive.exists() else 0
-            moved = self._moved("saving", effect.call, size).more if effect.told else _nothing
+            moved = self._moved("saving", effect.call, _size(archive)).more if effect.told else _nothing
             return self._saver.save(archive, effect.blob, effect.outputs, effect.directory, effect.umask, moved)
 
         def done(future: Future[Saved]) -> None:
@@ -96,6 +96,14 @@ class LocalFiles:
             self._deliver(ended)
 
         self._in_thread(done, work)
+
+
+def _size(archive: Path) -> int:
+    """How long it is; 0 where that cannot be told, which whoever reads it says better."""
+    try:
+        return archive.stat().st_size
+    except OSError:
+        return 0
 
 
 def _nothing(size: int) -> None:
