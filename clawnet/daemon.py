@@ -8,13 +8,15 @@ import os
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clawnet import PROTOCOL_ID, __version__, config, handover, limits, rpc
-from clawnet.adoption import adopted, settle_in
+from clawnet.adoption import adopted, settle_in, write_aside
 from clawnet.config import Config
+from clawnet.errands import End, Errands, end_all
 from clawnet.errors import ClawnetError, ConfigError, StorageError
 from clawnet.execution.executor import Executor
 from clawnet.execution.spec import ExecutionSettings
@@ -33,6 +35,7 @@ from clawnet.net.vicinity import Vicinity
 from clawnet.node.context import Ports
 from clawnet.node.kernel import Node
 from clawnet.node.members import MeshFacts
+from clawnet.node.params import integer
 from clawnet.observe import host
 from clawnet.observe.logs import Observer
 from clawnet.observe.process import on_signals, rss_bytes
@@ -43,10 +46,11 @@ from clawnet.storage.filelock import FileLock
 from clawnet.storage.store import Store
 from clawnet.timers import every
 from clawnet.wire import events as e
-from clawnet.wire.messages import Hello
+from clawnet.wire.messages import Hello, JoinAnswer
 from clawnet.wire.session import HelloFacts
 
 SWEEP_EVERY_S, SWEEP_FIRST_S = 3_600.0, 60.0
+PINGS_MAX = 1_000
 OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
 
 
@@ -115,7 +119,9 @@ class Daemon:
         self.exit_code = 0
         self._worker_argv = worker_argv
         self._next_key: KeyPair | None = None
-        self._rekeying: asyncio.Task[None] | None = None
+        self._errands = Errands(
+            lambda *answer: self.runtime.perform([e.Reply(*answer)]), lambda *defect: self.runtime.report(*defect)
+        )
         self._store: Store
         self._node: Node
         self._warnings: list[str] = []
@@ -169,7 +175,7 @@ class Daemon:
             ipc=self.ipc,
             observer=self.observer,
             rebuild=self._build,
-            adopt=self._adopt,
+            adopt=lambda effect: self._errands.begin(effect.call, "peer.join", lambda: self._become_member(effect)),
             drained=self._over.set,
             fail=self._failed,
         )
@@ -286,8 +292,7 @@ class Daemon:
     def _call(self, call: int, method: str, params: dict[str, Any], client: int, credential: str) -> None:
         """A call of a local client: what only the process knows is answered here, all else by the node."""
         if method == "peer.ping":
-            task = asyncio.get_running_loop().create_task(self._ping(call, params))
-            task.add_done_callback(lambda done: done.exception())
+            self._errands.begin(call, method, lambda: self._ping(params), for_caller=True)
             return
         own = {"status": self._status, "daemon.stop": self._stop, "config.reload": self._reload, "doctor": self._doctor}
         handler = own.get(method)
@@ -302,22 +307,18 @@ class Daemon:
         except ClawnetError as error:
             self.ipc.reply(call, None, error.as_dict())
 
-    async def _ping(self, call: int, params: dict[str, Any]) -> None:
-        try:
-            peer = self._node.rooms.calls.named(params)
-            sent, seconds = await measure(
-                self.switch.connection(self._node.ctx.ids.outer(peer)), int(params.get("count") or 4)
-            )
-        except ClawnetError as error:
-            self.ipc.reply(call, None, error.as_dict())
-            return
+    async def _ping(self, params: dict[str, Any]) -> dict[str, Any]:
+        peer = self._node.rooms.calls.named(params)
+        count = integer(params, "count", 4, 1, PINGS_MAX)
         party = self._node.rooms.members.party(peer)
-        self.ipc.reply(call, {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds})
+        sent, seconds = await measure(self.switch.connection(self._node.ctx.ids.outer(peer)), count)
+        return {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds}
 
     def _calls_waiting(self) -> int:
         return 0 if self.runtime.stopped else self.runtime.calls_waiting
 
     def _gone(self, call: int) -> None:
+        self._errands.gone(call)
         self.runtime.feed(e.CallGone(call))
 
     def _status(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -373,35 +374,34 @@ class Daemon:
 
     # --- joining another mesh
 
-    def _adopt(self, effect: e.Adopt) -> None:
-        """Writes the new membership, archives the old database, and builds the node again as a member."""
-        task = asyncio.get_running_loop().create_task(self._adopt_later(effect))
-        task.add_done_callback(lambda done: done.exception())
-
-    async def _adopt_later(self, effect: e.Adopt) -> None:
-        try:
-            value = await self._become_member(effect)
-        except ClawnetError as error:
-            self.ipc.reply(effect.call, None, error.as_dict())
-        else:
-            self.ipc.reply(effect.call, value)
-
     async def _become_member(self, effect: e.Adopt) -> dict[str, Any]:
+        """Writes the new membership, archives the old database, and builds the node again as a member.
+
+        A failure before the old node retires leaves it as it is; after that the next start makes the node again.
+        """
         answer = effect.answer
         local = adopted(self.home, self.key.public, answer, clock_ms())
         mesh = read_charter(local.charter)[1]
+        write_aside(self.home, local, answer.mesh_key)
         self.runtime.retire(effect.call)
+        try:
+            self._move_over(answer)
+        except Exception as error:
+            self._failed(f"the node could not join another mesh: {error}")
+            raise
+        self._log("security", "mesh.joined", mesh=mesh.hex()[:16], ring=answer.ring, inviter=answer.inviter)
+        return {**effect.value, "mesh": mesh.hex()}
+
+    def _move_over(self, answer: JoinAnswer) -> None:
         self.switch.hangup_all("this node joins another mesh")
         self._store.close()
-        settle_in(self.home, local, answer.mesh_key)
+        settle_in(self.home)
         self._store = Store.open(self.home.database)
         del self._node
         self._compose()
         self._listening(self.switch.addresses())
         self.runtime.feed(self.executor.capacity())
         self.runtime.feed(e.MeetPeers(answer.peers))
-        self._log("security", "mesh.joined", mesh=mesh.hex()[:16], ring=answer.ring, inviter=answer.inviter)
-        return {**effect.value, "mesh": mesh.hex()}
 
     # --- another key
 
@@ -409,25 +409,25 @@ class Daemon:
         """The chain has gone over to the new key; now the files do, and then every connection."""
         try:
             handover.finish(self.home, effect.row, check_permissions=self.config.flag("security.check_permissions"))
-        except ClawnetError as error:
-            self._failed(error.message)
-            return
+        except Exception as error:
+            self._failed(str(error))
+            raise
         self.key, self._next_key = effect.key, None
-        self._rekeying = asyncio.get_running_loop().create_task(self._rekey(effect))
+        self._errands.begin(effect.call, "identity.rotate", lambda: self._rekey(effect))
 
-    async def _rekey(self, effect: e.Rotated) -> None:
-        await self.vicinity.stop()
+    async def _rekey(self, effect: e.Rotated) -> Any:
         try:
+            await self.vicinity.stop()
             addresses = await self.switch.rekey(self.key, carriers(self.key, PROTOCOLS, self.switch.settings))
-        except ClawnetError as error:
-            self._failed(error.message)
-            return
-        self.vicinity = self._make_vicinity()
-        self.vicinity.start()
+            self.vicinity = self._make_vicinity()
+            self.vicinity.start()
+        except Exception as error:
+            self._failed(f"the node cannot be reached under its new key: {error}")
+            raise
         self._listening(addresses)
         self.runtime.feed(e.Rekeyed())
-        self.runtime.perform([e.Reply(effect.call, effect.value)])
         self._log("info", "daemon.rekeyed", peer=self.key.peer_id, listen=" ".join(addresses))
+        return effect.value
 
     # --- the end
 
@@ -446,15 +446,16 @@ class Daemon:
         self._over.set()
 
     async def _take_down(self) -> None:
+        net: list[End] = []
         if hasattr(self, "runtime"):
             self.runtime.stopped = True
-            if self._rekeying is not None:
-                self._rekeying.cancel()
-            await asyncio.gather(self.vicinity.stop(), self.switch.stop("the node stops"))
+            self._errands.stop()
+            net = [self.vicinity.stop, self.switch.stop]
         try:
-            await self.executor.close()
+            for error in await end_all(net, [self.executor.close], [self.ipc.stop]):
+                self._log("error", "daemon.stop_failed", traceback="".join(traceback.format_exception(error)))
+                self.exit_code = self.exit_code or 70
         finally:
-            await self.ipc.stop()
             self._store.close()
             self._log("info", "daemon.stopped", pid=os.getpid())
             self.observer.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from clawnet import paths
+from clawnet import adoption, paths
 from clawnet.errors import ClawnetError, ConfigError
 from clawnet.identity.keys import KeyPair
 from clawnet.identity.membership import Handover, load_membership, save_membership
@@ -58,16 +58,20 @@ def finish(home: Home, written: HandoverRow, *, check_permissions: bool = True) 
 def settle(home: Home, *, check_permissions: bool = True) -> bool:
     """Finishes a change of key that a crash cut short, or takes it back; False when there is none or a daemon runs.
 
-    Whoever is about to read the node's key calls this first. A restore that was cut short is finished before that.
+    Whoever is about to read the node's key calls this first. A restore or a join that was cut short is finished before
+    that.
     """
     restoring.settle(home)
-    if not home.next_node_key.exists():
+    if not home.next_node_key.exists() and not adoption.half_done(home):
         return False
     try:
         lock = FileLock.take(home.lock_file, what=f"the home {home.dir}")
     except ConfigError:
         return False
     try:
+        _finish_join(home)
+        if not home.next_node_key.exists():
+            return False
         key = KeyPair.load(home.next_node_key, check_permissions=check_permissions)
         written = _written(home)
         if written is not None and written.new_key == key.public:
@@ -78,6 +82,17 @@ def settle(home: Home, *, check_permissions: bool = True) -> bool:
     finally:
         lock.release()
     return True
+
+
+def _finish_join(home: Home) -> None:
+    try:
+        adoption.resume(home)
+        adoption.discard(home)
+    except OSError as error:
+        raise ConfigError(
+            f"the join into another mesh was cut short and cannot be finished: {error}",
+            hint="repair that and start the node again: it goes on where this ended",
+        ) from error
 
 
 def _written(home: Home) -> HandoverRow | None:
