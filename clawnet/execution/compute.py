@@ -9,11 +9,11 @@ were under way is asked again alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -29,6 +29,10 @@ DEFAULT_ARGV: Final = (sys.executable, "-m", "clawnet.commands", "_worker")
 _OVERRUN_S: Final = 1.0
 _START_S: Final = 30.0
 _FAILED_STARTS_MAX: Final = 3
+_PASSING: Final = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_TRY_AGAIN_S: Final = 1.0
+_TRIES_MAX: Final = 3
+_REAP_S: Final = 0.05
 _FRAME_MORE_BYTES: Final = 64 * limits.KIB
 _FRAME_S: Final = 10.0
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -184,6 +188,9 @@ class ComputePool:
         self._stopped = False
         self._on_broken = on_broken
         self._pipes = pipes
+        self._dying: set[subprocess.Popen[bytes]] = set()
+        self._trying: asyncio.TimerHandle | None = None
+        self._tries = 0
 
     def start(self) -> None:
         """Starts the first worker; it answers when it is ready, requests may be made at once."""
@@ -239,6 +246,8 @@ class ComputePool:
             worker.gone = True
             if worker.process is not None:
                 worker.process.wait()
+        for process in self._dying:
+            process.wait()
 
     @property
     def pids(self) -> list[int]:
@@ -282,12 +291,19 @@ class ComputePool:
         if worker.out is not None:
             worker.out.close()
         if worker.process is not None:
-            threading.Thread(target=worker.process.wait, name="clawnet-worker-wait", daemon=True).start()
+            self._bury(worker.process)
         if self._failed_starts >= _FAILED_STARTS_MAX:
             self._break("the worker process does not start: " + " ".join(self._argv))
         elif not self._workers:
             self._start_worker()
         self.flush_soon()
+
+    def _bury(self, process: subprocess.Popen[bytes]) -> None:
+        """Reaps a worker that was killed, without waiting for it."""
+        self._dying.discard(process)
+        if process.poll() is None:
+            self._dying.add(process)
+            self.loop.call_later(_REAP_S, self._bury, process)
 
     def _break(self, reason: str) -> None:
         self.broken = reason
@@ -299,22 +315,49 @@ class ComputePool:
         self._waiting.extendleft(each for each in reversed(worker.unanswered.values()) if each.answer is not _nobody)
         worker.unanswered.clear()
 
-    def _start_worker(self) -> None:
+    def _start_worker(self) -> bool:
+        """True when there is one more; the first is tried again where the machine only lacks something for now."""
         worker = _Worker(self)
         worker.since_s = self.loop.time()
         try:
             self._spawn(worker)
         except OSError as error:
-            self._break(f"the worker process does not start: {error.strerror or error}")
-            return
+            reason = f"the worker process does not start: {error.strerror or error}"
+            if error.errno not in _PASSING:
+                self._break(reason)
+            elif not self._workers and self._trying is None:
+                self._trying = self.loop.call_later(_TRY_AGAIN_S, self._try_again, reason)
+            return False
         self._workers.append(worker)
+        self._tries = 0
         self._check_later()
+        return True
+
+    def _try_again(self, reason: str) -> None:
+        """There is no worker; what has waited for one through several tries fails."""
+        self._trying = None
+        if self._stopped or self._workers:
+            return
+        if self._start_worker():
+            self.flush_soon()
+            return
+        self._tries += 1
+        if self._tries >= _TRIES_MAX:
+            failed = list(self._waiting)
+            self._waiting.clear()
+            for asked in failed:
+                asked.answer(b"", reason, 0.0)
 
     def _spawn(self, worker: _Worker) -> None:
         environ = without_secrets(os.environ)
         if self._pipes:
             worker.process = subprocess.Popen(self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
-            worker.out = WorkerPipes(worker.process, worker, self.loop)
+            try:
+                worker.out = WorkerPipes(worker.process, worker, self.loop)
+            except RuntimeError as error:  # no thread is to be had to read from it
+                worker.kill()
+                self._bury(worker.process)
+                raise OSError(errno.EAGAIN, str(error)) from error
             return
         ours, theirs = socket.socketpair()
         try:
@@ -334,8 +377,7 @@ class ComputePool:
         while self._waiting and self._workers:
             free = [each for each in self._workers if not each.unanswered or not (self._waiting[0].alone or each.alone)]
             if not free:
-                if len(self._workers) < self._workers_max:
-                    self._start_worker()
+                if len(self._workers) < self._workers_max and self._start_worker():
                     continue
                 break
             worker = min(free, key=lambda each: (self._is_stuck(each), len(each.unanswered)))
@@ -417,5 +459,4 @@ class ComputePool:
             return True
         if len(self._workers) >= self._workers_max:
             return False
-        self._start_worker()
-        return True
+        return self._start_worker()

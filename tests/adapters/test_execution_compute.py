@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 
 from clawnet import limits
-from clawnet.execution import bundle
+from clawnet.execution import bundle, compute
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.spec import InputRef
 from clawnet.wire.events import CapacityChanged, TaskExited
@@ -259,5 +261,90 @@ def test_a_worker_is_started_without_the_nodes_secrets(monkeypatch: pytest.Monke
             given = file.read()
         assert b"only-the-node-knows" not in given
         assert b"CLAWNET_LOG_LEVEL=info" in given
+
+    with_bench(body, **OFF)
+
+
+class _Lacking:
+    """Starts no worker so many times, for want of `number`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.times = 0
+        self.refused = 0
+        self._number = number
+        self._real = subprocess.Popen
+        monkeypatch.setattr(compute.subprocess, "Popen", self._start)
+        monkeypatch.setattr(compute, "_TRY_AGAIN_S", 0.0)
+
+    def _start(self, *args: Any, **words: Any) -> Any:
+        if self.times:
+            self.times -= 1
+            self.refused += 1
+            raise OSError(self._number, os.strerror(self._number))
+        return self._real(*args, **words)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN])
+def test_a_worker_that_cannot_be_started_for_now_is_started_later(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(bench: Bench) -> None:
+        lacking = _Lacking(monkeypatch, number)
+        lacking.times = 2
+        await bench.kill_worker()
+        assert lacking.refused == 2
+        assert "compute" in bench.executor.capacity().capabilities
+        assert (await bench.run(kind="compute", op="sha256"))[0].ended == "exit"
+
+    with_bench(body, **OFF)
+
+
+def test_what_waits_long_for_a_worker_fails_and_what_comes_later_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(bench: Bench) -> None:
+        lacking = _Lacking(monkeypatch, errno.EMFILE)
+        lacking.times = 10**9
+        (pid,) = bench.executor.worker_pids
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while not lacking.refused:
+                await asyncio.sleep(0)
+        for _ in range(2):
+            exited, _ = await bench.run(kind="compute", op="sha256")
+            assert (exited.ended, exited.reason) == (
+                "failed",
+                f"the worker process does not start: {os.strerror(errno.EMFILE)}",
+            )
+        lacking.times = 0
+        assert (await bench.run(kind="compute", op="sha256"))[0].ended == "exit"
+
+    with_bench(body, **OFF)
+
+
+def test_one_worker_serves_all_while_no_second_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(bench: Bench) -> None:
+        lacking = _Lacking(monkeypatch, errno.EMFILE)
+        lacking.times = 10**9
+        pool = bench.executor._pool
+        jobs = [bench.start(kind="compute", op="sha256") for _ in range(5)]
+        for asked in pool._waiting:
+            asked.alone = True  # none is asked beside another: a second worker would take the next
+        assert [(await bench.exited(job)).ended for job in jobs] == ["exit"] * 5
+        assert lacking.refused
+        assert not pool.broken
+
+    with_bench(body, slots=2, **OFF)
+
+
+def test_a_worker_is_replaced_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def body(bench: Bench) -> None:
+        (pid,) = bench.executor.worker_pids
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            await bench.kill_worker()
+            assert (await bench.run(kind="compute", op="sha256"))[0].ended == "exit"
+        async with asyncio.timeout(60):
+            while os.path.exists(f"/proc/{pid}"):
+                await asyncio.sleep(0)  # until it is reaped
 
     with_bench(body, **OFF)
