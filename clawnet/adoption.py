@@ -16,6 +16,7 @@ from pathlib import Path
 
 from clawnet import paths
 from clawnet.errors import ClawnetError, ConfigError, DataError, StorageFullError
+from clawnet.home import JOIN_READY
 from clawnet.identity import membership
 from clawnet.identity.certificates import certify_node, read_charter
 from clawnet.identity.keybox import MESH_KEY_BYTES
@@ -159,7 +160,7 @@ def _draft(home: Home) -> Path:
 
 
 def _ready(home: Home) -> Path:
-    return home.dir / "join.ready"
+    return home.dir / JOIN_READY
 
 
 def _refused(home: Home, error: OSError | ClawnetError, hint: str) -> ClawnetError:

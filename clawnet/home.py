@@ -15,6 +15,8 @@ from clawnet.paths import Home
 
 KEPT_AT_INIT = ("market.initial_wallet_balance",)
 """Keys whose value in the environment at init must still hold at the first start: init writes them into the file."""
+JOIN_READY = "join.ready"
+"""In a home whose join of another mesh was cut short (clawnet/adoption.py): the next start finishes it."""
 
 
 class Initialised(NamedTuple):
@@ -28,8 +30,8 @@ class Initialised(NamedTuple):
 
 
 def is_ready(home: Home) -> bool:
-    """Whether this home was initialised before."""
-    return is_initialised(home)
+    """Whether this home was initialised before, be it that it has no mesh until a join is finished."""
+    return is_initialised(home) or (home.dir / JOIN_READY).exists()
 
 
 def initialise(

@@ -11,6 +11,7 @@ import pytest
 
 from clawnet import adoption, handover, paths
 from clawnet.errors import ConfigError, StorageFullError
+from clawnet.home import is_ready
 from clawnet.identity import membership
 from clawnet.identity.membership import LocalMembership, create_home, load_membership
 from clawnet.paths import Home
@@ -153,6 +154,7 @@ def test_a_join_that_was_cut_short_is_finished_by_the_next_start(
             adoption.settle_in(home)
     counts = not (home.dir / "join.draft").exists()
     assert counts == (count > 1)
+    assert is_ready(home), "a start must not found another mesh in it"
     assert not handover.settle(home)
     if counts:
         has_moved(home, other, before)
