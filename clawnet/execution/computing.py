@@ -21,6 +21,7 @@ from clawnet.errors import DataError
 from clawnet.execution import bundle, delivery, feeding, inputs
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.spec import BlobPort, ExecutionSettings, InputRef, JobSpec
+from clawnet.execution.threads import in_thread
 from clawnet.execution.wasmruns import (
     ENGINE_TROUBLE,
     LIMIT_WORDS,
@@ -129,8 +130,12 @@ class Computing:
             return False
         directory = self._home.wasm_runs_dir / job.hex()
         if not self.trouble:
-            self._loop.call_later(limits.KILL_GRACE_S, self._loop.run_in_executor, None, _cleared, directory)
+            self._loop.call_later(limits.KILL_GRACE_S, self._clear, directory)
         return True
+
+    def _clear(self, directory: Path) -> None:
+        if not in_thread(self._loop, lambda done: None, _cleared, directory):
+            _cleared(directory)
 
     # --- operations
 
@@ -192,7 +197,7 @@ class Computing:
             if _holds_few(directory):
                 _cleared(directory)
             else:
-                self._loop.run_in_executor(None, _cleared, directory)
+                self._clear(directory)
 
         def answered(data: bytes, reason: str, cpu_s: float) -> None:
             took_s = self._loop.time() - began_s

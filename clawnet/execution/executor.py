@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from clawnet import limits
 from clawnet.errors import ClawnetError, DataError
-from clawnet.execution import bundle, delivery, feeding, gpu, inputs, verify
+from clawnet.execution import bundle, delivery, feeding, gpu, inputs, threads, verify
 from clawnet.execution.compute import ComputePool
 from clawnet.execution.computing import Computed, Computing
 from clawnet.execution.endings import Ended, ProbeResult, without_result
@@ -91,6 +91,8 @@ class Executor:
 
     async def start(self) -> CapacityChanged:
         """Cleans up after an earlier life, starts the worker, probes sandbox and endpoint, tells what can be done."""
+        for pool in (self._threads, self._own_threads):
+            threads.begin(pool, _THREADS)
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._pool = ComputePool(

@@ -18,11 +18,13 @@ from typing import Final
 from clawnet import limits
 from clawnet.errors import DataError
 from clawnet.execution.spec import BlobPort, InputRef, JobSpec
+from clawnet.execution.threads import in_thread
 from clawnet.paths import Home
 
 _PIPE_BYTES: Final = limits.MIB
 _AHEAD_BYTES: Final = 4 * limits.MIB
 _READ_BYTES: Final = 256 * limits.KIB
+_AGAIN_S: Final = 0.05
 _F_SETPIPE_SZ: Final = 1031
 
 
@@ -85,8 +87,15 @@ if sys.platform != "win32":
         def _look_ahead(self) -> None:
             if not self._looking:
                 self._looking = True
-                looked = self._loop.run_in_executor(None, read_ahead, self._source, self._ahead)
-                looked.add_done_callback(self._looked)
+                if not in_thread(self._loop, self._looked, read_ahead, self._source, self._ahead):
+                    self._loop.call_later(_AGAIN_S, self._look_again)
+
+        def _look_again(self) -> None:
+            self._looking = False
+            if self._sink < 0:
+                os.close(self._source)
+            else:
+                self._look_ahead()
 
         def _looked(self, future: asyncio.Future[None]) -> None:
             self._looking = False

@@ -17,6 +17,7 @@ from msgspec import Struct
 from clawnet import limits
 from clawnet.execution import process
 from clawnet.execution.diskuse import Used, disk_used, free_bytes, over
+from clawnet.execution.threads import in_thread
 
 FIRST_LOOK_S: Final = 0.02
 _GROWTH_BYTES_PER_S: Final = 4 * 1024 * limits.MIB
@@ -114,9 +115,9 @@ class Watchdog:
         began_s = time.monotonic()
         if self._weighing or began_s < self._weigh_again_s:
             return
-        self._weighing = True
-        future = self._loop.run_in_executor(None, process.proportional_bytes, members, in_files)
-        future.add_done_callback(lambda done: self._weighed(done, began_s))
+        self._weighing = in_thread(
+            self._loop, lambda done: self._weighed(done, began_s), process.proportional_bytes, members, in_files
+        )
 
     def _weighed(self, done: asyncio.Future[int], began_s: float) -> None:
         self._weighing = False
@@ -150,11 +151,17 @@ class Watchdog:
         rest_s = max(limits.WATCH_DISK_S, _WALK_SHARE * self._walk_took_s)
         if taken <= left and time.monotonic() - self._walked_s < rest_s:
             return
-        self._walking = True
-        self._walked_s = time.monotonic()
         free = free_bytes(self._root)
-        future = self._loop.run_in_executor(None, disk_used, self._root, members, self._bounds.files_max)
-        future.add_done_callback(lambda done: self._walked(done, free))
+        self._walking = in_thread(
+            self._loop,
+            lambda done: self._walked(done, free),
+            disk_used,
+            self._root,
+            members,
+            self._bounds.files_max,
+        )
+        if self._walking:
+            self._walked_s = time.monotonic()
 
     def _walked(self, done: asyncio.Future[Used], free: int) -> None:
         self._walking = False

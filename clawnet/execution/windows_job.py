@@ -26,6 +26,7 @@ from clawnet import limits
 from clawnet.execution.diskuse import disk_used, free_bytes, over
 from clawnet.execution.endings import Ended, ProbeResult
 from clawnet.execution.spec import ExecutionSettings, JobSpec
+from clawnet.execution.threads import in_thread
 from clawnet.execution.workdirs import WorkDirs
 from clawnet.paths import Home
 
@@ -417,10 +418,10 @@ if sys.platform == "win32":
             if free_bytes(self._directory) < limits.DISK_RESERVE_BYTES:
                 self.stop("failed", "the disk of the working directories is nearly full")
                 return
-            self._looking = True
             root = self._directory.parent
-            future = self._loop.run_in_executor(None, disk_used, root, (), limits.RUN_FILES_MAX)
-            future.add_done_callback(self._looked)
+            self._looking = in_thread(self._loop, self._looked, disk_used, root, (), limits.RUN_FILES_MAX)
+            if not self._looking:
+                self._later(limits.WATCH_DISK_S, self._look)
 
         def _looked(self, done: asyncio.Future[Any]) -> None:
             self._looking = False
