@@ -50,7 +50,6 @@ from clawnet.wire.messages import Hello, JoinAnswer
 from clawnet.wire.session import HelloFacts
 
 SWEEP_EVERY_S, SWEEP_FIRST_S = 3_600.0, 60.0
-PINGS_MAX = 1_000
 OS_FAMILIES = {"linux": "linux", "darwin": "darwin", "win32": "windows", "android": "linux", "cygwin": "windows"}
 
 
@@ -309,7 +308,7 @@ class Daemon:
 
     async def _ping(self, params: dict[str, Any]) -> dict[str, Any]:
         peer = self._node.rooms.calls.named(params)
-        count = integer(params, "count", 4, 1, PINGS_MAX)
+        count = integer(params, "count", 4, 1, limits.PINGS_MAX)
         party = self._node.rooms.members.party(peer)
         sent, seconds = await measure(self.switch.connection(self._node.ctx.ids.outer(peer)), count)
         return {"peer": party, "sent": sent, "received": len(seconds), "rtts_s": seconds}
@@ -471,8 +470,8 @@ class Daemon:
         try:
             for task_id in sweep(self._store, clock_ms(), self._node.kept_ids()):
                 self.blobs.revoke(task_id)
-            self.blobs.sweep(clock_ms() - limits.BLOB_UNUSED_AGE_MS)
             self.blobs.sweep_parts(clock_ms() - limits.BLOB_PART_AGE_MS)
+            self.blobs.sweep(clock_ms() - limits.BLOB_UNUSED_AGE_MS)
         except StorageError as error:
             self._log("error", "storage.sweep_failed", reason=error.message)
 

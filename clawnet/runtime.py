@@ -237,7 +237,10 @@ class Runtime:
             if peer == self.me:
                 self._loop_back(items)
             else:
-                self.switch.send(peer, items)
+                try:
+                    self.switch.send(peer, items)
+                except Exception as error:  # noqa: BLE001 -- one peer's messages lost must not lose the other effects
+                    self.report("runtime.send_failed", peer, error)
         for effect in acts:
             self._act(effect)
 

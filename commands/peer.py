@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clawnet import money, units
+from clawnet import limits, money, units
 from clawnet.errors import DataError, UsageError
 
 from . import options as o
@@ -157,7 +157,9 @@ def _change(context: typer.Context, method: str, params: dict[str, Any]) -> None
 def ping(
     context: typer.Context,
     peer: o.PEER_ARGUMENT,
-    count: Annotated[int, typer.Option("--count", "-c", metavar="N", min=1, max=1000, help="So many times.")] = 4,
+    count: Annotated[
+        int, typer.Option("--count", "-c", metavar="N", min=1, max=limits.PINGS_MAX, help="So many times.")
+    ] = 4,
 ) -> None:
     """Measure the round trip to a connected peer."""
     invocation = here(context)

@@ -9,6 +9,7 @@ import pytest
 from clawnet.errors import ClawnetError, StorageFullError
 from clawnet.wire import events as e
 from clawnet.wire.fileevents import OutputsSaved, SaveOutputs
+from clawnet.wire.messages import Ack
 from tests.node.runtimekit import BLOB, BOB, JOB, TASK, World, call, effects, exited, make
 
 FULL = StorageFullError("no room")
@@ -116,3 +117,10 @@ def test_who_still_waits_for_a_turn_is_told_too_when_the_node_leaves_its_mesh(wo
     world.runtime.retire(2)
     world.loop.run()
     assert world.journal == [("reply", 1, "not_permitted"), ("reply", 3, "not_permitted")]
+
+
+def test_messages_that_cannot_be_sent_cost_no_other_effect(world: World) -> None:
+    breaks(world, "send")
+    world.feed(effects(1, e.Send(BOB, Ack(BLOB)), e.Run(JOB, "runs")))
+    assert world.told("run", "reply") == [("run", JOB, "runs"), ("reply", 1, "done")]
+    assert "secret words" in world.event("runtime.send_failed")["traceback"]
