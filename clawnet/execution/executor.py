@@ -91,8 +91,6 @@ class Executor:
 
     async def start(self) -> CapacityChanged:
         """Cleans up after an earlier life, starts the worker, probes sandbox and endpoint, tells what can be done."""
-        for pool in (self._threads, self._own_threads):
-            threads.begin(pool, _THREADS)
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._pool = ComputePool(
@@ -439,10 +437,10 @@ class Executor:
     # --- threads
 
     def _in_thread(self, done: Callable[[Future[T]], None], work: Callable[..., T], *args: Any) -> None:
-        self._watch(self._threads.submit(work, *args), done)
+        self._watch(threads.submit(self._threads, work, *args), done)
 
     def _in_own_thread(self, done: Callable[[Future[T]], None], work: Callable[..., T], *args: Any) -> None:
-        self._watch(self._own_threads.submit(work, *args), done)
+        self._watch(threads.submit(self._own_threads, work, *args), done)
 
     def _watch(self, future: Future[T], done: Callable[[Future[T]], None]) -> None:
         self._busy.add(future)

@@ -1,4 +1,4 @@
-"""Threads where a machine may have none left to give: begun before they are needed, or done without.
+"""Threads where a machine may have none left to give: what they were for is done without, or later.
 
 A pool of Python's begins a thread only when there is work for it. Near the bound of a user's processes that fails in
 the middle of things, for the one who brings the work.
@@ -7,24 +7,36 @@ the middle of things, for the one who brings the work.
 from __future__ import annotations
 
 import asyncio
-import errno
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def begin(pool: ThreadPoolExecutor, count: int) -> None:
-    """Begins all the threads of an unused pool, `count` of them: to submit work never fails then. Raises OSError."""
-    together = threading.Barrier(count)
+def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> Future[T]:
+    """Has the pool do it; where there is no thread for it, it is done here and now. RuntimeError after its shutdown."""
+    future: Future[T] = Future()
+    begun = threading.Lock()
+
+    def do() -> None:
+        if not begun.acquire(blocking=False):
+            return  # the pool keeps what it had no thread for, too
+        try:
+            value = work(*args)
+        except BaseException as error:  # noqa: BLE001 -- as a pool does it: whoever waits for the work gets it
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
     try:
-        for _ in range(count):
-            pool.submit(together.wait)
+        pool.submit(do)
     except RuntimeError as error:
-        together.abort()
-        raise OSError(errno.EAGAIN, str(error)) from error
+        if "thread" not in str(error):
+            raise
+        do()
+    return future
 
 
 def in_thread(

@@ -14,7 +14,6 @@ import pytest
 
 from clawnet import limits
 from clawnet.execution import feeding, threads, watching
-from clawnet.execution.executor import Executor
 from clawnet.execution.feeding import Feed
 from clawnet.execution.spec import InputRef
 from clawnet.execution.watching import Bounds, Watchdog
@@ -52,23 +51,18 @@ def test_a_run_whose_inputs_and_output_are_large_begins_and_ends() -> None:
     with_bench(body)
 
 
-def test_an_executor_without_its_threads_does_not_start_and_leaves_none() -> None:
-    async def main(bench: Bench) -> None:
-        executor = Executor(bench.settings, bench.home, bench.blobs, entropy=os.urandom, deliver=bench._take)
-        before = threading.active_count()
-        with no_thread(after=2), pytest.raises(OSError, match="can't start new thread"):
-            await executor.start()
-        await executor.close()
-        assert threading.active_count() == before
-
-    with_bench(main, **OFF)
-
-
-def test_all_threads_of_a_pool_begin_at_once() -> None:
-    with ThreadPoolExecutor(3) as pool:
-        threads.begin(pool, 3)
-        with no_thread():
-            assert [pool.submit(int, n).result() for n in range(9)] == list(range(9))
+def test_what_a_pool_has_no_thread_for_is_done_once_and_at_once() -> None:
+    done: list[int] = []
+    pool = ThreadPoolExecutor(1)
+    with no_thread():
+        assert threads.submit(pool, lambda: done.append(1) or 7).result() == 7  # type: ignore[func-returns-value]
+        with pytest.raises(ZeroDivisionError):
+            threads.submit(pool, lambda: 1 // 0).result(10)
+    assert threads.submit(pool, lambda: 8).result(10) == 8
+    pool.shutdown()
+    assert done == [1]
+    with pytest.raises(RuntimeError, match="shutdown"):
+        threads.submit(pool, int)
 
 
 def test_what_no_thread_was_to_be_had_for_is_not_done_later() -> None:
